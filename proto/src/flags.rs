@@ -1,0 +1,1 @@
+//! Flags: written in the next commit.
