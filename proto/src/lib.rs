@@ -6,6 +6,7 @@
 pub mod flags;
 pub mod handle;
 pub mod identity;
+pub mod log;
 pub mod serve;
 
 /// CSI 1.12 messages, clients (feature `client`) and servers, generated from `csi.proto`.

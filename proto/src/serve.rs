@@ -1,1 +1,244 @@
-//! Serving.
+//! A private unix socket with Identity and one more service on it.
+//!
+//! hyper's HTTP/2 straight under tonic's generated services: no router, and a drain that really ends at its deadline
+//! (tonic's own waits for ever on a client that never answers).
+
+use std::convert::Infallible;
+use std::fmt;
+use std::future::Future;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::str::FromStr;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tower_service::Service;
+
+use crate::csi::identity_server::IdentityServer;
+use crate::identity::Identity;
+
+/// Calls at one time on one connection; each sidecar has one connection and at most some ten workers.
+const MAX_CONCURRENT_CALLS: u32 = 128;
+
+/// Where a plugin listens: an absolute path, from `unix:///csi/csi.sock`, `unix:/csi/csi.sock` or `/csi/csi.sock`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint(PathBuf);
+
+impl Endpoint {
+    /// The socket's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(given: &str) -> Result<Self, String> {
+        let path = given.strip_prefix("unix://").or_else(|| given.strip_prefix("unix:")).unwrap_or(given);
+        if !path.starts_with('/') || path.ends_with('/') {
+            return Err(format!("CSI endpoint {given:?} is no unix socket: write unix:///csi/csi.sock or an absolute path"));
+        }
+        Ok(Self(path.into()))
+    }
+}
+
+/// Why serving could not begin, or could not go on.
+#[derive(Debug)]
+pub struct Error {
+    step: &'static str,
+    path: PathBuf,
+    cause: std::io::Error,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CSI endpoint {}: {}: {}", self.path.display(), self.step, self.cause)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Resolves at SIGTERM or SIGINT.
+///
+/// # Errors
+/// The signal handlers could not be installed.
+pub async fn terminated() -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    tokio::select! { _ = term.recv() => (), _ = int.recv() => () }
+    Ok(())
+}
+
+/// Serves `identity` and `service` on `endpoint` until `stop` resolves, then lets running calls end within `drain`.
+///
+/// A stale socket is replaced, a live one is an error; the socket is its owner's alone (mode 0600) from the first moment
+/// that a client can see it. The socket is removed at the end.
+///
+/// # Errors
+/// The socket cannot be made, or another process serves it.
+pub async fn serve<S>(
+    endpoint: &Endpoint,
+    identity: Identity,
+    service: S,
+    stop: impl Future<Output = ()>,
+    drain: Duration,
+) -> Result<(), Error>
+where
+    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + NamedService + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    let listener = listen(endpoint.path())?;
+    crate::info!("serving {} on {}", S::NAME, endpoint.path().display());
+    let mux = Mux { identity: IdentityServer::new(identity), service };
+    // Each connection holds a receiver: when all are dropped, all connections have ended.
+    let (stopping, stopped) = watch::channel(false);
+    tokio::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => { tokio::spawn(connection(stream, mux.clone(), stopped.clone())); }
+                // Out of descriptors, a client that left at once: the next one may do better. Paced by the pause below.
+                Err(cause) => { crate::error!("accept: {cause}"); tokio::time::sleep(Duration::from_millis(50)).await; }
+            },
+        }
+    }
+    crate::info!("stopping: running calls have {} s to end", drain.as_secs());
+    drop(listener);
+    let _ = std::fs::remove_file(endpoint.path());
+    drop(stopped);
+    let _ = stopping.send(true);
+    if tokio::time::timeout(drain, stopping.closed()).await.is_err() {
+        crate::warn!("stopped with calls still running after {} s", drain.as_secs());
+    }
+    Ok(())
+}
+
+/// One client's connection, until it closes or is drained.
+async fn connection<S>(stream: UnixStream, mux: Mux<S>, mut stopped: watch::Receiver<bool>)
+where
+    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    let served = http2::Builder::new(TokioExecutor::new())
+        .max_concurrent_streams(MAX_CONCURRENT_CALLS)
+        .serve_connection(TokioIo::new(stream), hyper::service::service_fn(move |request| mux.clone().call(request)));
+    tokio::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => Some(ended),
+        _ = stopped.wait_for(|stop| *stop) => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(cause) = ended {
+        crate::debug!("connection ended: {cause}");
+    }
+}
+
+/// Makes the socket: bound under another name, made private, then renamed into place.
+fn listen(path: &Path) -> Result<UnixListener, Error> {
+    let failed = |step: &'static str| move |cause: std::io::Error| Error { step, path: path.to_path_buf(), cause };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(failed("make its folder"))?;
+    }
+    if let Ok(there) = std::fs::symlink_metadata(path) {
+        if !there.file_type().is_socket() {
+            let cause = std::io::Error::new(std::io::ErrorKind::AlreadyExists, "it is there and no socket: remove it or name another path");
+            return Err(failed("look")(cause));
+        }
+        // A socket that nobody listens on refuses: it is what a killed process left behind.
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            let cause = std::io::Error::new(std::io::ErrorKind::AddrInUse, "another process serves it: stop that one first");
+            return Err(failed("look")(cause));
+        }
+    }
+    // Beside it, short (a socket's path has 107 bytes at most), and never seen by a client.
+    let fresh = path.with_file_name(format!(".{}", std::process::id()));
+    let _ = std::fs::remove_file(&fresh);
+    let listener = UnixListener::bind(&fresh).map_err(failed("bind"))?;
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600)).map_err(failed("make it private"))?;
+    std::fs::rename(&fresh, path).map_err(failed("put it in place"))?;
+    Ok(listener)
+}
+
+/// Two services on one socket, told apart by the path's first part (`/csi.v1.Identity/…`).
+#[derive(Clone)]
+struct Mux<S> {
+    identity: IdentityServer<Identity>,
+    service: S,
+}
+
+type Answer = Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send>>;
+
+impl<S> Service<http::Request<Incoming>> for Mux<S>
+where
+    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Answer;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Incoming>) -> Answer {
+        let begun = Instant::now();
+        let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_string();
+        let identity = request.uri().path().starts_with("/csi.v1.Identity/");
+        let answer: Answer = if identity { Box::pin(self.identity.call(request)) } else { Box::pin(self.service.call(request)) };
+        Box::pin(async move {
+            let answer = answer.await;
+            if let Ok(answer) = &answer {
+                log_call(&rpc, answer, begun.elapsed());
+            }
+            answer
+        })
+    }
+}
+
+/// The call log: RPC, code, message, time. Nothing of the request, so no secret; messages name the volume.
+fn log_call(rpc: &str, answer: &http::Response<Body>, took: Duration) {
+    match tonic::Status::from_header_map(answer.headers()) {
+        Some(status) if status.code() != tonic::Code::Ok => {
+            crate::warn!("{rpc}: {:?} after {} ms: {}", status.code(), took.as_millis(), status.message());
+        }
+        _ if matches!(rpc, "Probe" | "NodeGetCapabilities" | "ControllerGetCapabilities" | "GetPluginCapabilities" | "GetPluginInfo") => {
+            crate::debug!("{rpc}: OK after {} ms", took.as_millis());
+        }
+        _ => crate::info!("{rpc}: OK after {} ms", took.as_millis()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_in_all_three_forms() {
+        for given in ["unix:///csi/csi.sock", "unix:/csi/csi.sock", "/csi/csi.sock"] {
+            assert_eq!(given.parse::<Endpoint>().unwrap().path(), Path::new("/csi/csi.sock"));
+        }
+        for given in ["", "tcp://127.0.0.1:1", "csi.sock", "unix://csi.sock", "/csi/"] {
+            let refused = given.parse::<Endpoint>().unwrap_err();
+            assert!(refused.contains("unix:///csi/csi.sock"), "{refused}");
+        }
+    }
+}
