@@ -1,0 +1,8 @@
+//! The controller: drives the Proxmox API for Kubernetes' CSI sidecars.
+//!
+//! `service` takes gRPC, `request` and `parameters` make it typed, `placement` and `attach` decide, `run` acts through
+//! `pve`. A library, so that the tests run the same code as the binary.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod secret;
