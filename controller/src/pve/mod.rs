@@ -1,0 +1,3 @@
+//! Proxmox on the wire. Knows no CSI.
+pub mod drive;
+pub mod error;
