@@ -7,3 +7,5 @@
 pub mod config;
 pub mod secret;
 pub mod pve;
+pub mod error;
+pub mod parameters;
