@@ -7,5 +7,8 @@
 pub mod config;
 pub mod secret;
 pub mod pve;
+pub mod attach;
 pub mod error;
 pub mod parameters;
+pub mod placement;
+pub mod request;
