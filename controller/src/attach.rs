@@ -83,7 +83,7 @@ pub fn next_attach(volid: &str, readonly: bool, seen: Seen<'_>, avoid: &BTreeSet
     if !matches!(scsihw, "virtio-scsi-pci" | "virtio-scsi-single") {
         return Err(Refusal::ScsiHw(scsihw.into()));
     }
-    for (key, line) in config.naming(volid).filter(|(key, _)| !key.starts_with("unused")) {
+    if let Some((key, line)) = config.naming(volid).find(|(key, _)| !key.starts_with("unused")) {
         let Some(configured) = line.value.as_deref().filter(|text| volume_of(text) == volid) else {
             return Ok(AttachStep::Revert(key.into()));
         };
@@ -115,7 +115,7 @@ pub fn next_attach(volid: &str, readonly: bool, seen: Seen<'_>, avoid: &BTreeSet
 /// The drive is plugged and the VM does not hot-plug disks.
 pub fn next_detach(volid: &str, seen: Seen<'_>) -> Result<DetachStep, Refusal> {
     let Some((key, line)) = seen.config.naming(volid).find(|(key, _)| !key.starts_with("unused")) else { return Ok(DetachStep::Gone) };
-    if !line.value.as_deref().is_some_and(|text| volume_of(text) == volid) {
+    if line.value.as_deref().is_none_or(|text| volume_of(text) != volid) {
         return Ok(DetachStep::Revert(key.into()));
     }
     if seen.running && seen.plugged.is_none_or(|plugged| plugged.contains(key)) {
@@ -268,7 +268,11 @@ mod tests {
                         let line = Line { value: value.map(Into::into), pending: pending.map(Into::into), delete };
                         let step = attach(&[("scsi7", line)], keys);
                         let names = value == Some(drive) || pending == Some(drive);
-                        assert_eq!(names, !matches!(step, Ok(AttachStep::AttachAt(_))), "{value:?} {pending:?} {delete} {keys:?}: {step:?}");
+                        assert_eq!(
+                            names,
+                            !matches!(step, Ok(AttachStep::AttachAt(_))),
+                            "{value:?} {pending:?} {delete} {keys:?}: {step:?}"
+                        );
                     }
                 }
             }

@@ -381,7 +381,9 @@ mod tests {
         }
         let twice = format!("{base}  - {{url: 'http://b', region: r1, username: a@pam, password: p}}\n");
         assert!(refusal(&twice).contains("region \"r1\" twice"));
-        for (text, word) in [("", "empty"), ("[]", "mapping"), ("clusters: []", "at least one"), ("a: [", "YAML"), ("features: {}", "clusters")] {
+        for (text, word) in
+            [("", "empty"), ("[]", "mapping"), ("clusters: []", "at least one"), ("a: [", "YAML"), ("features: {}", "clusters")]
+        {
             assert!(refusal(text).contains(word), "{text:?}: {}", refusal(text));
         }
     }

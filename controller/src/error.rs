@@ -161,7 +161,8 @@ mod tests {
 
     #[test]
     fn a_missing_privilege_keeps_proxmoxs_name_for_it() {
-        let cause = Cause::Task { upid: "UPID:a:".into(), exit: "403 Permission check failed (/storage/ds1, Datastore.AllocateSpace)".into() };
+        let cause =
+            Cause::Task { upid: "UPID:a:".into(), exit: "403 Permission check failed (/storage/ds1, Datastore.AllocateSpace)".into() };
         let error = Error::from(PveError { call: "PUT /x".into(), cause });
         assert_eq!(error.code, Code::PermissionDenied);
         assert!(error.text.contains("(/storage/ds1, Datastore.AllocateSpace)"), "{}", error.text);

@@ -4,11 +4,13 @@
 //! `pve`. A library, so that the tests run the same code as the binary.
 #![forbid(unsafe_code)]
 
-pub mod config;
-pub mod secret;
-pub mod pve;
 pub mod attach;
+pub mod config;
 pub mod error;
 pub mod parameters;
 pub mod placement;
+pub mod pve;
 pub mod request;
+pub mod run;
+pub mod secret;
+pub mod service;

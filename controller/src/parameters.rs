@@ -26,7 +26,18 @@ const INODE_SIZES: &[u64] = &[128, 256, 512, 1024, 2048, 4096];
 
 /// Every key that CreateVolume knows.
 const KNOWN: &[&str] = &[
-    "storage", "storageFormat", "cache", "aio", "ssd", "iothread", "backup", "diskIOPS", "diskMBps", "blockSize", "inodeSize", "replicate",
+    "storage",
+    "storageFormat",
+    "cache",
+    "aio",
+    "ssd",
+    "iothread",
+    "backup",
+    "diskIOPS",
+    "diskMBps",
+    "blockSize",
+    "inodeSize",
+    "replicate",
     "strictParameters",
 ];
 /// What external-provisioner adds with --extra-create-metadata, or leaves when called by hand.

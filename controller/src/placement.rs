@@ -217,8 +217,7 @@ pub fn with_room<'a>(want: &Want, candidates: &'a [Candidate]) -> Result<&'a Can
     match candidates.first() {
         Some(first) if first.free_bytes >= first.size_bytes => Ok(first),
         _ => {
-            let room: Vec<String> =
-                candidates.iter().map(|one| format!("{}/{}: {} bytes", one.region, one.zone, one.free_bytes)).collect();
+            let room: Vec<String> = candidates.iter().map(|one| format!("{}/{}: {} bytes", one.region, one.zone, one.free_bytes)).collect();
             Err(Refusal::NotHere(format!(
                 "storage {:?} has no room for {} bytes in the zones asked for (free: {})",
                 want.storage,
@@ -249,8 +248,10 @@ fn terms_of(want: &Want) -> Vec<Fits<'_>> {
 }
 
 fn unknown_storage(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resources>>) -> String {
-    let mut known: Vec<&str> =
-        regions.values().flat_map(|all| all.storages.iter().filter(|storage| storage.images).map(|storage| storage.storage.as_str())).collect();
+    let mut known: Vec<&str> = regions
+        .values()
+        .flat_map(|all| all.storages.iter().filter(|storage| storage.images).map(|storage| storage.storage.as_str()))
+        .collect();
     known.sort_unstable();
     known.dedup();
     let known = if known.is_empty() { "none".into() } else { known.join(", ") };

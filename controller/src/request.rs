@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use proto::VolumeHandle;
-use proto::handle::HandleError;
 use proto::csi::{self, volume_capability::AccessType, volume_capability::access_mode::Mode};
+use proto::handle::HandleError;
 
 use crate::error::Error;
 use crate::parameters::{Parameters, filesystem};
@@ -102,7 +102,10 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
             return Err(Error::invalid("name is missing"));
         }
         if request.name.len() > MAX_NAME_BYTES || request.name.chars().any(char::is_control) {
-            return Err(Error::invalid(format!("name has {} bytes or control characters; at most {MAX_NAME_BYTES} are allowed", request.name.len())));
+            return Err(Error::invalid(format!(
+                "name has {} bytes or control characters; at most {MAX_NAME_BYTES} are allowed",
+                request.name.len()
+            )));
         }
         if request.volume_capabilities.is_empty() {
             return Err(Error::invalid("volume_capabilities is missing"));
@@ -230,7 +233,8 @@ fn access_mode(capability: &csi::VolumeCapability) -> Result<(), String> {
 }
 
 fn range_of(range: csi::CapacityRange) -> Result<(u64, Option<u64>), Error> {
-    let bytes = |name: &str, value: i64| u64::try_from(value).map_err(|_| Error::invalid(format!("capacity_range.{name} {value} is negative")));
+    let bytes =
+        |name: &str, value: i64| u64::try_from(value).map_err(|_| Error::invalid(format!("capacity_range.{name} {value} is negative")));
     let (required, limit) = (bytes("required_bytes", range.required_bytes)?, bytes("limit_bytes", range.limit_bytes)?);
     match (required, limit) {
         (0, 0) => Err(Error::invalid("capacity_range asks for size 0; required_bytes should be above 0")),
@@ -383,7 +387,9 @@ mod tests {
 
     #[test]
     fn ids_of_expand_and_unpublish() {
-        let expand = |id: &str, range| Expand::try_from(csi::ControllerExpandVolumeRequest { volume_id: id.into(), capacity_range: range, ..Default::default() });
+        let expand = |id: &str, range| {
+            Expand::try_from(csi::ControllerExpandVolumeRequest { volume_id: id.into(), capacity_range: range, ..Default::default() })
+        };
         let range = Some(csi::CapacityRange { required_bytes: 1, limit_bytes: 0 });
         assert_eq!(expand("", range).unwrap_err().code, Code::InvalidArgument);
         assert_eq!(expand("a/b/c/d", None).unwrap_err().code, Code::InvalidArgument);

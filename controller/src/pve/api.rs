@@ -264,6 +264,8 @@ pub struct VmState {
     pub running: bool,
     /// The drives that QEMU really has; nothing where QEMU does not answer or was not asked.
     pub plugged: Option<BTreeSet<String>>,
+    /// QEMU's process: another one has none of the leftovers of the last.
+    pub pid: Option<u64>,
 }
 
 fn read_state(entry: &Value) -> VmState {
@@ -273,7 +275,7 @@ fn read_state(entry: &Value) -> VmState {
         None if !running => Some(BTreeSet::new()),
         None => None,
     };
-    VmState { running, plugged }
+    VmState { running, plugged, pid: number_of(entry, "pid") }
 }
 
 /// `GET /nodes/{host}/qemu?full=1`: every VM of a node with its state and its plugged drives.
@@ -573,7 +575,13 @@ mod tests {
         assert!(!read_quorate("x", &json!([{"type":"cluster","quorate":0}])).unwrap());
         assert!(read_sees_all_vms(&json!({"/vms":{"VM.Audit":1}})));
         assert!(read_sees_all_vms(&json!({"/":{"VM.Audit":1},"/vms":{"VM.Audit":1}})));
-        for no in [json!({}), json!({"/vms":{"VM.Audit":0}}), json!({"/":{"VM.Audit":1},"/vms":{}}), json!({"/vms/100":{"VM.Audit":1}}), json!({"/":{"Sys.Audit":1}})] {
+        for no in [
+            json!({}),
+            json!({"/vms":{"VM.Audit":0}}),
+            json!({"/":{"VM.Audit":1},"/vms":{}}),
+            json!({"/vms/100":{"VM.Audit":1}}),
+            json!({"/":{"Sys.Audit":1}}),
+        ] {
             assert!(!read_sees_all_vms(&no), "{no}");
         }
     }

@@ -278,7 +278,11 @@ mod tests {
             (2, answer(401, "Authentication failed!", &[]), Unauthenticated),
             (3, answer(403, "Permission check failed (/vms/100, VM.Config.Disk)", &[]), Forbidden),
             (4, answer(403, "Permission check failed (user != root@pam)", &[]), Forbidden),
-            (5, answer(403, "Permission check failed (URI '/access/ticket' not available with API token, need proper ticket.", &[]), Forbidden),
+            (
+                5,
+                answer(403, "Permission check failed (URI '/access/ticket' not available with API token, need proper ticket.", &[]),
+                Forbidden,
+            ),
             (6, answer(400, verify, &[("x", "type check ('integer') failed - got 'abc'")]), BadRequest),
             (7, answer(501, "Method 'GET /x' not implemented", &[]), NoSuchEndpoint),
             (8, answer(501, "Unexpected content for method 'DELETE'", &[]), NoSuchEndpoint),
@@ -320,11 +324,7 @@ mod tests {
                 NoSpace,
             ),
             (32, answer(500, "zfs error: cannot create 'pool/x': out of space", &[]), NoSpace),
-            (
-                33,
-                answer(500, "unable to create image: qemu-img: /x: The image size is too large for file format 'raw'", &[]),
-                TooLarge,
-            ),
+            (33, answer(500, "unable to create image: qemu-img: /x: The image size is too large for file format 'raw'", &[]), TooLarge),
             (34, answer(500, "can't lock file '/var/lock/pve-manager/pve-storage-ds1' - got timeout", &[]), Busy),
             (35, task("cfs-lock 'storage-x' error: got lock request timeout"), Busy),
             (36, task("'storage-x'-locked command timed out - aborting"), OutcomeUnknown),
@@ -351,11 +351,7 @@ mod tests {
             (56, answer(500, "Only root can pass arbitrary filesystem paths. at /usr/share/perl5/PVE/Storage.pm line 651.", &[]), Other),
             (
                 57,
-                answer(
-                    400,
-                    verify,
-                    &[("scsi31", "property is not defined in schema and the schema does not allow additional properties")],
-                ),
+                answer(400, verify, &[("scsi31", "property is not defined in schema and the schema does not allow additional properties")]),
                 BadRequest,
             ),
             (
@@ -367,7 +363,11 @@ mod tests {
                 ),
                 StillBusyInGuest,
             ),
-            (58, task("400 Parameter verification failed. scsi1: hotplug problem - error on hot-unplugging device 'virtioscsi1' "), StillBusyInGuest),
+            (
+                58,
+                task("400 Parameter verification failed. scsi1: hotplug problem - error on hot-unplugging device 'virtioscsi1' "),
+                StillBusyInGuest,
+            ),
             (
                 59,
                 task(
@@ -426,8 +426,7 @@ mod tests {
         let error = task("VM is locked (backup)");
         assert!(error.to_string().contains("UPID:pve1") && error.to_string().contains("VM is locked (backup)"));
         // The message is used where there is one; the reason is its first line.
-        let cause =
-            Cause::Answer { status: 500, reason: "first".into(), message: "first\nsecond\n".into(), errors: BTreeMap::new() };
+        let cause = Cause::Answer { status: 500, reason: "first".into(), message: "first\nsecond\n".into(), errors: BTreeMap::new() };
         assert_eq!(Error { call: "GET /x".into(), cause }.to_string(), "GET /x: 500 first second");
     }
 }
