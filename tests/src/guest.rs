@@ -21,12 +21,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use guest_init::{CONSOLE_PREFIX, CONTROL_PORT, NODE_PORT, NODE_ROOT, Request};
-use tonic::transport::{Channel, Endpoint};
 
 pub use bridge::Bridge;
 pub use control::{Ended, Job, Program};
 pub use initramfs::with_libraries;
 
+use crate::calls::Calls;
 use crate::machine::Machine;
 use crate::tools;
 use process::Process;
@@ -193,9 +193,15 @@ impl Guest {
         self.node_port
     }
 
-    /// A channel to the node's CSI socket; connects at the first call, and again when the node was started again.
-    pub fn node_channel(&self) -> Result<Channel> {
-        Ok(Endpoint::from_shared(format!("http://127.0.0.1:{}", self.node_port))?.connect_lazy())
+    /// Calls to the node's CSI socket.
+    pub fn node(&self) -> Result<Calls> {
+        Calls::port(self.node_port)
+    }
+
+    /// Where the console's log is, and whatever a test wants to find beside it.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The machine's sudden death: what the guest had not written to its disks is lost.

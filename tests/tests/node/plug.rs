@@ -23,7 +23,7 @@ fn disk_comes_grows_and_goes(guest: &Guest) {
     let page = guest.read_at(&format!("/sys/block/{disk}/device/vpd_pg83"), 0, 255).unwrap();
     assert!(String::from_utf8_lossy(&page).contains("drive-scsi1"), "{page:?}");
 
-    first.grow(96 * MIB);
+    first.resize(96 * MIB);
     machine.resize(1, 96 * MIB).unwrap();
     wait_for_size(guest, 1, Some(96 * MIB));
 
@@ -90,6 +90,7 @@ fn guest_death_is_noticed() {
     let error = format!("{:#}", guest.power_off().unwrap_err());
     assert!(error.contains("the guest died") || error.contains("no reply"), "{error}");
     assert!(error.contains("sysrq"), "the console is quoted: {error}");
+    std::fs::remove_dir_all(guest.folder()).unwrap();
 
     let Some(guest) = boot(&GuestOptions::named("killed")) else { return };
     guest.kill_qemu();
