@@ -1,15 +1,14 @@
 //! The QEMU guest: a real kernel for the node agent, with disks hot-plugged as Proxmox does it.
 //!
-//! Debian's cloud kernel, an initramfs without tools ([`initramfs`]), QEMU with Proxmox's topology ([`process`]), the control
+//! Debian's cloud kernel, an initramfs without tools ([`initramfs`]), QEMU with Proxmox's topology ([`command_line`]), the control
 //! channel to PID 1 ([`control`]; the other end is `tests/guest-init`), and the monitor ([`plug`]). A guest ends with its value.
 
 mod bridge;
+mod command_line;
 mod control;
 mod initramfs;
 mod plug;
-mod process;
 mod qmp;
-mod serial;
 pub mod wait;
 
 use std::io::{Read, Write};
@@ -27,10 +26,10 @@ pub use control::{Ended, Job, Program};
 pub use initramfs::with_libraries;
 
 use crate::calls::Calls;
+use crate::console::Console;
 use crate::machine::Machine;
+use crate::process::Process;
 use crate::tools;
-use process::Process;
-use serial::Serial;
 
 /// 2 s on an idle machine with TCG; a loaded one has been seen at 9.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -103,7 +102,7 @@ pub fn unavailable() -> Option<String> {
 pub struct Guest {
     name: String,
     folder: PathBuf,
-    serial: Serial,
+    console: Console,
     process: Process,
     qemu: Arc<plug::Qemu>,
     control_port: u16,
@@ -125,20 +124,21 @@ impl Guest {
         let kernel = initramfs::Kernel::find(&options.kernel)?;
         let (archive, monitor) = (folder.join("initramfs"), folder.join("qmp.sock"));
         initramfs::write(&archive, &kernel, &options.files)?;
-        let serial = Serial::default();
-        let process = Process::start(process::arguments(options, &kernel, &archive, &monitor), &serial, folder.join("console.log"))?;
-        let explain = |what: &str| format!("guest {name}: {what}; {}", serial.tail());
+        let console = Console::default();
+        let process =
+            command_line::start(command_line::arguments(options, &kernel, &archive, &monitor), &folder.join("console.log"), &console)?;
+        let explain = |what: &str| format!("guest {name}: {what}; {}", console.tail());
         let qemu = wait::until(MONITOR_LIMIT, || {
-            serial.alive()?;
+            console.alive()?;
             Ok::<_, anyhow::Error>(plug::Qemu::connect(&monitor, options.scsi_hardware).ok())
         });
         let qemu = qemu.with_context(|| explain("QEMU did not start"))?.with_context(|| explain("QEMU's monitor does not answer"))?;
         let forwarded = |port| qemu.monitor().forwarded_port(port).map_err(anyhow::Error::msg).with_context(|| explain("port forwarding"));
         let (control_port, node_port) = (forwarded(CONTROL_PORT)?, forwarded(NODE_PORT)?);
-        serial.wait_for(&format!("{CONSOLE_PREFIX}ready"), BOOT_LIMIT).with_context(|| format!("guest {name} did not boot"))?;
+        console.wait_for(&format!("{CONSOLE_PREFIX}ready"), BOOT_LIMIT).with_context(|| format!("guest {name} did not boot"))?;
         // Its memory has it now.
         let _ = std::fs::remove_file(&archive);
-        let guest = Self { name, folder: folder.to_owned(), serial, process, qemu: Arc::new(qemu), control_port, node_port };
+        let guest = Self { name, folder: folder.to_owned(), console, process, qemu: Arc::new(qemu), control_port, node_port };
         guest.call(Request::Ping, &[])?;
         Ok(guest)
     }
@@ -212,13 +212,13 @@ impl Guest {
     /// The console's last lines and where all of it is, for an error.
     #[must_use]
     pub fn quote(&self) -> String {
-        format!("{} (all of it: {})", self.serial.tail(), self.folder.join("console.log").display())
+        format!("{} (all of it: {})", self.console.tail(), self.folder.join("console.log").display())
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        let died = self.serial.fatal().is_some();
+        let died = self.console.fatal().is_some();
         self.process.kill();
         if died || std::thread::panicking() || std::env::var_os("PROXMOX_CSI_KEEP_LOGS").is_some() {
             eprintln!("guest {}: its log is kept in {}", self.name, self.folder.display());

@@ -2,7 +2,10 @@
 #![forbid(unsafe_code)]
 
 pub mod calls;
+mod console;
+pub mod controller;
 pub mod guest;
 pub mod machine;
+mod process;
 pub mod sim;
 pub mod tools;

@@ -47,7 +47,7 @@ impl Guest {
     }
 
     fn call_within(&self, limit: Duration, request: Request, body: &[u8]) -> Result<(Answer, Vec<u8>)> {
-        self.serial.alive().with_context(|| self.quote())?;
+        self.console.alive().with_context(|| self.quote())?;
         let what = format!("{request:?}");
         let exchange = || -> Result<(Reply, Vec<u8>)> {
             let stream = TcpStream::connect(("127.0.0.1", self.control_port))?;
@@ -239,6 +239,6 @@ impl Guest {
     /// Turns the guest off and judges its verdict.
     pub fn power_off(&self) -> Result<()> {
         ensure!(matches!(self.call(Request::PowerOff, &[])?, (Answer::Done, _)), "the guest did not agree to turn off");
-        self.serial.verdict(CALL_LIMIT).with_context(|| format!("guest {}", self.name))
+        self.console.verdict(CALL_LIMIT).with_context(|| format!("guest {}", self.name))
     }
 }

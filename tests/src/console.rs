@@ -1,4 +1,4 @@
-//! The guest's console: kept, searched for the lines that mean death, quoted in every error.
+//! What a guest's console or a program's log says: kept, searched for the lines that mean death, quoted in every error.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -27,19 +27,19 @@ fn is_fatal(line: &str) -> bool {
     !of_a_program && FATAL.iter().any(|mark| line.contains(mark))
 }
 
-/// Cheap to clone; ends when QEMU does.
+/// Cheap to clone; ends when the process does.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Serial {
+pub(crate) struct Console {
     shared: Arc<(Mutex<State>, Condvar)>,
 }
 
-impl Serial {
+impl Console {
     fn state(&self) -> MutexGuard<'_, State> {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads the console until QEMU closes it; copies it to `log`.
-    pub(super) fn follow(&self, console: impl Read, log: &Path) -> std::io::Result<()> {
+    /// Reads until the process closes it; copies it to `log`.
+    pub(crate) fn follow(&self, console: impl Read, log: &Path) -> std::io::Result<()> {
         let mut log = File::create(log)?;
         let mut console = BufReader::new(console);
         let mut line = Vec::new();
@@ -60,37 +60,37 @@ impl Serial {
     }
 
     /// An error when the guest is dead: says of what.
-    pub(super) fn alive(&self) -> Result<()> {
+    pub(crate) fn alive(&self) -> Result<()> {
         let state = self.state();
         ensure!(state.fatal.is_none(), "the guest died: {}", state.fatal.as_deref().unwrap_or_default());
-        ensure!(!state.closed, "QEMU has ended");
+        ensure!(!state.closed, "it has ended");
         Ok(())
     }
 
     /// The line that said that the guest is dead.
-    pub(super) fn fatal(&self) -> Option<String> {
+    pub(crate) fn fatal(&self) -> Option<String> {
         self.state().fatal.clone()
     }
 
-    pub(super) fn tail(&self) -> String {
+    pub(crate) fn tail(&self) -> String {
         let state = self.state();
         let from = state.lines.len().saturating_sub(TAIL_LINES);
         let tail = state.lines.get(from..).unwrap_or_default();
-        format!("the console's last {} lines:\n    {}", tail.len(), tail.join("\n    "))
+        format!("the last {} lines:\n    {}", tail.len(), tail.join("\n    "))
     }
 
     /// Waits for a line that contains `text`.
-    pub(super) fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
+    pub(crate) fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
         let waiting = |state: &mut State| !state.closed && !state.lines.iter().any(|line| line.contains(text));
         let (state, _) = self.shared.1.wait_timeout_while(self.state(), limit, waiting).unwrap_or_else(PoisonError::into_inner);
         let seen = state.lines.iter().any(|line| line.contains(text));
         drop(state);
-        ensure!(seen, "no line {text:?} on the console within {} s; {}", limit.as_secs(), self.tail());
+        ensure!(seen, "no line {text:?} within {} s; {}", limit.as_secs(), self.tail());
         Ok(())
     }
 
     /// Waits for QEMU's end, and for the one verdict line that says success.
-    pub(super) fn verdict(&self, limit: Duration) -> Result<()> {
+    pub(crate) fn verdict(&self, limit: Duration) -> Result<()> {
         let (state, _) =
             self.shared.1.wait_timeout_while(self.state(), limit, |state| !state.closed).unwrap_or_else(PoisonError::into_inner);
         let verdicts: Vec<&String> = state.lines.iter().filter(|line| line.starts_with(SUCCESS) || line.starts_with(FAILURE)).collect();
@@ -108,10 +108,10 @@ impl Serial {
 mod tests {
     use super::*;
 
-    fn console(text: &str) -> Serial {
-        let serial = Serial::default();
-        serial.follow(text.as_bytes(), Path::new("/dev/null")).unwrap();
-        serial
+    fn console(text: &str) -> Console {
+        let console = Console::default();
+        console.follow(text.as_bytes(), Path::new("/dev/null")).unwrap();
+        console
     }
 
     #[test]

@@ -1,69 +1,20 @@
-//! QEMU as a process: its command line, the accelerator, its end.
+//! QEMU's command line, and which accelerator really runs a kernel.
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use guest_init::{CONTROL_PORT, NODE_PORT};
 
 use super::initramfs::Kernel;
-use super::serial::Serial;
 use super::{GuestOptions, ScsiHardware};
+use crate::console::Console;
+use crate::process::{Process, Start};
 use crate::tools;
 
 /// A kernel says its version some 0.1 s after KVM has begun, if KVM works.
 const KVM_LIMIT: Duration = Duration::from_secs(5);
-
-/// Ends with QEMU, or ends it when dropped.
-#[derive(Debug)]
-pub(super) struct Process {
-    child: Arc<Mutex<Child>>,
-}
-
-impl Process {
-    /// Starts QEMU. A thread of its own starts it, reads the console and waits for it: QEMU dies with that thread (setpriv),
-    /// so that a test that is killed leaves no machine behind.
-    pub(super) fn start(args: Vec<String>, serial: &Serial, log: PathBuf) -> Result<Self> {
-        let qemu = tools::program("qemu-system-x86_64").context("qemu-system-x86_64 is missing: run scripts/tools demo")?;
-        let setpriv = tools::program("setpriv").context("setpriv is missing: install Debian's util-linux")?;
-        let (started, answer) = std::sync::mpsc::channel();
-        let serial = serial.clone();
-        std::thread::Builder::new().name("guest".into()).spawn(move || {
-            let mut command = Command::new(setpriv);
-            command.args(["--pdeathsig", "KILL", &qemu]).args(args).stdin(Stdio::null());
-            // QEMU's own complaints belong beside the guest's.
-            let spawned = std::io::pipe().and_then(|(console, write)| {
-                command.stdout(write.try_clone()?).stderr(write);
-                Ok((console, command.spawn()?))
-            });
-            drop(command);
-            match spawned {
-                Ok((console, child)) => {
-                    let child = Arc::new(Mutex::new(child));
-                    let _ = started.send(Ok(Arc::clone(&child)));
-                    let _ = serial.follow(console, &log);
-                    let _ = child.lock().unwrap_or_else(PoisonError::into_inner).wait();
-                }
-                Err(error) => drop(started.send(Err(error))),
-            }
-        })?;
-        let child = answer.recv().map_err(|_| anyhow!("the thread of QEMU ended"))?.context("start QEMU")?;
-        Ok(Self { child })
-    }
-
-    pub(super) fn kill(&self) {
-        // An error means that it has ended.
-        let _ = self.child.lock().unwrap_or_else(PoisonError::into_inner).kill();
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
 
 /// `kvm` where it really runs a kernel, else `tcg`; `$PROXMOX_CSI_ACCEL` decides without a look.
 fn accelerator(kernel: &Kernel) -> &'static str {
@@ -79,12 +30,18 @@ fn accelerator(kernel: &Kernel) -> &'static str {
 }
 
 fn kvm_runs(kernel: &Kernel) -> Result<()> {
-    let serial = Serial::default();
+    let console = Console::default();
     let mut args: Vec<String> = words("-machine pc,accel=kvm -cpu max -m 256 -nodefaults -no-user-config -display none -no-reboot");
     args.extend(words("-chardev stdio,id=console,signal=off -serial chardev:console -append console=ttyS0"));
     args.extend(["-kernel".into(), kernel.image.display().to_string()]);
-    let _process = Process::start(args, &serial, "/dev/null".into())?;
-    serial.wait_for("Linux version", KVM_LIMIT)
+    let _process = start(args, Path::new("/dev/null"), &console)?;
+    console.wait_for("Linux version", KVM_LIMIT)
+}
+
+/// Starts QEMU; its own complaints go where the console goes.
+pub(super) fn start(args: Vec<String>, log: &Path, console: &Console) -> Result<Process> {
+    let program = tools::program("qemu-system-x86_64").context("qemu-system-x86_64 is missing: run scripts/tools demo")?;
+    Process::start(Start { program: program.into(), args, env: Vec::new(), log: log.into() }, console)
 }
 
 fn words(line: &str) -> Vec<String> {
