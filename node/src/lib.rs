@@ -1,0 +1,10 @@
+//! The node agent of proxmox-csi: finds, formats, mounts and grows volumes by direct system calls.
+//!
+//! gRPC → `request` (typed) → `plan` (pure: what next) → `run` (acts, looks again) → `sys` (kernel) and `disk` (bytes).
+//! It starts no other program and keeps no state: the kernel is the state, and we look.
+
+pub mod identity;
+pub mod sys;
+
+#[cfg(test)]
+mod testing;
