@@ -4,6 +4,7 @@
 //! It starts no other program and keeps no state: the kernel is the state, and we look.
 
 pub mod identity;
+pub mod plan;
 pub mod request;
 pub mod sys;
 

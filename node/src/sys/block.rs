@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::{Dev, Error};
 
 /// A plain write of zeros, where the device takes no other request for them.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// How a device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
