@@ -3,9 +3,15 @@
 //! gRPC → `request` (typed) → `plan` (pure: what next) → `run` (acts, looks again) → `sys` (kernel) and `disk` (bytes).
 //! It starts no other program and keeps no state: the kernel is the state, and we look.
 
+pub mod error;
+pub mod format;
 pub mod identity;
+pub mod info;
 pub mod plan;
+pub mod probe;
 pub mod request;
+pub mod run;
+pub mod service;
 pub mod sys;
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::request::Volume;
 use crate::sys::scsi::{Address, Disk, State};
 use crate::sys::{Dev, scsi};
 
@@ -28,6 +29,12 @@ impl Drop for Folder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// A volume by its handle.
+pub(crate) fn volume(handle: &str) -> Volume {
+    let handle: proto::VolumeHandle = handle.parse().unwrap();
+    Volume { serial: handle.serial(), handle }
 }
 
 /// A disk as QEMU makes it: at `host:0:0:lun`, 1 GiB, with `drive-scsi<lun>` in VPD page 0x83.

@@ -56,6 +56,13 @@ impl Device {
         Ok(Self { file, path: path.into() })
     }
 
+    /// A plain file as a device, for tests on the host.
+    #[cfg(test)]
+    pub(crate) fn of_file(path: &Path) -> Self {
+        let file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+        Self { file, path: path.into() }
+    }
+
     /// The node it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -157,8 +164,7 @@ mod tests {
         let folder = Folder::new();
         let path = folder.path().join("image");
         std::fs::write(&path, vec![0xaa; 300 << 10]).unwrap();
-        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let device = Device { file, path: path.clone() };
+        let device = Device::of_file(&path);
         device.zero(512, 1024).unwrap();
         device.write_zeros(4096, (64 << 10) + 5).unwrap();
         device.flush().unwrap();

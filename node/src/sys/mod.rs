@@ -3,6 +3,7 @@
 //! `unsafe` in this crate exists here only: one operation per block, with a SAFETY note that says what the kernel reads,
 //! writes and keeps. Everything that rustix offers goes through rustix.
 
+pub mod blkid;
 pub mod block;
 pub mod kmsg;
 pub mod mount;
