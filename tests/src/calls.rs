@@ -20,7 +20,7 @@ use tonic::transport::{Channel, Endpoint};
 const CALL_LIMIT: Duration = Duration::from_secs(180);
 
 /// For the connections of all [`Calls`]; the calls themselves block.
-fn runtime() -> &'static Runtime {
+pub(crate) fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     #[allow(clippy::expect_used, reason = "without threads no test runs")]
     RUNTIME.get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("start tokio"))

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod calls;
+pub mod cluster;
 mod console;
 pub mod controller;
 pub mod guest;

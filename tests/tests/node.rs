@@ -13,3 +13,5 @@ mod life;
 mod plug;
 #[path = "node/surfaces.rs"]
 mod surfaces;
+#[path = "node/together.rs"]
+mod together;

@@ -1,7 +1,7 @@
 //! What the tests of this binary share: guests, disks, and waiting for what the guest sees.
 
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -181,7 +181,11 @@ pub(crate) fn handle(name: &str) -> VolumeHandle {
 
 /// e2fsck's word on an image that no guest has: 0 is clean.
 pub(crate) fn assert_clean(image: &Image) {
+    assert_clean_file(&image.0);
+}
+
+pub(crate) fn assert_clean_file(image: &Path) {
     let Some(e2fsck) = tools::program("e2fsck") else { return tools::skipped("e2fsck is missing: the image is not judged") };
-    let output = std::process::Command::new(e2fsck).arg("-fn").arg(&image.0).output().unwrap();
+    let output = std::process::Command::new(e2fsck).arg("-fn").arg(image).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
 }
