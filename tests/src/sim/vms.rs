@@ -105,7 +105,17 @@ pub(crate) fn list(cluster: &Cluster, call: &Call) -> Result {
         .vms
         .iter()
         .filter(|(vmid, vm)| vm.node == call.node && state.access.may(&call.caller, &format!("/vms/{vmid}"), &["VM.Audit"]));
-    Ok(Value::Array(shown.map(|(vmid, vm)| Value::Object(describe(cluster, *vmid, vm))).collect()).into())
+    // `full`: QEMU is asked, as for status/current (qemu-server: vmstatus(undef, $param->{full})).
+    let full = call.flag("full");
+    let describe_one = |vmid: u32, vm: &Vm| {
+        let mut entry = describe(cluster, vmid, vm);
+        if full && vm.running && !vm.hung {
+            let blockstat = vm.plugged.keys().map(|key| (key.clone(), block_statistics())).collect();
+            entry.insert("blockstat".to_owned(), Value::Object(blockstat));
+        }
+        Value::Object(entry)
+    };
+    Ok(Value::Array(shown.map(|(vmid, vm)| describe_one(*vmid, vm)).collect()).into())
 }
 
 /// status/current: `blockstat` has the drives that QEMU really has.
