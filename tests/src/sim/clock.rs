@@ -137,7 +137,7 @@ impl Clock {
     /// Nothing is worked on, and nothing waits for its time.
     pub(crate) fn is_idle(&self) -> bool {
         let state = guard(&self.0.state);
-        state.busy == 0 && state.deadlines.is_empty() && state.waiting.values().all(|(deadline, _)| deadline.is_none())
+        state.busy == 0 && state.waiting.is_empty()
     }
 
     pub(crate) fn busy(&self) -> Busy {

@@ -410,11 +410,10 @@ impl Simulator {
         self.change(vmid, |vm| vm.machine = Some(machine));
     }
 
-    /// `Some("595 No route to host")`, or reachable again.
+    /// `Some("595 No route to host")`, or reachable again. Its VMs are listed as last seen for five more minutes ([`Simulator::advance`]).
     pub fn set_node_unreachable(&self, node: &str, why: Option<&str>) {
-        if let Some(node) = self.cluster.state().nodes.get_mut(node) {
-            node.unreachable = why.map(str::to_owned);
-        }
+        let now = self.cluster.clock.elapsed();
+        self.cluster.state().set_unreachable(node, why.map(str::to_owned), now);
     }
 
     pub fn set_quorate(&self, quorate: bool) {

@@ -37,6 +37,8 @@ mod sha1;
 mod state;
 mod storage;
 mod tasks;
+#[cfg(test)]
+mod tests;
 mod tls;
 mod update;
 mod version;
