@@ -103,14 +103,7 @@ fn remains(
     zeroed: Zeroed,
 ) -> Result<Option<String>, sys::Error> {
     let recycled = zeroed == Zeroed::No;
-    let front = if recycled { RECYCLED_EDGE_BYTES } else { EDGE_BYTES }.min(size_bytes);
-    if let Some(at) = first_nonzero(&read, 0, front)? {
-        return Ok(Some(format!("data of an unknown kind in its first {front} bytes (at byte {at})")));
-    }
-    let end = size_bytes.saturating_sub(EDGE_BYTES);
-    if !recycled && let Some(at) = first_nonzero(&read, end, size_bytes)? {
-        return Ok(Some(format!("data of an unknown kind in its last {EDGE_BYTES} bytes (at byte {at})")));
-    }
+    // Backups first: what they say is more use to a person than where the first stray byte is.
     let mut block = [0; superblock::BYTES];
     for offset in ext4::backup_offsets(size_bytes) {
         read(offset, &mut block)?;
@@ -130,6 +123,14 @@ fn remains(
         if block.starts_with(XFS_MAGIC) && (!recycled || own) {
             return Ok(Some(lost("xfs", offset, own)));
         }
+    }
+    let front = if recycled { RECYCLED_EDGE_BYTES } else { EDGE_BYTES }.min(size_bytes);
+    if let Some(at) = first_nonzero(&read, 0, front)? {
+        return Ok(Some(format!("data of an unknown kind in its first {front} bytes (at byte {at})")));
+    }
+    let end = size_bytes.saturating_sub(EDGE_BYTES);
+    if !recycled && let Some(at) = first_nonzero(&read, end, size_bytes)? {
+        return Ok(Some(format!("data of an unknown kind in its last {EDGE_BYTES} bytes (at byte {at})")));
     }
     Ok(None)
 }

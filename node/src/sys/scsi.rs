@@ -172,12 +172,13 @@ pub fn rescan_size(sysfs: &Path, address: Address) -> Result<(), Error> {
     write(&device(sysfs, address).join("rescan"), "1")
 }
 
-/// Takes an offline disk up again.
+/// Takes an offline disk up again. The newline counts: without it the kernel knows no such state (`store_state_field`
+/// in scsi_sysfs.c compares with it) and answers EINVAL.
 ///
 /// # Errors
 /// The disk is gone, or the kernel refuses.
 pub fn set_running(sysfs: &Path, address: Address) -> Result<(), Error> {
-    write(&device(sysfs, address).join("state"), "running")
+    write(&device(sysfs, address).join("state"), "running\n")
 }
 
 /// What sits on the disk: `dm-0`, `md0`, …

@@ -84,6 +84,7 @@ fn states_size_and_topology_are_written_and_read() {
         assert_eq!(disk(root.path(), address).unwrap().unwrap().state, state);
     }
     set_running(root.path(), address).unwrap();
+    assert_eq!(fs::read(device.join("state")).unwrap(), b"running\n", "the kernel takes no state without a newline");
     let running = disk(root.path(), address).unwrap().unwrap();
     assert_eq!(running.state, State::Running);
     rescan_size(root.path(), address).unwrap();
