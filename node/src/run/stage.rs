@@ -96,7 +96,7 @@ impl Node {
             StageStep::SetRunning => self.set_running(disk()?),
             StageStep::Probe => {
                 let _one_of_few = self.workers.take();
-                let device = self.open(disk()?, block::Access::Shared)?;
+                let device = self.open_new(disk()?, block::Access::Shared)?;
                 memory.surface = probe::probe(&device, &want.volume, want.zeroed)?;
                 Ok(())
             }
