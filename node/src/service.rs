@@ -173,6 +173,7 @@ fn refused(doing: &str, volume_id: &str, refusal: &request::Refusal) -> Status {
         | request::Refusal::Context { .. }
         | request::Refusal::NoDiskNamed
         | request::Refusal::OtherSerial { .. } => Code::InvalidArgument,
+        request::Refusal::Encrypted => Code::FailedPrecondition,
         request::Refusal::NoSuchVolume(_) | request::Refusal::NotAPublishedPath { .. } => Code::NotFound,
         request::Refusal::Range { .. } => Code::OutOfRange,
     };
