@@ -96,9 +96,8 @@ impl Node {
         match shown {
             look::ShownAt::Nothing(what) => Err(at("")(crate::plan::Refusal::NotPublishedHere { what }.into())),
             look::ShownAt::Device(disk) => Ok(Usage { bytes: [disk.size_bytes, 0, 0], inodes: None }),
-            look::ShownAt::Filesystem(..) => {
-                let seen =
-                    rustix::fs::statvfs(&want.path).map_err(sys::Error::at("statfs", &want.path)).at("stats", &want.volume, "statfs")?;
+            look::ShownAt::Filesystem(disk, _) => {
+                let seen = sys::mount::usage(&want.path, disk.dev).at("stats", &want.volume, "statfs")?;
                 let bytes = |blocks: u64| blocks.saturating_mul(seen.f_frsize);
                 Ok(Usage {
                     bytes: [bytes(seen.f_blocks), bytes(seen.f_blocks.saturating_sub(seen.f_bfree)), bytes(seen.f_bavail)],

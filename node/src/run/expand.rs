@@ -34,7 +34,7 @@ impl Node {
                     return Err(failed(DOING, &want.volume, "grow the filesystem", room.not_grown()));
                 }
                 (ExpandStep::Grow, Some(room)) => {
-                    grow(&want.path, room).at(DOING, &want.volume, "grow the filesystem")?;
+                    grow(&want.path, &disk, room).at(DOING, &want.volume, "grow the filesystem")?;
                     tried = true;
                 }
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
@@ -78,8 +78,8 @@ impl Node {
 }
 
 /// Grows the ext4 that is mounted at `point` to its disk.
-pub(super) fn grow(point: &Path, room: Room) -> Result<(), Cause> {
-    block::ext4_grow(point, room.wanted_blocks)?;
+pub(super) fn grow(point: &Path, disk: &Disk, room: Room) -> Result<(), Cause> {
+    block::ext4_grow(point, disk.dev, room.wanted_blocks)?;
     proto::info!("{}: grown from {} to {} blocks of {} bytes", point.display(), room.blocks, room.wanted_blocks, room.block_size);
     Ok(())
 }

@@ -73,12 +73,15 @@ impl Node {
             (PublishStep::SetRunning, _) => self.set_running(disk.ok_or_else(gone)?),
             (PublishStep::MakeFolder, _) => Ok(make_folder(&want.target)?),
             (PublishStep::MakeFile, _) => Ok(make_file(&want.target)?),
-            (PublishStep::Bind, PublishSource::Staging(staging)) => Ok(mount::bind(staging, &want.target, want.read_only)?),
+            (PublishStep::Bind, PublishSource::Staging(staging)) => {
+                let leads = mount::Leads::Into(disk.ok_or_else(gone)?.dev);
+                Ok(mount::bind(staging, leads, &want.target, want.read_only)?)
+            }
             (PublishStep::Bind, PublishSource::Device(_)) => {
                 let disk = disk.ok_or_else(gone)?;
                 // Held open, so that the name stays this disk's until the bind is done.
                 let device = self.open(disk, sys::block::Access::Shared)?;
-                Ok(mount::bind(device.path(), &want.target, want.read_only)?)
+                Ok(mount::bind(device.path(), mount::Leads::To(disk.dev), &want.target, want.read_only)?)
             }
             // The plan asks for the disk of a device source only.
             (PublishStep::FindDisk, PublishSource::Staging(_)) => Err(gone()),

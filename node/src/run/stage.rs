@@ -110,7 +110,7 @@ impl Node {
                 if memory.grow_tried && want.grow_required {
                     return Err(room.not_grown());
                 }
-                let grown = if memory.grow_tried { Err(room.not_grown()) } else { grow(&want.staging, room) };
+                let grown = if memory.grow_tried { Err(room.not_grown()) } else { grow(&want.staging, disk()?, room) };
                 memory.grow_tried = true;
                 match grown {
                     Err(cause) if !want.grow_required => {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
+use super::mount::Leads;
 use super::{Dev, Error};
 
 /// A plain write of zeros, where the device takes no other request for them.
@@ -133,15 +134,16 @@ impl AsFd for Device {
     }
 }
 
-/// Grows the ext4 that is mounted at `point` to `blocks` filesystem blocks.
+/// Grows the ext4 of the device `dev` that is mounted at `point` to `blocks` filesystem blocks.
 ///
 /// Kernel: fs/ext4/ioctl.c, EXT4_IOC_RESIZE_FS, since 3.3. EBUSY: another resize is running. EPERM: CAP_SYS_RESOURCE is
 /// missing, or the filesystem has its error flag set. EROFS: mounted read-only. ENOSPC: larger than the device.
 ///
 /// # Errors
-/// As above.
-pub fn ext4_grow(point: &Path, blocks: u64) -> Result<(), Error> {
+/// As above; ESTALE: something else is at `point` now, such as the machine's own filesystem.
+pub fn ext4_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     let folder = File::open(point).map_err(Error::io("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
     rustix::fs::ext4_ioc_resize_fs(&folder, blocks).map_err(Error::at("ioctl(EXT4_IOC_RESIZE_FS)", point))
 }
 
@@ -157,6 +159,13 @@ mod tests {
         std::fs::write(&path, "x").unwrap();
         let refused = Device::open(&path, Dev { major: 8, minor: 0 }, Access::Shared).unwrap_err();
         assert_eq!((refused.call, refused.errno), ("open", Errno::NODEV));
+    }
+
+    #[test]
+    fn the_filesystem_below_a_mount_that_went_is_not_grown() {
+        let folder = Folder::new();
+        let refused = ext4_grow(folder.path(), Dev { major: 8, minor: 4095 }, 1).unwrap_err();
+        assert_eq!(refused.errno, Errno::STALE, "before the ioctl");
     }
 
     #[test]
