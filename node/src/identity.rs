@@ -146,6 +146,14 @@ fn is_in_slot(want: &Want, disk: &Disk) -> bool {
     disk.vendor == "QEMU" && lun_fits && named
 }
 
+/// Whether a disk that shows this volume already is the one that the publish context describes: by its serial, or, where
+/// none is promised, by its slot. A legacy disk of another slot is what an older attachment left behind.
+#[must_use]
+pub fn fits(want: &Want, disk: &Disk) -> bool {
+    disk.serial.as_deref() == Some(&want.serial)
+        || (!want.serial_promised && other_volume(&want.serial, disk).is_none() && is_in_slot(want, disk))
+}
+
 /// Is the disk behind a mount or a device node this volume's? For publish, unpublish, unstage, expand and stats, where no
 /// publish context is at hand.
 ///

@@ -42,6 +42,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Probes and formats at one time: each reads and writes megabytes.
 const MAX_DISK_WORKERS: u32 = 2;
 
+/// For one of them to end. A disk that takes no I/O holds its place for ever; the others are told so, within kubelet's two minutes.
+const SLOT_DEADLINE: Duration = Duration::from_secs(60);
+
 /// The machine that we work on, and where to look.
 #[derive(Debug)]
 pub struct Node {
@@ -50,6 +53,8 @@ pub struct Node {
     devices: PathBuf,
     folders: Folders,
     workers: Slots,
+    /// One at a time; see `stage.rs`.
+    legacy_mounts: Slots,
 }
 
 /// What NodeGetVolumeStats tells.
@@ -70,7 +75,8 @@ impl Node {
             mountinfo: "/proc/self/mountinfo".into(),
             devices: "/dev".into(),
             folders,
-            workers: Slots { free: Mutex::new(MAX_DISK_WORKERS), freed: Condvar::new() },
+            workers: Slots::new(MAX_DISK_WORKERS),
+            legacy_mounts: Slots::new(1),
         }
     }
 
@@ -208,13 +214,19 @@ struct Slots {
 }
 
 impl Slots {
-    fn take(&self) -> Slot<'_> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        while *free == 0 {
-            free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
-        }
-        *free -= 1;
-        Slot(self)
+    const fn new(free: u32) -> Self {
+        Self { free: Mutex::new(free), freed: Condvar::new() }
+    }
+
+    fn take(&self) -> Result<Slot<'_>, Cause> {
+        self.take_within(SLOT_DEADLINE)
+    }
+
+    fn take_within(&self, deadline: Duration) -> Result<Slot<'_>, Cause> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut free, _) = self.freed.wait_timeout_while(free, deadline, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
+        *free = free.checked_sub(1).ok_or(Cause::Crowded { waited: deadline })?;
+        Ok(Slot(self))
     }
 }
 

@@ -204,7 +204,11 @@ fn code(cause: &Cause) -> Code {
         },
         Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } => Code::FailedPrecondition,
         Cause::Outside { .. } | Cause::Geometry(_) => Code::InvalidArgument,
-        Cause::NoDisk { .. } | Cause::SizeNotSeen { .. } | Cause::OtherDiskNow { .. } | Cause::StaysOffline { .. } => Code::Unavailable,
+        Cause::Crowded { .. }
+        | Cause::NoDisk { .. }
+        | Cause::SizeNotSeen { .. }
+        | Cause::OtherDiskNow { .. }
+        | Cause::StaysOffline { .. } => Code::Unavailable,
         Cause::Sys(_) | Cause::Mount(_) | Cause::Probe(_) | Cause::NotGrown { .. } | Cause::NoEnd { .. } => Code::Internal,
     }
 }

@@ -12,7 +12,7 @@ use crate::error::Cause;
 use crate::identity;
 use crate::plan::{self, Growth, Mount, Target};
 use crate::probe;
-use crate::request::Volume;
+use crate::request::{self, Volume};
 use crate::sys::block::Access;
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, Dev, mountinfo};
@@ -84,13 +84,41 @@ impl Node {
         })
     }
 
-    /// What is at a target path.
-    pub(super) fn look_target(&self, volume: &Volume, real: Option<&Path>, disks: &[Disk]) -> Result<Target, Cause> {
+    /// What is mounted from where, for the search of a legacy disk. For a filesystem volume a raw block volume's device node
+    /// counts too: that is another volume's, or this one's in another mode.
+    pub(super) fn in_use(&self, access: &request::Access) -> Result<Vec<(Dev, PathBuf)>, Cause> {
+        let mut used = self.mounted_devices()?;
+        if matches!(access, request::Access::Filesystem(_)) {
+            used.extend(self.shown_devices(rdev)?);
+        }
+        Ok(used)
+    }
+
+    /// The device nodes that are shown in kubelet's folders; `rdev` says whose a node is.
+    pub(super) fn shown_devices(&self, rdev: impl Fn(&Path) -> Result<Option<Dev>, sys::Error>) -> Result<Vec<(Dev, PathBuf)>, sys::Error> {
+        let mut shown = Vec::new();
+        for mount in self.mounts()?.into_iter().filter(|mount| is_of_devices(mount) && self.is_inside(&mount.point)) {
+            shown.extend(rdev(&mount.point)?.map(|dev| (dev, mount.point)));
+        }
+        Ok(shown)
+    }
+
+    /// What is at a target path. `is_it`: whether a disk that may be this volume's is the very one that is meant.
+    pub(super) fn look_target(
+        &self,
+        volume: &Volume,
+        real: Option<&Path>,
+        disks: &[Disk],
+        is_it: impl Fn(&Disk) -> bool,
+    ) -> Result<Target, Cause> {
         let Some(real) = real else { return Ok(Target::Absent) };
         let mounts = self.mounts()?;
         let Some(mount) = mountinfo::at(&mounts, real) else { return Ok(unmounted(real)?) };
         let dev = if is_of_devices(mount) { rdev(real)?.unwrap_or(mount.dev) } else { mount.dev };
         Ok(match self.owner(volume, dev, disks)? {
+            Owner::Ours(disk) if !is_it(&disk) => {
+                Target::Other(format!("{} is shown there, which is not the disk that is to be shown", identity::name(&disk)))
+            }
             Owner::Ours(_) => Target::Shows { read_only: mount.read_only },
             Owner::Gone => Target::ShowsGone,
             Owner::Stranger(why) => Target::Other(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
@@ -155,6 +183,18 @@ impl Room {
             Some(left) if tried && left < u64::from(self.blocks_per_group) => Growth::Tried,
             Some(_) => Growth::Room,
         }
+    }
+}
+
+/// For a disk that shows the volume, but is not the one that the publish context describes.
+pub(super) fn not_named(disk: &Disk, want: &identity::Want) -> String {
+    if want.serial_promised {
+        format!("{} without the serial {} that the publish context promises", disk.name, want.serial)
+    } else {
+        format!(
+            "{}, which is not in the slot that the publish context names: an older attachment's; unstage it first",
+            identity::name(disk)
+        )
     }
 }
 

@@ -41,7 +41,6 @@ impl Node {
     fn look_publish(&self, want: &PublishRequest) -> Result<(PublishSeen, Option<Disk>), Cause> {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.target)?;
-        let target = self.look_target(&want.volume, real.as_deref(), &disks)?;
         let (source, disk, staging) = match &want.source {
             PublishSource::Staging(staging) => {
                 let staging = self.real(staging)?;
@@ -57,6 +56,11 @@ impl Node {
                 (Source::Device(disk.as_ref().map_or(plan::Disk::NotYet, usable)), disk, None)
             }
         };
+        let target = self.look_target(&want.volume, real.as_deref(), &disks, |shown| match (&want.source, &disk) {
+            (PublishSource::Device(wanted), _) => identity::fits(wanted, shown),
+            (PublishSource::Staging(_), Some(staged)) => shown.dev == staged.dev,
+            (PublishSource::Staging(_), None) => true,
+        })?;
         let not: Vec<&Path> = real.iter().chain(&staging).map(PathBuf::as_path).collect();
         let other_targets = match &disk {
             Some(disk) if want.single_target => self.look_other_targets(disk, &not)?,
@@ -97,7 +101,7 @@ impl Node {
         for _ in 0..MAX_TURNS {
             let looked = || -> Result<_, Cause> {
                 let real = self.real(&want.target)?;
-                self.look_target(&want.volume, real.as_deref(), &scsi::scan(&self.sysfs)?)
+                self.look_target(&want.volume, real.as_deref(), &scsi::scan(&self.sysfs)?, |_| true)
             };
             let seen = looked().at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_unpublish_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use rustix::io::Errno;
 
 use super::expand::grow;
-use super::look::{Room, is_empty_folder, usable};
+use super::look::{Room, is_empty_folder, not_named, usable};
 use super::publish::make_folder;
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
 use crate::error::{AtStep, Cause, Error};
@@ -63,18 +63,15 @@ impl Node {
         let (mut mount, from) = self.look_staging(&want.volume, real.as_deref(), &disks)?;
         let mut room = None;
         let disk = match &from {
-            Some((disk, _)) if want.disk.serial_promised && disk.serial.as_deref() != Some(&want.disk.serial) => {
-                mount = plan::Mount::Stranger(format!(
-                    "{} without the serial {} that the publish context promises",
-                    disk.name, want.disk.serial
-                ));
+            Some((disk, _)) if !identity::fits(&want.disk, disk) => {
+                mount = plan::Mount::Stranger(not_named(disk, &want.disk));
                 None
             }
             Some((disk, mounted)) => {
                 room = self.look_room(disk, mounted)?;
                 Some(disk.clone())
             }
-            None => match identity::find(&want.disk, &disks, &self.mounted_devices()?)? {
+            None => match identity::find(&want.disk, &disks, &self.in_use(&want.access)?)? {
                 Found::Disk(disk) => Some(disk.clone()),
                 Found::NotYet(_) => None,
             },
@@ -95,7 +92,7 @@ impl Node {
             StageStep::FindDisk => self.await_disk(&want.disk).map(|_| ()),
             StageStep::SetRunning => self.set_running(disk()?),
             StageStep::Probe => {
-                let _one_of_few = self.workers.take();
+                let _one_of_few = self.workers.take()?;
                 let device = self.open_new(disk()?, block::Access::Shared)?;
                 memory.surface = probe::probe(&device, &want.volume, want.zeroed)?;
                 Ok(())
@@ -127,7 +124,7 @@ impl Node {
 
     /// The only place that destroys anything. The disk is probed once more when nobody else can hold it.
     fn make_filesystem(&self, want: &StageRequest, disk: &Disk, options: FormatOptions, unfinished: bool) -> Result<(), Cause> {
-        let _one_of_few = self.workers.take();
+        let _one_of_few = self.workers.take()?;
         let device = self.open(disk, block::Access::Exclusive)?;
         let expected = if unfinished { Surface::Unfinished } else { Surface::Blank };
         let surface = probe::probe(&device, &want.volume, want.zeroed)?;
@@ -142,6 +139,16 @@ impl Node {
         let Access::Filesystem(options) = &want.access else { return Ok(()) };
         let options = if disk.read_only { options.clone().read_only() } else { options.clone() };
         make_folder(&want.staging)?;
+        // Two volumes may claim one legacy disk (stale attachments). So those are mounted one after the other, each after a
+        // look whether another volume has come first.
+        let is_legacy = disk.serial.as_deref() != Some(&want.disk.serial);
+        let _alone = if is_legacy { Some(self.legacy_mounts.take()?) } else { None };
+        if is_legacy {
+            match identity::find(&want.disk, &scsi::scan(&self.sysfs)?, &self.in_use(&want.access)?)? {
+                Found::Disk(now) if now.dev == disk.dev => (),
+                Found::Disk(_) | Found::NotYet(_) => return Err(Cause::OtherDiskNow { disk: identity::name(disk) }),
+            }
+        }
         // Held open, so that the name stays this disk's until the mount holds it.
         let device = self.open(disk, block::Access::Shared)?;
         mount::filesystem("ext4", device.path(), &want.staging, &options)?;
