@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::sys::Dev;
-use crate::sys::scsi::{Disk, State};
+use crate::sys::scsi::{Disk, State, UNREADABLE_SERIAL};
 
 /// Serials that are ours begin so.
 const OUR_SERIALS: &str = "csi-";
@@ -178,7 +178,8 @@ pub fn is_of_this_driver(disk: &Disk) -> bool {
 }
 
 fn other_volume<'a>(serial: &str, disk: &'a Disk) -> Option<&'a str> {
-    disk.serial.as_deref().filter(|given| given.starts_with(OUR_SERIALS) && *given != serial)
+    let may_be_ours = |given: &&str| given.starts_with(OUR_SERIALS) || *given == UNREADABLE_SERIAL;
+    disk.serial.as_deref().filter(may_be_ours).filter(|given| *given != serial)
 }
 
 /// As the reference driver attaches: the WWN that its own LUN has, or no WWN and QEMU's name of that slot.

@@ -147,8 +147,10 @@ impl Node {
     /// gives its number to no other disk, so what is said of it stays true.
     fn open(&self, disk: &Disk, access: Access) -> Result<Device, Cause> {
         let device = Device::open(&self.node_of(disk), disk.dev, access)?;
-        let same = scsi::disk(&self.sysfs, disk.address)?
-            .is_some_and(|now| (&now.serial, &now.wwid, now.dev, &now.name) == (&disk.serial, &disk.wwid, disk.dev, &disk.name));
+        let said = |disk: &Disk| {
+            (disk.serial.clone(), disk.wwid.clone(), disk.designators.clone(), disk.vendor.clone(), disk.dev, disk.name.clone())
+        };
+        let same = scsi::disk(&self.sysfs, disk.address)?.is_some_and(|now| said(&now) == said(disk));
         if same { Ok(device) } else { Err(Cause::OtherDiskNow { disk: identity::name(disk) }) }
     }
 
@@ -180,10 +182,24 @@ impl Node {
     fn real(&self, path: &Path) -> Result<Option<PathBuf>, Cause> {
         let real = match sys::mount::real(path) {
             Ok(real) => real,
-            Err(error) if error.errno == Errno::NOENT => return Ok(None),
+            Err(error) if error.errno == Errno::NOENT => return self.real_below(path).map(|()| None),
             Err(error) => return Err(error.into()),
         };
         if self.is_inside(&real) { Ok(Some(real)) } else { Err(Cause::Outside { real }) }
+    }
+
+    /// For a path whose folder is not there, and would be made: what is there of it must not lead outside either.
+    fn real_below(&self, path: &Path) -> Result<(), Cause> {
+        let ours = |folder: &&Path| self.folders.contain(folder);
+        for folder in path.ancestors().skip(1).take_while(ours) {
+            match std::fs::canonicalize(folder) {
+                Ok(real) if self.is_inside(&real) => return Ok(()),
+                Ok(real) => return Err(Cause::Outside { real }),
+                Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => (),
+                Err(cause) => return Err(sys::Error::io("realpath", folder)(cause).into()),
+            }
+        }
+        Ok(())
     }
 
     /// Whether a real path lies in kubelet's folders. Such a folder may itself be a link (`/var/lib/kubelet` → `/data/kubelet`).

@@ -199,6 +199,7 @@ fn code(cause: &Cause) -> Code {
             | plan::Refusal::NeverFinish { .. }
             | plan::Refusal::ReadOnlyBlank
             | plan::Refusal::NotStaged
+            | plan::Refusal::NoGrowing { .. }
             | plan::Refusal::TargetTaken { .. }
             | plan::Refusal::SecondTarget { .. } => Code::FailedPrecondition,
         },

@@ -47,6 +47,10 @@ impl Node {
         Ok(match self.look_shown(&want.volume, &want.path)? {
             ShownAt::Nothing(what) => (ExpandSeen { shown: Shown::NotOurs(what), size_bytes: 0 }, None, None),
             ShownAt::Device(disk) => (ExpandSeen { shown: Shown::Device, size_bytes: disk.size_bytes }, Some(disk), None),
+            // OK would mean that the pod has the room.
+            ShownAt::Filesystem(_, mount) if mount.fstype != "ext4" => {
+                return Err(plan::Refusal::NoGrowing { fstype: mount.fstype }.into());
+            }
             ShownAt::Filesystem(disk, mount) => {
                 let room = self.look_room(&disk, &mount)?;
                 let growth = room.map_or(Growth::Full, |room| room.growth(tried));

@@ -41,11 +41,12 @@ impl Node {
     fn look_publish(&self, want: &PublishRequest) -> Result<(PublishSeen, Option<Disk>), Cause> {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.target)?;
-        let (source, disk, staging) = match &want.source {
+        let (source, disk, staging, is_source_read_only) = match &want.source {
             PublishSource::Staging(staging) => {
                 let staging = self.real(staging)?;
                 let (mount, from) = self.look_staging(&want.volume, staging.as_deref(), &disks)?;
-                (Source::Staged(mount), from.map(|(disk, _)| disk), staging)
+                let is_read_only = from.as_ref().is_some_and(|(_, mounted)| mounted.read_only);
+                (Source::Staged(mount), from.map(|(disk, _)| disk), staging, is_read_only)
             }
             PublishSource::Device(wanted) => {
                 // A legacy disk that is published already shows up as "in use" only where a filesystem is on it.
@@ -53,7 +54,7 @@ impl Node {
                     Found::NotYet(_) => None,
                     Found::Disk(disk) => Some(disk.clone()),
                 };
-                (Source::Device(disk.as_ref().map_or(plan::Disk::NotYet, usable)), disk, None)
+                (Source::Device(disk.as_ref().map_or(plan::Disk::NotYet, usable)), disk, None, false)
             }
         };
         let target = self.look_target(&want.volume, real.as_deref(), &disks, |shown| match (&want.source, &disk) {
@@ -66,7 +67,7 @@ impl Node {
             Some(disk) if want.single_target => self.look_other_targets(disk, &not)?,
             _ => Vec::new(),
         };
-        Ok((PublishSeen { source, target, other_targets }, disk))
+        Ok((PublishSeen { source, is_source_read_only, target, other_targets }, disk))
     }
 
     fn perform_publish(&self, want: &PublishRequest, step: PublishStep, disk: Option<&Disk>) -> Result<(), Cause> {

@@ -213,7 +213,12 @@ impl Node {
     /// mount of it lives in any mount namespace, and a filesystem is written out only when its last mount goes.
     fn is_held(&self, disk: &Disk) -> Result<Option<String>, Cause> {
         match self.open(disk, block::Access::ExclusiveRead) {
-            Ok(_) => Ok(None),
+            // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
+            Ok(_) if disk.read_only => Ok(None),
+            Ok(device) => match device.flush() {
+                Err(error) if !matches!(error.errno, Errno::NXIO | Errno::NODEV) => Err(error.into()),
+                Ok(()) | Err(_) => Ok(None),
+            },
             Err(Cause::OtherDiskNow { .. }) => Ok(None),
             Err(Cause::Sys(error)) if error.errno == Errno::BUSY => {
                 let holders = scsi::holders(&self.sysfs, &disk.name)?;

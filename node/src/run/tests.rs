@@ -116,7 +116,12 @@ fn a_path_that_leads_outside_is_refused() {
     let bench = Bench::new(&[]);
     symlink("/etc", bench.path("out")).unwrap();
     assert_eq!(bench.node.real(&bench.path("out/x")), Err(Cause::Outside { real: "/etc/x".into() }));
+    for absent in ["out/no/x", "out/no/such/folder"] {
+        assert_eq!(bench.node.real(&bench.path(absent)), Err(Cause::Outside { real: "/etc".into() }), "it would be made there");
+    }
+    assert_eq!(bench.node.real(&bench.path("no/such/folder")), Ok(None));
     fs::create_dir(bench.path("in")).unwrap();
+    assert_eq!(bench.node.real(&bench.path("in/no/x")), Ok(None));
     symlink(bench.path("in"), bench.path("link")).unwrap();
     assert_eq!(bench.node.real(&bench.path("link/x")), Ok(Some(bench.path("in/x"))));
 }
@@ -259,4 +264,12 @@ fn a_place_that_stays_taken_is_waited_for_no_longer_than_said() {
     assert!(matches!(slots.take_within(Duration::ZERO), Err(Cause::Crowded { .. })));
     drop(held);
     assert!(slots.take_within(Duration::ZERO).is_ok());
+}
+
+#[test]
+fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
+    let bench = Bench::new(&[("8:0", "shown", "xfs")]);
+    bench.plug(&ours());
+    let error = bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }).unwrap_err();
+    assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::NoGrowing { .. })), "{error}");
 }
