@@ -3,7 +3,7 @@
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::look::usable;
+use super::look::{ShownAt, usable};
 use super::{MAX_TURNS, Node, failed, kill_point};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
@@ -111,6 +111,10 @@ impl Node {
             let target = &want.target;
             match step {
                 UnpublishStep::Unmount => {
+                    // Unstage cannot find a legacy disk again that only a device node shows.
+                    if let ShownAt::Device(disk) = self.look_shown(&want.volume, target).at(DOING, &want.volume, "look")? {
+                        self.write_out(&disk).at(DOING, &want.volume, "write out")?;
+                    }
                     mount::take_away(target).at(DOING, &want.volume, "unmount")?;
                     proto::info!("{DOING} {}: unmounted {}", want.volume, target.display());
                 }

@@ -214,18 +214,14 @@ impl Node {
     fn is_held(&self, disk: &Disk) -> Result<Option<String>, Cause> {
         match self.open(disk, block::Access::ExclusiveRead) {
             // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
-            Ok(_) if disk.read_only => Ok(None),
-            Ok(device) => match device.flush() {
-                Err(error) if !matches!(error.errno, Errno::NXIO | Errno::NODEV) => Err(error.into()),
-                Ok(()) | Err(_) => Ok(None),
-            },
+            Ok(_) => self.write_out(disk).map(|()| None),
             Err(Cause::OtherDiskNow { .. }) => Ok(None),
             Err(Cause::Sys(error)) if error.errno == Errno::BUSY => {
                 let holders = scsi::holders(&self.sysfs, &disk.name)?;
                 if !holders.is_empty() {
                     // The guest's own LVM or md sits on what a raw block volume holds: no data of a pod is in it.
                     proto::warn!("{} is held by {}", identity::name(disk), holders.join(", "));
-                    return Ok(None);
+                    return self.write_out(disk).map(|()| None);
                 }
                 let at: Vec<PathBuf> = self.mounted_devices()?.into_iter().filter(|(dev, _)| *dev == disk.dev).map(|(_, at)| at).collect();
                 Ok(Some(match at.first() {
@@ -236,6 +232,18 @@ impl Node {
             // The disk is gone, or takes no I/O: nothing can be lost by detaching it.
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(None),
             Err(cause) => Err(cause),
+        }
+    }
+
+    /// What was written to the disk itself, not through a filesystem, reaches it. A disk that is gone has lost it.
+    pub(super) fn write_out(&self, disk: &Disk) -> Result<(), Cause> {
+        if disk.read_only {
+            return Ok(());
+        }
+        match self.open(disk, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
+            Err(Cause::OtherDiskNow { .. }) => Ok(()),
+            Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
+            done => done,
         }
     }
 
