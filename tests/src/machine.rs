@@ -31,7 +31,7 @@ pub struct PluggedDrive {
 
 /// A running virtual machine. Calls block; the simulator makes them from a blocking thread. An error is QEMU's own text.
 pub trait Machine: Send + Sync + std::fmt::Debug {
-    /// Hot-plugs a drive, in the sequence of `reference/qemu-guest.md`.
+    /// Hot-plugs a drive, in Proxmox's own sequence.
     fn plug(&self, drive: &PluggedDrive) -> Result<(), String>;
     /// Takes a drive out (surprise removal, as Proxmox does it).
     fn unplug(&self, index: u8) -> Result<(), String>;

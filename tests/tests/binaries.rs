@@ -173,8 +173,8 @@ async fn idle_binaries_are_small_and_end_at_sigterm() {
     }
 }
 
-/// The argument lists of the reference driver's chart 0.5.9, its plain manifests and its Talos manifest
-/// (reference-driver.md §4.3, §7), and each flag in each form that Go's flag package takes.
+/// The argument lists of the reference driver's chart 0.5.9, its plain manifests and its Talos manifest, and each flag in each
+/// form that Go's flag package takes.
 #[tokio::test]
 async fn command_lines_of_the_reference_drivers_manifests_work() {
     let lines = [

@@ -1,4 +1,4 @@
-//! Who asks, and what they may: tokens, tickets, roles and the ACL (`reference/proxmox-api.md` §2).
+//! Who asks, and what they may: tokens, tickets, roles and the ACL.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

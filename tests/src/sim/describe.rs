@@ -140,7 +140,7 @@ pub struct Acl {
 pub const STANDARD_SECRET: &str = "c5100000-0000-4000-8000-00000000c510";
 /// The password of `csi@pve` in the standard description.
 pub const STANDARD_PASSWORD: &str = "csi-password";
-/// What the driver's role holds (`reference/proxmox-api.md` §16).
+/// What the driver's role holds.
 pub const CSI_PRIVILEGES: [&str; 6] =
     ["VM.Audit", "VM.Config.Disk", "Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit", "Sys.Audit"];
 

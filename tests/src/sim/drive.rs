@@ -1,4 +1,4 @@
-//! The grammar of a drive line, `[file=]VOLID[,key=value…]`, checked as Proxmox's schema does (`reference/proxmox-api.md` §11).
+//! The grammar of a drive line, `[file=]VOLID[,key=value…]`, checked as Proxmox's schema does.
 
 use std::collections::BTreeMap;
 

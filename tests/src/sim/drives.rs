@@ -1,4 +1,4 @@
-//! PUT resize: every check is the task's (`reference/proxmox-api.md` §14).
+//! PUT resize: every check is the task's.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What QEMU really has: plugging, unplugging, and all that can go wrong there (`reference/proxmox-api.md` §12.1).
+//! What QEMU really has: plugging, unplugging, and all that can go wrong there.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

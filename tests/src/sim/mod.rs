@@ -1,6 +1,6 @@
 //! The Proxmox VE simulator: a cluster's API over HTTP or HTTPS, in one process.
 //!
-//! It knows nothing of our client. It behaves as `reference/proxmox-api.md` says and as the recordings in `tests/transcripts/` show
+//! It knows nothing of our client. It behaves as the sources of Proxmox VE say and as the recordings in `tests/transcripts/` show
 //! (`tests/transcripts.rs` plays them all against it). Images are real files; plugging calls the [`crate::machine::Machine`] of the VM,
 //! where one is registered. Time is virtual unless asked otherwise: waits of 3, 10 and 30 seconds happen, and cost nothing.
 //!

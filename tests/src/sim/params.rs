@@ -1,4 +1,4 @@
-//! Parameters of a request: decoded, and checked against an endpoint's schema with Proxmox's texts (`reference/proxmox-api.md` §1, §3).
+//! Parameters of a request: decoded, and checked against an endpoint's schema with Proxmox's texts.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! From a request to an answer, with the checks in Proxmox's order (`reference/proxmox-api.md` §2.4):
+//! From a request to an answer, with the checks in Proxmox's order:
 //! 401, URI lookup, conflicting parameters, token allowed, static permission, the other node, pvedaemon, schema, handler.
 
 use std::sync::{Arc, Mutex, PoisonError};

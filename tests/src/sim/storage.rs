@@ -1,4 +1,4 @@
-//! Storages: what a plugin calls its volumes, how it rounds, and its words when something is wrong (`reference/proxmox-api.md` §8, §9).
+//! Storages: what a plugin calls its volumes, how it rounds, and its words when something is wrong.
 //!
 //! Every volume is a real sparse file below the simulator's root folder, so that a QEMU can open it.
 

@@ -1,4 +1,4 @@
-//! Tasks: UPID, log, exit status (`reference/proxmox-api.md` §5).
+//! Tasks: UPID, log, exit status.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};

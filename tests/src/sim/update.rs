@@ -1,5 +1,5 @@
 //! PUT and POST config: checks before the fork, then, under the VM's flock, everything to [PENDING] first, and from there by hotplug or
-//! at once into the config (`reference/proxmox-api.md` §10, §12).
+//! at once into the config.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

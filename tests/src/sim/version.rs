@@ -1,4 +1,4 @@
-//! What differs between the Proxmox VE releases that can be simulated (`reference/proxmox-api.md` §18).
+//! What differs between the Proxmox VE releases that can be simulated.
 
 use std::fmt;
 use std::str::FromStr;

@@ -9,8 +9,9 @@ use disk::{Format, Mark, Write};
 use crate::image::Image;
 use crate::judges::{Chance, Scratch, differing_units, run, seed};
 
-/// Sizes and options per run.
+/// Sizes and options per run, and per long run (`scripts/test --long`).
 const CASES: u64 = 320;
+const LONG_CASES: u64 = 10 * CASES;
 /// Of these, every so many are also given to e2fsck.
 const CASES_PER_CHECK: u64 = 20;
 /// The version whose bytes we write.
@@ -168,7 +169,8 @@ impl Judge {
 fn judge_ext4_of_random_sizes_and_options_is_the_machines_mke2fs() {
     let judge = Judge::of_this_machine();
     let seed = seed();
-    let (next, wrong) = (Mutex::new(0..CASES), Mutex::new(Vec::new()));
+    let cases = if std::env::var_os("PROXMOX_CSI_LONG").is_some() { LONG_CASES } else { CASES };
+    let (next, wrong) = (Mutex::new(0..cases), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from).min(8) {
             scope.spawn(|| {
@@ -183,7 +185,7 @@ fn judge_ext4_of_random_sizes_and_options_is_the_machines_mke2fs() {
         }
     });
     let wrong = wrong.into_inner().unwrap();
-    assert!(wrong.is_empty(), "PROXMOX_CSI_SEED={seed}: {} of {CASES}:\n{}", wrong.len(), wrong.concat());
+    assert!(wrong.is_empty(), "PROXMOX_CSI_SEED={seed}: {} of {cases}:\n{}", wrong.len(), wrong.concat());
 }
 
 /// Each found by chance, once.
