@@ -3,6 +3,8 @@
 //! Every call runs in a task of its own: when a sidecar gives up, the work goes on to a known end, and the guard is held
 //! until then.
 
+#![warn(clippy::wildcard_enum_match_arm)]
+
 use std::collections::HashSet;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -33,7 +33,7 @@ const FLAGS: &[Flag] = &[
     Flag::value("zone", Some("ZONE")),
     Flag::value("kubelet-dir", Some("KUBELET_DIR")),
     Flag::value("kubeconfig", Some("KUBECONFIG")),
-    Flag::value("master", None),
+    Flag::value("master", Some("MASTER")),
     Flag::value("v", Some("LOG_LEVEL")).called("verbosity"),
     Flag::switch("version"),
 ];

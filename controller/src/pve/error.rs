@@ -273,8 +273,8 @@ mod tests {
 
     type Row = (u32, Option<u16>, &'static str, &'static [(&'static str, &'static str)], Meaning);
 
-    /// The error table of the reference notes (proxmox-api.md §17), by its numbers: HTTP status (none: a task's exit status),
-    /// text, errors by parameter.
+    /// What the daemons of Proxmox VE 8.2 to 9.2 say, numbered: HTTP status (none: a task's exit status), text, errors by
+    /// parameter. Those that the recordings in tests/tests/transcripts/ hold are as recorded, the others as in the sources.
     const KNOWN: &[Row] = &[
         (1, Some(401), "No ticket", &[], Meaning::Unauthenticated),
         (2, Some(401), "Authentication failed!", &[], Meaning::Unauthenticated),

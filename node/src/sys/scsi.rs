@@ -1,6 +1,6 @@
 //! SCSI disks as sysfs shows them: found by what they say of themselves, never by their names.
 //!
-//! `sdX` and host numbers are given out again and in any order (reference: qemu-guest.md), and udev's links may be late or
+//! `sdX` and host numbers are given out again and in any order, and udev's links may be late or
 //! absent. Every function takes the root of sysfs, so that a test can give it a folder.
 
 use std::fmt;
