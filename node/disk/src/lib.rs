@@ -11,6 +11,7 @@
 mod bytes;
 pub mod ext4;
 pub mod mark;
+pub mod xfs;
 
 pub use mark::{Format, Mark};
 
