@@ -179,28 +179,42 @@ pub(super) fn agfl(g: &Geometry, uuid: &[u8; 16], group: u32, free: &FreeSpace) 
     agfl.sealed(32)
 }
 
+/// A B-tree with all its records in its root: how many of them count, and their bytes.
+struct Tree {
+    magic: &'static [u8; 4],
+    count: usize,
+    records: Vec<u8>,
+}
+
 /// The five B-tree roots of a group, one block each, in the order of their blocks.
 pub(super) fn roots(g: &Geometry, uuid: &[u8; 16], group: u32, free: &FreeSpace) -> Vec<u8> {
-    let by_block: Vec<Vec<u8>> = free.extents.iter().map(extent_record).collect();
-    let mut sorted = free.extents.clone();
-    sorted.sort_by_key(|extent| (extent.length, extent.start));
-    let by_size = sorted.iter().map(extent_record).collect();
-    let inodes = if group == 0 { vec![chunk_record(g.root_inode())] } else { Vec::new() };
-    let trees = [(b"AB3B", by_block), (b"AB3C", by_size), (b"IAB3", inodes.clone()), (b"FIB3", inodes), (b"R3FC", Vec::new())];
-    (g.header_blocks()..).zip(trees).flat_map(|(block, (magic, records))| root(g, uuid, group, block, magic, &records)).collect()
+    let of_extents = |magic, extents: &[Extent]| {
+        let records = extents.iter().chain(&free.ghost).flat_map(|extent| [extent.start, extent.length]).flat_map(u32::to_be_bytes);
+        Tree { magic, count: extents.len(), records: records.collect() }
+    };
+    let of_inodes = |magic| match group {
+        0 => Tree { magic, count: 1, records: chunk_record(g.root_inode()) },
+        _ => Tree { magic, count: 0, records: Vec::new() },
+    };
+    let mut by_size = free.extents.clone();
+    by_size.sort_by_key(|extent| (extent.length, extent.start));
+    let trees = [
+        of_extents(b"AB3B", &free.extents),
+        of_extents(b"AB3C", &by_size),
+        of_inodes(b"IAB3"),
+        of_inodes(b"FIB3"),
+        Tree { magic: b"R3FC", count: 0, records: Vec::new() },
+    ];
+    (g.header_blocks()..).zip(trees).flat_map(|(block, tree)| root(g, uuid, group, block, &tree)).collect()
 }
 
-fn root(g: &Geometry, uuid: &[u8; 16], group: u32, block: u32, magic: &[u8; 4], records: &[Vec<u8>]) -> Vec<u8> {
+fn root(g: &Geometry, uuid: &[u8; 16], group: u32, block: u32, tree: &Tree) -> Vec<u8> {
     let offset_bytes = g.group_offset_bytes(group) + u64::from(block) * u64::from(g.block_size);
-    let numrecs = u16::try_from(records.len()).unwrap_or(u16::MAX);
+    let count = u16::try_from(tree.count).unwrap_or(u16::MAX);
     let mut root = Image::new(g.block_size);
-    root.put(0, magic).u16(6, numrecs).u32(8, NULL).u32(12, NULL).u64(16, offset_bytes / 512).put(32, uuid).u32(48, group);
-    root.put(56, &records.concat());
+    root.put(0, tree.magic).u16(6, count).u32(8, NULL).u32(12, NULL).u64(16, offset_bytes / 512).put(32, uuid).u32(48, group);
+    root.put(56, &tree.records);
     root.sealed(52)
-}
-
-fn extent_record(extent: &Extent) -> Vec<u8> {
-    [extent.start.to_be_bytes(), extent.length.to_be_bytes()].concat()
 }
 
 /// The first chunk: all 64 inodes there (no holes), the first three in use.
