@@ -102,13 +102,17 @@ pub fn load(path: &Path) -> Result<(Config, Vec<PathBuf>), Refusal> {
         let mut resolve = |key: &str, source: Source| match source {
             Source::Inline(secret) => Ok(secret),
             Source::File(file) => {
-                let secret = read_bounded(&file).map_err(|why| format!("region {region:?}: {key} {}: {why}", file.display()))?;
+                // What is no path may be the secret itself, pasted under the wrong key: it is not shown.
+                let shown = if file.is_absolute() { file.display().to_string() } else { "(no absolute path)".into() };
+                let wrong = |why: &str| format!("config file {}: region {region:?}: {key} {shown} {why}", path.display());
+                let secret = read_bounded(&file).map_err(|why| wrong(&why))?;
                 let secret = secret.trim();
                 if secret.is_empty() || secret.contains(char::is_whitespace) {
-                    return Err(format!("region {region:?}: {key} {} should hold one word", file.display()));
+                    return Err(wrong("should hold one word"));
                 }
+                let secret = Secret::new(secret.into());
                 files.push(file);
-                Ok(Secret::new(secret.into()))
+                Ok(secret)
             }
         };
         let credentials = match cluster.credentials {

@@ -4,7 +4,6 @@ use proto::VolumeHandle;
 
 use super::Controller;
 use super::evidence::Depth;
-use super::region::{EVIDENCE_AGE, ago};
 use crate::error::Error;
 use crate::pve::Meaning;
 
@@ -25,7 +24,7 @@ impl Controller {
             proto::warn!("{step}: Proxmox node {} is not in the cluster; the volume went with it", handle.zone);
             return Ok(());
         };
-        let references = region.references(handle, ago(EVIDENCE_AGE), None, Depth::Snapshots).await.map_err(|error| error.during(&step))?;
+        let references = region.references_before_refusal(handle, None, Depth::Snapshots).await.map_err(|error| error.during(&step))?;
         if !references.is_empty() {
             let all: Vec<String> = references.iter().map(ToString::to_string).collect();
             return Err(Error::precondition(format!("{step}: refused while in use: {}", all.join("; "))));

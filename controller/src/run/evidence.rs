@@ -85,6 +85,19 @@ impl fmt::Display for Reference {
     }
 }
 
+/// Why a VM was not read.
+enum Unread {
+    /// It is not on that node.
+    Gone,
+    Failed(Error),
+}
+
+impl From<pve::Error> for Unread {
+    fn from(error: pve::Error) -> Self {
+        if error.meaning() == Meaning::NoSuchVm { Self::Gone } else { Self::Failed(error.into()) }
+    }
+}
+
 impl Region {
     /// Whether VMs of other nodes could hold the volume, too.
     ///
@@ -125,6 +138,21 @@ impl Region {
         }
         found.sort_by(|a, b| (a.vmid, &a.key).cmp(&(b.vmid, &b.key)));
         Ok(found)
+    }
+
+    /// The references as of the last minute; read again where one would be a reason to refuse: it may be gone by now.
+    ///
+    /// # Errors
+    /// As [`Region::references`].
+    pub(crate) async fn references_before_refusal(
+        self: &Arc<Self>,
+        handle: &VolumeHandle,
+        except: Option<u32>,
+        depth: Depth,
+    ) -> Result<Vec<Reference>, Error> {
+        let references = self.references(handle, ago(EVIDENCE_AGE), except, depth).await?;
+        let refuses = |one: &Reference| depth == Depth::Snapshots || one.holds();
+        if references.iter().any(refuses) { self.references(handle, Instant::now(), except, depth).await } else { Ok(references) }
     }
 
     /// VMID → host and state.
@@ -191,22 +219,35 @@ impl Region {
         if resources.hosts.get(host).is_some_and(|status| status == "offline") {
             return self.read_of_dead_host(vmid, host).await.map(Some);
         }
-        let (mut host, mut state) = (host.to_string(), state);
-        let mut known = match self.config(&host, vmid, since).await {
-            Err(error) if error.meaning() == Meaning::NoSuchVm => {
-                let resources = self.resources(Instant::now()).await?;
-                let Some(vm) = resources.vms.get(&vmid) else {
-                    self.forget(vmid);
-                    return Ok(None);
-                };
-                host.clone_from(&vm.host);
-                state = VmState { running: true, ..VmState::default() };
-                self.config(&host, vmid, since).await?
-            }
-            read => read?,
+        match self.read_at(vmid, host, state, since, depth).await {
+            Err(Unread::Gone) => (),
+            Err(Unread::Failed(error)) => return Err(error),
+            Ok(read) => return Ok(Some(read)),
+        }
+        // Moved, or destroyed, since the cluster was read.
+        let Some(vm) = self.resources(Instant::now()).await?.vms.get(&vmid).cloned() else {
+            self.forget(vmid);
+            return Ok(None);
         };
+        let state = VmState { running: true, ..VmState::default() };
+        match self.read_at(vmid, &vm.host, state, since, depth).await {
+            Err(Unread::Gone) => Err(Error::unavailable("it is moving; repeated")),
+            Err(Unread::Failed(error)) => Err(error),
+            Ok(read) => Ok(Some(read)),
+        }
+    }
+
+    async fn read_at(
+        self: &Arc<Self>,
+        vmid: u32,
+        host: &str,
+        state: VmState,
+        since: Instant,
+        depth: Depth,
+    ) -> Result<(Known, VmState), Unread> {
+        let (mut state, mut known) = (state, self.config(host, vmid, since).await?);
         if depth == Depth::Config {
-            return Ok(Some((known, VmState::default())));
+            return Ok((known, VmState::default()));
         }
         let is_odd = |known: &Known, state: &VmState| {
             let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
@@ -214,21 +255,21 @@ impl Region {
         };
         if is_odd(&known, &state) {
             // The list and the config were read one after the other; what changed between them explains itself now.
-            state = self.state_now(&host, vmid).await?;
+            state = self.state_now(host, vmid).await?;
             if state.plugged.is_some() && is_odd(&known, &state) {
-                known = self.config(&host, vmid, Instant::now()).await?;
+                known = self.config(host, vmid, Instant::now()).await?;
             }
         }
         if state.plugged.is_none() {
-            return Err(Error::unavailable(
+            return Err(Unread::Failed(Error::unavailable(
                 "its QEMU does not answer (no blockstat), so that what is plugged is not known; look at the VM, or stop it",
-            ));
+            )));
         }
         self.remember(vmid, &mut known, &state).await;
         if depth == Depth::Snapshots {
             self.snapshots(&mut known, vmid).await?;
         }
-        Ok(Some((known, state)))
+        Ok((known, state))
     }
 
     /// A host that a quorate cluster calls offline cannot change its VMs: they count as last read.

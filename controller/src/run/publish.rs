@@ -8,7 +8,7 @@ use proto::{VolumeHandle, publish_context};
 
 use super::Controller;
 use super::evidence::{Depth, Reference};
-use super::region::{EVIDENCE_AGE, Known, Region, STATE_AGE, ago};
+use super::region::{Known, Region, STATE_AGE, ago};
 use super::unpublish::words;
 use crate::attach::{AttachStep, Seen, lun_of, next_attach, slot};
 use crate::error::Error;
@@ -126,7 +126,7 @@ impl Region {
     }
 
     async fn check_nobody_else(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Result<(), Error> {
-        let references = self.references(handle, ago(EVIDENCE_AGE), Some(vmid), Depth::Plugged).await?;
+        let references = self.references_before_refusal(handle, Some(vmid), Depth::Plugged).await?;
         if let Some(holder) = references.iter().find(|one| one.holds()) {
             return Err(held_elsewhere(holder));
         }
@@ -187,6 +187,7 @@ impl Region {
         match &state.plugged {
             Some(plugged) if plugged.contains(&key) => {
                 proto::info!("attach {} to VM {}: {key}", request.handle, vm.vmid);
+                self.note_held(vm.vmid, &key, &drive.volid).await;
                 return Ok(true);
             }
             None => return Err(words(&crate::attach::Refusal::QemuSilent, vm.vmid)),

@@ -248,6 +248,13 @@ impl Region {
         }
     }
 
+    /// Notes what we saw QEMU take.
+    pub(crate) async fn note_held(&self, vmid: u32, key: &str, volid: &str) {
+        if let Some(held) = self.vm(vmid).known.lock().await.as_mut() {
+            held.held.insert(key.into(), volid.into());
+        }
+    }
+
     /// The last reading of a VM, however old.
     pub(crate) async fn last_known(&self, vmid: u32) -> Option<Known> {
         self.vm(vmid).known.lock().await.clone()

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::time::Duration;
 
@@ -17,6 +17,9 @@ use crate::jobs::{Jobs, Program};
 /// One pass of reading, writing or hashing: big enough for a disk, small beside the guest's memory.
 const PIECE_BYTES: usize = 1 << 20;
 
+/// From our last reply to the harness closing the connection.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
 pub(crate) fn serve(stream: &TcpStream, jobs: &Jobs) {
     // A connection that closes without a request is the harness finding out whether we listen.
     let Ok((request, body)) = guest_init::receive::<Request>(&mut BufReader::new(stream)) else { return };
@@ -27,6 +30,10 @@ pub(crate) fn serve(stream: &TcpStream, jobs: &Jobs) {
     };
     let _ = guest_init::send(stream, reply, &body);
     if turn_off {
+        // Until the harness has closed: turned off at once, the reply would be lost on its way.
+        let _ = stream.set_read_timeout(Some(CLOSE_LIMIT));
+        let _ = stream.shutdown(Shutdown::Write);
+        let _ = std::io::copy(&mut { stream }, &mut std::io::sink());
         println!("{SUCCESS}");
         crate::turn_off();
     }

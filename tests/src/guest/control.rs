@@ -4,7 +4,7 @@ use std::io::BufReader;
 use std::net::TcpStream;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use guest_init::{Answer, Exit, Filesystem, Reply, Request, Stat};
 
 use super::Guest;
@@ -238,7 +238,8 @@ impl Guest {
 
     /// Turns the guest off and judges its verdict.
     pub fn power_off(&self) -> Result<()> {
-        ensure!(matches!(self.call(Request::PowerOff, &[])?, (Answer::Done, _)), "the guest did not agree to turn off");
-        self.console.verdict(CALL_LIMIT).with_context(|| format!("guest {}", self.name))
+        // The verdict judges: the reply itself may be lost when the machine is gone first.
+        let asked = self.call(Request::PowerOff, &[]);
+        self.console.verdict(CALL_LIMIT).with_context(|| format!("guest {}: turning off: {asked:?}", self.name))
     }
 }

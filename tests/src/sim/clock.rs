@@ -95,9 +95,9 @@ struct GateState {
     waiters: Vec<u64>,
 }
 
-/// Work is going on: the virtual clock stands still.
+/// Work is going on: the virtual clock stands still until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Busy(Clock);
+pub struct Busy(Clock);
 
 /// A held lock; released when dropped.
 #[derive(Debug)]
@@ -132,6 +132,12 @@ impl Clock {
     /// Lets virtual time pass while nothing waits for it (a ticket grows old).
     pub(crate) fn advance(&self, by: Duration) {
         guard(&self.0.state).now += by;
+    }
+
+    /// Nothing is worked on, and nothing waits for its time.
+    pub(crate) fn is_idle(&self) -> bool {
+        let state = guard(&self.0.state);
+        state.busy == 0 && state.waiting.is_empty()
     }
 
     pub(crate) fn busy(&self) -> Busy {

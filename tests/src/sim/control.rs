@@ -53,7 +53,7 @@ struct VmChange {
 }
 
 pub(crate) fn respond(cluster: &Cluster, method: &str, path: &str, body: &[u8]) -> Outcome {
-    let (status, data) = match act(&mut cluster.state(), method, path, body) {
+    let (status, data) = match act(cluster, method, path, body) {
         Ok(data) => (200, data),
         Err(text) => (400, json!({"error": text})),
     };
@@ -62,7 +62,9 @@ pub(crate) fn respond(cluster: &Cluster, method: &str, path: &str, body: &[u8]) 
     Outcome::Answer(Answer { status, reason, json: true, body, proxied: false, location: None })
 }
 
-fn act(state: &mut State, method: &str, path: &str, body: &[u8]) -> Result<Value, String> {
+fn act(cluster: &Cluster, method: &str, path: &str, body: &[u8]) -> Result<Value, String> {
+    let now = cluster.clock.elapsed();
+    let state = &mut *cluster.state();
     match (method, path) {
         ("GET", "/counters") => return Ok(json!(state.faults.counters())),
         ("GET", "/requests") => return Ok(json!(state.faults.log())),
@@ -79,7 +81,8 @@ fn act(state: &mut State, method: &str, path: &str, body: &[u8]) -> Result<Value
         },
         ("POST", "/node") => {
             let change: NodeChange = read(body)?;
-            state.nodes.get_mut(&change.name).ok_or("no such node")?.unreachable = change.unreachable;
+            state.nodes.get(&change.name).ok_or("no such node")?;
+            state.set_unreachable(&change.name, change.unreachable, now);
         }
         ("POST", "/vm") => change_vm(state, read(body)?)?,
         _ => return Err(format!("no control {method} {path}: see the head of tests/src/sim/control.rs")),

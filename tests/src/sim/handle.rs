@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::machine::Machine;
 
-use super::clock::{Clock, Held, Time};
+use super::clock::{Busy, Clock, Held, Time};
 use super::config::VmConfig;
 use super::describe::{Acl, Description, STANDARD_SECRET, Vm};
 use super::drive::{self, Drive};
@@ -23,6 +23,8 @@ use super::state::{Cluster, Latency, Plugged};
 use super::version::Version;
 use super::{hotplug, http, tls};
 
+/// In virtual time everything ends at once; what has not by then hangs.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// Numbers the root folders of one process.
 static STARTED: AtomicU32 = AtomicU32::new(0);
 
@@ -322,6 +324,14 @@ impl Simulator {
         self.change(vmid, |vm| vm.config.set_pending_delete(key, false));
     }
 
+    /// Forgets all that is pending.
+    pub fn drop_pending(&self, vmid: u32) {
+        self.change(vmid, |vm| {
+            vm.config.pending.clear();
+            vm.config.pending_delete.clear();
+        });
+    }
+
     /// The config's `lock:` property.
     pub fn set_lock(&self, vmid: u32, lock: Option<&str>) {
         self.set_config(vmid, "lock", lock);
@@ -331,6 +341,15 @@ impl Simulator {
     pub fn set_snapshot(&self, vmid: u32, name: &str, lines: &[(&str, &str)]) {
         let section = lines.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         self.change(vmid, |vm| drop(vm.config.snapshots.insert(name.to_owned(), section)));
+    }
+
+    /// A line of a snapshot section.
+    pub fn set_snapshot_line(&self, vmid: u32, name: &str, key: &str, value: &str) {
+        self.change(vmid, |vm| {
+            if let Some(section) = vm.config.snapshots.get_mut(name) {
+                section.insert(key.to_owned(), value.to_owned());
+            }
+        });
     }
 
     /// Forgets a snapshot section.
@@ -391,11 +410,10 @@ impl Simulator {
         self.change(vmid, |vm| vm.machine = Some(machine));
     }
 
-    /// `Some("595 No route to host")`, or reachable again.
+    /// `Some("595 No route to host")`, or reachable again. Its VMs are listed as last seen for five more minutes ([`Simulator::advance`]).
     pub fn set_node_unreachable(&self, node: &str, why: Option<&str>) {
-        if let Some(node) = self.cluster.state().nodes.get_mut(node) {
-            node.unreachable = why.map(str::to_owned);
-        }
+        let now = self.cluster.clock.elapsed();
+        self.cluster.state().set_unreachable(node, why.map(str::to_owned), now);
     }
 
     pub fn set_quorate(&self, quorate: bool) {
@@ -459,6 +477,22 @@ impl Simulator {
         let shared = self.cluster.state().storage(id).ok()?.shared;
         let key = if shared { format!("cfs-{id}") } else { format!("/var/lock/pve-manager/pve-storage-{id}") };
         self.cluster.clock.try_lock(&key, 1)
+    }
+
+    /// Virtual time stands still until this is dropped: what waits goes on waiting.
+    #[must_use]
+    pub fn freeze(&self) -> Busy {
+        self.cluster.clock.busy()
+    }
+
+    /// Waits until nothing goes on any more: tasks, and handlers whose client was told 596. False: it still does after 10 (real) seconds.
+    pub async fn settle(&self) -> bool {
+        let idle = async {
+            while !self.cluster.clock.is_idle() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(SETTLE_LIMIT, idle).await.is_ok()
     }
 
     /// Lets virtual time pass (tickets expire).

@@ -64,19 +64,19 @@ pub(crate) fn resources(cluster: &Cluster, call: &Call) -> Result {
         list.extend(node_entries(cluster, &state, &call.caller, false));
     }
     if wanted("storage") {
-        list.extend(storage_entries(&state, &call.caller));
+        list.extend(storage_entries(cluster, &state, &call.caller));
     }
     Ok(Value::Array(list).into())
 }
 
-fn storage_entries(state: &State, caller: &Caller) -> Vec<Value> {
+fn storage_entries(cluster: &Cluster, state: &State, caller: &Caller) -> Vec<Value> {
     let mut list = Vec::new();
     for (id, storage) in &state.storages {
         if !state.access.may(caller, &format!("/storage/{id}"), &["Datastore.Audit"]) {
             continue;
         }
         for node in state.nodes.values().filter(|node| !node.stranger && storage.enabled_on(&node.name).is_ok()) {
-            let known = !state.without_statistics && node.unreachable.is_none() && storage.is_active(&node.name);
+            let known = state.has_statistics(&node.name, cluster.clock.elapsed()) && storage.is_active(&node.name);
             let mut entry = json!({
                 "id": format!("storage/{}/{id}", node.name), "type": "storage", "storage": id, "node": node.name,
                 "plugintype": storage.about.plugin, "content": storage.about.content.join(","), "shared": u8::from(storage.shared),

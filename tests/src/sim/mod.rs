@@ -37,12 +37,14 @@ mod sha1;
 mod state;
 mod storage;
 mod tasks;
+#[cfg(test)]
+mod tests;
 mod tls;
 mod update;
 mod version;
 mod vms;
 
-pub use clock::{Held, Time};
+pub use clock::{Busy, Held, Time};
 pub use describe::{Acl, CSI_PRIVILEGES, Description, Node, STANDARD_PASSWORD, STANDARD_SECRET, Storage, Token, User, Vm};
 pub use faults::{Effect, Fault, Inner};
 pub use handle::{Builder, Simulator, VmState};

@@ -12,7 +12,7 @@ use super::clock::Gate;
 use super::endpoint::{self, Check, Endpoint, Route};
 use super::faults::Effect;
 use super::http::{Answer, Outcome, Request};
-use super::params::{self, Params};
+use super::params::{self, Params, Property};
 use super::state::Cluster;
 use super::{content, control, drives, inventory, update, vms};
 
@@ -27,6 +27,7 @@ const WORKERS: usize = 3;
 #[derive(Debug, Clone)]
 pub(crate) struct Call {
     pub(crate) endpoint: Endpoint,
+    pub(crate) properties: &'static [Property],
     pub(crate) caller: Caller,
     pub(crate) params: Params,
     /// The node that works on it.
@@ -132,7 +133,7 @@ async fn admit(
     if route.protected && cluster.state().daemon_down {
         return Err(ApiError::empty(595, "Connection refused"));
     }
-    Ok((Call { endpoint: route.endpoint, caller, params, node }, route))
+    Ok((Call { endpoint: route.endpoint, properties: route.properties, caller, params, node }, route))
 }
 
 fn authenticate(cluster: &Cluster, request: &Request) -> Result<Caller, String> {

@@ -20,6 +20,8 @@ use super::version::Version;
 
 /// How long the config flock and a local storage's flock are waited for.
 const FLOCK_WAIT: Duration = Duration::from_secs(10);
+/// pmxcfs forgets a silent node's numbers after this.
+const STATISTICS_LAST: Duration = Duration::from_secs(300);
 /// cfs locks are polled; the recording shows nine tries in 10 s.
 const CFS_TRIES: usize = 9;
 
@@ -83,6 +85,8 @@ pub(crate) struct Vm {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) nodes: BTreeMap<String, Node>,
+    /// When a node went away; what pvestatd last said of it is believed for a while.
+    pub(crate) down_since: BTreeMap<String, Duration>,
     pub(crate) storages: BTreeMap<String, Storage>,
     pub(crate) vms: BTreeMap<u32, Vm>,
     pub(crate) access: Access,
@@ -131,6 +135,7 @@ impl Cluster {
         });
         let state = State {
             nodes: description.nodes.iter().map(|node| (node.name.clone(), node.clone())).collect(),
+            down_since: BTreeMap::new(),
             storages,
             vms: vms.collect(),
             access: Access::new(description),
@@ -233,6 +238,23 @@ impl State {
 
     pub(crate) fn vm_mut(&mut self, node: &str, vmid: u32) -> Result<&mut Vm, ApiError> {
         self.vms.get_mut(&vmid).filter(|vm| vm.node == node).ok_or_else(|| missing_vm(node, vmid))
+    }
+
+    pub(crate) fn set_unreachable(&mut self, name: &str, why: Option<String>, now: Duration) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        if why.is_none() {
+            self.down_since.remove(name);
+        } else {
+            self.down_since.entry(name.to_owned()).or_insert(now);
+        }
+        node.unreachable = why;
+    }
+
+    /// Whether what pvestatd said of the node is still believed.
+    pub(crate) fn has_statistics(&self, name: &str, now: Duration) -> bool {
+        let lost = self.down_since.get(name).is_some_and(|since| now.saturating_sub(*since) >= STATISTICS_LAST);
+        let never = self.nodes.get(name).is_none_or(|node| node.unreachable.is_some()) && !self.down_since.contains_key(name);
+        !(self.without_statistics || lost || never)
     }
 
     /// Whether a running VM of `node` holds the image, so that another writer is refused.

@@ -37,10 +37,9 @@ fn cpus(config: &VmConfig) -> u64 {
 
 /// The entry of a VM in /cluster/resources.
 pub(crate) fn resource(cluster: &Cluster, state: &State, vmid: u32, vm: &Vm) -> Value {
-    let node_down = state.nodes.get(&vm.node).is_none_or(|node| node.unreachable.is_some());
     let mut entry = json!({"id": format!("qemu/{vmid}"), "type": "qemu", "vmid": vmid, "node": vm.node, "status": "unknown"});
     let Some(object) = entry.as_object_mut() else { return entry };
-    if !(state.without_statistics || vm.fresh || node_down) {
+    if !vm.fresh && state.has_statistics(&vm.node, cluster.clock.elapsed()) {
         let status = if vm.running { "running" } else { "stopped" };
         let numbers = json!({
             "status": status, "name": vm.config.get("name").unwrap_or_default(), "template": u8::from(vm.config.is_set("template")),
@@ -106,7 +105,17 @@ pub(crate) fn list(cluster: &Cluster, call: &Call) -> Result {
         .vms
         .iter()
         .filter(|(vmid, vm)| vm.node == call.node && state.access.may(&call.caller, &format!("/vms/{vmid}"), &["VM.Audit"]));
-    Ok(Value::Array(shown.map(|(vmid, vm)| Value::Object(describe(cluster, *vmid, vm))).collect()).into())
+    // `full`: QEMU is asked, as for status/current (qemu-server: vmstatus(undef, $param->{full})).
+    let full = call.flag("full");
+    let describe_one = |vmid: u32, vm: &Vm| {
+        let mut entry = describe(cluster, vmid, vm);
+        if full && vm.running && !vm.hung {
+            let blockstat = vm.plugged.keys().map(|key| (key.clone(), block_statistics())).collect();
+            entry.insert("blockstat".to_owned(), Value::Object(blockstat));
+        }
+        Value::Object(entry)
+    };
+    Ok(Value::Array(shown.map(|(vmid, vm)| describe_one(*vmid, vm)).collect()).into())
 }
 
 /// status/current: `blockstat` has the drives that QEMU really has.

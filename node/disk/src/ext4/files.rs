@@ -264,7 +264,8 @@ impl Maker<'_> {
         use super::geometry::FLEX_GROUPS;
         let geometry = self.geometry();
         let last = geometry.groups - 1;
-        let mut middle = geometry.group_of(geometry.first_data_block + (geometry.blocks - geometry.first_data_block) / 2);
+        // Half of the count, taken as a block number: with blocks of 1 KiB that is one less than the middle.
+        let mut middle = geometry.group_of((geometry.blocks - geometry.first_data_block) / 2);
         let start = if middle > FLEX_GROUPS {
             middle = middle / FLEX_GROUPS * FLEX_GROUPS;
             while middle < last && self.layout.free_in(middle) == 0 {
