@@ -152,7 +152,8 @@ async fn a_wrong_publish_is_refused() {
     let volume = bed.volume("pvc-1", "local").await;
     let good = || publish_request(&volume, "node-101/101");
     assert_refused(
-        bed.publish_as(csi::ControllerPublishVolumeRequest { volume_capability: Some(capability(Mode::MultiNodeMultiWriter)), ..good() }).await,
+        bed.publish_as(csi::ControllerPublishVolumeRequest { volume_capability: Some(capability(Mode::MultiNodeMultiWriter)), ..good() })
+            .await,
         Code::InvalidArgument,
         &["MULTI_NODE_MULTI_WRITER"],
     );

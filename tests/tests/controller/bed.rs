@@ -42,10 +42,11 @@ pub(crate) async fn two_hosts() -> Bed {
 }
 
 pub(crate) fn two_hosts_description() -> Description {
-    Description::standard()
-        .node(Node::online("pve2"))
-        .vm(Vm::linux(201, "pve2", "node-201", None))
-        .storage(Storage::new("ds", "dir", &[("path", "/ds")]))
+    Description::standard().node(Node::online("pve2")).vm(Vm::linux(201, "pve2", "node-201", None)).storage(Storage::new(
+        "ds",
+        "dir",
+        &[("path", "/ds")],
+    ))
 }
 
 pub(crate) async fn start(builder: Builder) -> Bed {

@@ -90,8 +90,7 @@ async fn without_topology_the_zone_with_most_room_takes_it_and_a_repeat_finds_it
     // Whatever the room says later: the repeat finds the first one in the other zone.
     let other = if first.zone == "pve1" { "pve2" } else { "pve1" };
     for zones in [&[other, first.zone.as_str()][..], &[first.zone.as_str(), other]] {
-        let request =
-            csi::CreateVolumeRequest { accessibility_requirements: topology(zones), ..create_request("pvc-1", "ds", 64 * MIB) };
+        let request = csi::CreateVolumeRequest { accessibility_requirements: topology(zones), ..create_request("pvc-1", "ds", 64 * MIB) };
         assert_eq!(bed.create_as(request).await.unwrap().volume_id, first.to_string());
     }
     assert_eq!(bed.sim.volumes("pve1", "ds").len() + bed.sim.volumes("pve2", "ds").len(), 1);
@@ -148,10 +147,8 @@ async fn a_lost_answer_makes_no_second_volume() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_creation_without_answer_binds_the_volume_to_its_zone() {
     let bed = two_hosts().await;
-    let request = || csi::CreateVolumeRequest {
-        accessibility_requirements: topology(&["pve2", "pve1"]),
-        ..create_request("pvc-1", "ds", 64 * MIB)
-    };
+    let request =
+        || csi::CreateVolumeRequest { accessibility_requirements: topology(&["pve2", "pve1"]), ..create_request("pvc-1", "ds", 64 * MIB) };
     bed.sim.inject(Fault::next("POST", CONTENT, Effect::CloseAfterwards).times(2));
     assert_refused(bed.create_as(request()).await, Code::Unavailable, &["outcome unknown"]);
     // Now that host is gone. The other zone would take a second volume of this name.
@@ -168,15 +165,26 @@ async fn parameters_reach_the_drive_and_unknown_ones_may_be_warnings() {
     let bed = standard().await;
     let mut request = create_request("pvc-1", "local", MIB);
     let parameters = [
-        ("storageFormat", "qcow2"), ("cache", "none"), ("aio", "io_uring"), ("ssd", "true"), ("iothread", "true"), ("backup", "true"),
-        ("diskIOPS", "300"), ("diskMBps", "20"), ("blockSize", "4096"), ("inodeSize", "512"), ("strictParameters", "false"),
-        ("somethingElse", "x"), ("csi.storage.k8s.io/pvc/name", "data"),
+        ("storageFormat", "qcow2"),
+        ("cache", "none"),
+        ("aio", "io_uring"),
+        ("ssd", "true"),
+        ("iothread", "true"),
+        ("backup", "true"),
+        ("diskIOPS", "300"),
+        ("diskMBps", "20"),
+        ("blockSize", "4096"),
+        ("inodeSize", "512"),
+        ("strictParameters", "false"),
+        ("somethingElse", "x"),
+        ("csi.storage.k8s.io/pvc/name", "data"),
     ];
     request.parameters.extend(parameters.map(|(key, value)| (key.to_string(), value.to_string())));
     let made = bed.create_as(request).await.unwrap();
     assert!(made.volume_id.ends_with("9999/vm-9999-pvc-1.qcow2"));
     let volume: proto::VolumeHandle = made.volume_id.parse().unwrap();
-    let publish = csi::ControllerPublishVolumeRequest { volume_context: made.volume_context, ..crate::bed::publish_request(&volume, "node-101/101") };
+    let publish =
+        csi::ControllerPublishVolumeRequest { volume_context: made.volume_context, ..crate::bed::publish_request(&volume, "node-101/101") };
     let context = bed.publish_as(publish).await.unwrap();
     assert_eq!(context["zeroed"], "1");
     let serial = volume.serial();

@@ -95,7 +95,8 @@ async fn a_protected_vm_and_one_without_hotplug_keep_their_disks() {
     assert_eq!(bed.traces(101, &volume).len(), 2);
     // A stopped VM gives its disk up without.
     bed.sim.stop_vm(101);
-    let other = controller::service::ControllerService::new(std::sync::Arc::new(controller::run::Controller::new(bed.config.clone(), None)));
+    let other =
+        controller::service::ControllerService::new(std::sync::Arc::new(controller::run::Controller::new(bed.config.clone(), None)));
     let request = proto::csi::ControllerUnpublishVolumeRequest {
         volume_id: volume.to_string(),
         node_id: "node-101/101".into(),
@@ -123,9 +124,15 @@ async fn lost_answers_of_detach_and_delete_are_looked_after() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_volume_that_is_gone_is_deleted_whatever_the_plugin_says() {
     let bed = standard().await;
-    for id in ["fake-vol-id", "a/b/c", "fsn1/pve1/local/9999/../x", "fsn1/pve1/local/9999/vm-9999-nope.raw", "fsn1/pve1/local-lvm/vm-9999-nope",
-        "fsn1/pve1/local-zfs/vm-9999-nope", "fsn1/pve1/thick-lvm/vm-9999-nope"]
-    {
+    for id in [
+        "fake-vol-id",
+        "a/b/c",
+        "fsn1/pve1/local/9999/../x",
+        "fsn1/pve1/local/9999/vm-9999-nope.raw",
+        "fsn1/pve1/local-lvm/vm-9999-nope",
+        "fsn1/pve1/local-zfs/vm-9999-nope",
+        "fsn1/pve1/thick-lvm/vm-9999-nope",
+    ] {
         bed.delete(id).await.unwrap_or_else(|status| panic!("{id}: {}", status.message()));
     }
     assert_refused(bed.delete("").await, Code::InvalidArgument, &["volume_id"]);
@@ -139,7 +146,8 @@ async fn a_wrong_unpublish_is_refused() {
     let bed = standard().await;
     let volume = bed.volume("pvc-1", "local").await;
     let unpublish = |id: &str| {
-        let request = proto::csi::ControllerUnpublishVolumeRequest { volume_id: id.into(), node_id: "node-101/101".into(), ..Default::default() };
+        let request =
+            proto::csi::ControllerUnpublishVolumeRequest { volume_id: id.into(), node_id: "node-101/101".into(), ..Default::default() };
         proto::csi::controller_server::Controller::controller_unpublish_volume(&bed.csi, tonic::Request::new(request))
     };
     assert_refused(unpublish("").await, Code::InvalidArgument, &["volume_id is missing"]);
@@ -164,12 +172,10 @@ async fn without_sys_audit_the_nodes_are_counted() {
     bed.sim.set_role("CSI", &["VM.Audit", "VM.Config.Disk", "Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"]);
     bed.unpublish(&volume, "gone/999").await.unwrap();
     bed.sim.set_node_unreachable("pve2", Some("595 No route to host"));
-    let other = controller::service::ControllerService::new(std::sync::Arc::new(controller::run::Controller::new(bed.config.clone(), None)));
-    let request = proto::csi::ControllerUnpublishVolumeRequest {
-        volume_id: volume.to_string(),
-        node_id: "gone/999".into(),
-        ..Default::default()
-    };
+    let other =
+        controller::service::ControllerService::new(std::sync::Arc::new(controller::run::Controller::new(bed.config.clone(), None)));
+    let request =
+        proto::csi::ControllerUnpublishVolumeRequest { volume_id: volume.to_string(), node_id: "gone/999".into(), ..Default::default() };
     // One of two is no more than half.
     let answer = proto::csi::controller_server::Controller::controller_unpublish_volume(&other, tonic::Request::new(request)).await;
     assert_refused(answer, Code::Unavailable, &["no quorum"]);

@@ -97,7 +97,8 @@ async fn requests_per_call() {
     bed.sim.reset_counters();
     let other = bed.volume("pvc-2", "local").await;
     bed.publish(&other, "node-102/102").await.unwrap();
-    let lists = bed.sim.requests().iter().filter(|request| request.contains("/cluster/resources") || request.contains("permissions")).count();
+    let lists =
+        bed.sim.requests().iter().filter(|request| request.contains("/cluster/resources") || request.contains("permissions")).count();
     assert_eq!(lists, 0, "{:?}", bed.sim.requests());
 }
 
@@ -126,7 +127,8 @@ async fn capabilities_capacity_and_validation() {
     let parameters = [("storage".to_string(), "local-lvm".to_string())];
     let one = capacity(csi::GetCapacityRequest { parameters: parameters.into(), ..Default::default() }).await;
     assert!(one > 0 && all > one, "{all} {one}");
-    let none = capacity(csi::GetCapacityRequest { parameters: [("storage".to_string(), "nope".to_string())].into(), ..Default::default() }).await;
+    let none =
+        capacity(csi::GetCapacityRequest { parameters: [("storage".to_string(), "nope".to_string())].into(), ..Default::default() }).await;
     assert_eq!(none, 0);
 
     let volume = bed.volume("pvc-1", "local").await;

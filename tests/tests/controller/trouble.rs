@@ -33,7 +33,10 @@ async fn a_bad_config_file_is_said_and_its_repair_noticed() {
     let sim = Arc::new(Simulator::standard().start().await.unwrap());
     let good = clusters(sim.url());
     let cases = [
-        (format!("features:\n  controllerVMID: 9999\n{good}"), "line 2: features has the key \"controllerVMID\"; write it \"controllerVmID\""),
+        (
+            format!("features:\n  controllerVMID: 9999\n{good}"),
+            "line 2: features has the key \"controllerVMID\"; write it \"controllerVmID\"",
+        ),
         (good.replace("region", "regoin"), "unknown key \"regoin\""),
         (good.replace("token_secret", "token_secret_file"), "token_secret_file"),
         ("clusters: [".into(), "YAML"),

@@ -2,8 +2,7 @@
 //!
 //! mkfs.xfs 6.1.0 takes its time from the clock alone, so it runs with a clock that stands still (a shared object made
 //! by cc here). Another version of it is not compared with: then xfs_repair alone judges, and the run says so.
-//! Seed: printed; `PROXMOX_CSI_SEED` repeats a run. `PROXMOX_CSI_CASES` runs more.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail loudly")]
+//! `PROXMOX_CSI_CASES` runs more.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -12,12 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use disk::xfs::{BLOCK_SIZES, INODE_SIZES, Options, Plan, Surface, plan, superblock};
 use disk::{Format, Mark, Write};
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use testbed::tools;
+
+use crate::ext4::dashed;
+use crate::judges::{Chance, seed};
 
 /// What a run tries at least.
 const CASES: u32 = 300;
@@ -46,29 +47,8 @@ unsigned long blkid_topology_get_optimal_io_size(void *t) { return topology(4); 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
-/// ext4, the usual home of the temporary folder, takes no larger file.
+/// ext4, the usual home of the target folder, takes no larger file.
 const SIZE_MAX_BYTES: u64 = 15 * TIB;
-
-/// SplitMix64: small, and the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn pick<T: Copy>(&mut self, list: &[T]) -> T {
-        let at = usize::try_from(self.below(list.len() as u64)).unwrap();
-        list[at]
-    }
-}
 
 struct Case {
     /// As a device with this stripe would make them.
@@ -89,41 +69,41 @@ enum Target {
 
 impl Case {
     /// A device with a topology that may make sense or not.
-    fn random_device(random: &mut Random) -> Self {
-        let size_bytes = size(random);
-        let mut options = Options::new(size_bytes, uuid(random), NOW);
-        options.logical_sector_bytes = random.pick(&[512, 512, 512, 4096]);
-        options.physical_sector_bytes = random.pick(&[512, 512, 4096, 4096, 8192, 65536]).max(options.logical_sector_bytes);
-        options.is_aligned = random.below(8) != 0;
-        let any = |random: &mut Random| match random.below(4) {
-            0 => random.pick(&[0, 0, 512, 4096, 65536]),
-            1 => 512 * u32::try_from(random.below(8192)).unwrap(),
-            _ => (4096 << random.below(11)) * random.pick(&[1, 1, 1, 3]),
+    fn device_by_chance(chance: &mut Chance) -> Self {
+        let size_bytes = size(chance);
+        let mut options = Options::new(size_bytes, chance.uuid(), NOW);
+        options.logical_sector_bytes = chance.pick(&[512, 512, 512, 4096]);
+        options.physical_sector_bytes = chance.pick(&[512, 512, 4096, 4096, 8192, 65536]).max(options.logical_sector_bytes);
+        options.is_aligned = !chance.one_in(8);
+        let any = |chance: &mut Chance| match chance.below(4) {
+            0 => chance.pick(&[0, 0, 512, 4096, 65536]),
+            1 => 512 * u32::try_from(chance.below(8192)).unwrap(),
+            _ => (4096 << chance.below(11)) * chance.pick(&[1, 1, 1, 3]),
         };
-        options.min_io_bytes = any(random);
-        let multiple = options.min_io_bytes * u32::try_from(1 + random.below(8)).unwrap();
-        options.opt_io_bytes = if random.below(4) == 0 { any(random) } else { multiple };
-        (options.block_size, options.inode_size) = (Some(random.pick(&BLOCK_SIZES)), Some(random.pick(&INODE_SIZES)));
-        let is_used = random.below(3) == 0;
+        options.min_io_bytes = any(chance);
+        let multiple = options.min_io_bytes * u32::try_from(1 + chance.below(8)).unwrap();
+        options.opt_io_bytes = if chance.one_in(4) { any(chance) } else { multiple };
+        (options.block_size, options.inode_size) = (Some(chance.pick(&BLOCK_SIZES)), Some(chance.pick(&INODE_SIZES)));
+        let is_used = chance.one_in(3);
         options.reads_zeros = !is_used;
         Self { options, is_used, target: Target::Device }
     }
 
-    fn random(random: &mut Random) -> Self {
-        let size_bytes = size(random);
-        let mut options = Options::new(size_bytes, uuid(random), NOW);
-        let sector = random.pick(&[512, 512, 4096]);
+    fn by_chance(chance: &mut Chance) -> Self {
+        let size_bytes = size(chance);
+        let mut options = Options::new(size_bytes, chance.uuid(), NOW);
+        let sector = chance.pick(&[512, 512, 4096]);
         (options.logical_sector_bytes, options.physical_sector_bytes) = (sector, sector);
         let blocks: Vec<u32> = BLOCK_SIZES.into_iter().filter(|size| *size >= sector).collect();
-        let block_size = if random.below(2) == 0 { 4096 } else { random.pick(&blocks) };
+        let block_size = if chance.one_in(2) { 4096 } else { chance.pick(&blocks) };
         let inodes: Vec<u32> = INODE_SIZES.into_iter().filter(|size| *size <= block_size / 2).collect();
-        (options.block_size, options.inode_size) = (Some(block_size), Some(random.pick(&inodes)));
-        options.nrext64 = random.below(8) == 0;
-        if size_bytes >= GIB + 4096 && random.below(3) == 0 {
-            (options.min_io_bytes, options.opt_io_bytes) = stripe(random, block_size, sector).unwrap_or_default();
+        (options.block_size, options.inode_size) = (Some(block_size), Some(chance.pick(&inodes)));
+        options.nrext64 = chance.one_in(8);
+        if size_bytes >= GIB + 4096 && chance.one_in(3) {
+            (options.min_io_bytes, options.opt_io_bytes) = stripe(chance, block_size, sector).unwrap_or_default();
         }
-        let is_used = random.below(3) == 0;
-        options.reads_zeros = !is_used && random.below(2) == 0;
+        let is_used = chance.one_in(3);
+        options.reads_zeros = !is_used && chance.one_in(2);
         Self { options, is_used, target: Target::File }
     }
 
@@ -150,13 +130,6 @@ impl Case {
     }
 }
 
-fn uuid(random: &mut Random) -> [u8; 16] {
-    let mut uuid = [0; 16];
-    uuid[..8].copy_from_slice(&random.next().to_be_bytes());
-    uuid[8..].copy_from_slice(&random.next().to_be_bytes());
-    uuid
-}
-
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let surface = if self.is_used { "over old bytes" } else { "on zeros" };
@@ -165,34 +138,29 @@ impl fmt::Display for Case {
 }
 
 /// Every magnitude up to 15 TiB, often beside a round number, where layouts change.
-fn size(random: &mut Random) -> u64 {
-    let magnitude = match random.below(10) {
-        0..4 => 300 * MIB + random.below(GIB - 300 * MIB),
-        4..7 => GIB + random.below(31 * GIB),
-        7..9 => 32 * GIB + random.below(2 * TIB),
-        _ => random.below(SIZE_MAX_BYTES),
+fn size(chance: &mut Chance) -> u64 {
+    let magnitude = match chance.below(10) {
+        0..4 => 300 * MIB + chance.below(GIB - 300 * MIB),
+        4..7 => GIB + chance.below(31 * GIB),
+        7..9 => 32 * GIB + chance.below(2 * TIB),
+        _ => chance.below(SIZE_MAX_BYTES),
     };
-    let rounded = match random.below(3) {
+    let rounded = match chance.below(3) {
         0 => magnitude,
         1 => magnitude / (64 * MIB) * (64 * MIB),
         _ => 1 << magnitude.ilog2(),
     };
-    let beside = random.pick(&[0, 0, 512, 4096, 5 * MIB, 17 * MIB]) + 512 * random.pick(&[0, 0, 1, 3]);
-    let size = if random.below(2) == 0 { rounded + beside } else { rounded.saturating_sub(beside) };
+    let beside = chance.pick(&[0, 0, 512, 4096, 5 * MIB, 17 * MIB]) + 512 * chance.pick(&[0, 0, 1, 3]);
+    let size = if chance.one_in(2) { rounded + beside } else { rounded.saturating_sub(beside) };
     size.clamp(300 * MIB + 4096, SIZE_MAX_BYTES)
 }
 
 /// Unit and width in bytes.
-fn stripe(random: &mut Random, block_size: u32, sector: u32) -> Option<(u32, u32)> {
-    let unit = (4096 << random.below(12)) * random.pick(&[1, 1, 1, 3, 5, 7]);
-    let width = unit * (1 + u32::try_from(random.below(12)).unwrap());
+fn stripe(chance: &mut Chance, block_size: u32, sector: u32) -> Option<(u32, u32)> {
+    let unit = (4096 << chance.below(12)) * chance.pick(&[1, 1, 1, 3, 5, 7]);
+    let width = unit * (1 + u32::try_from(chance.below(12)).unwrap());
     // Asked for by name these are errors or taken as they are; from a device they are dropped, which unit tests cover.
     (unit <= 32 << 20 && unit.is_multiple_of(block_size) && unit != sector && width != sector).then_some((unit, width))
-}
-
-fn dashed(uuid: &[u8; 16]) -> String {
-    let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
-    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
 }
 
 /// A folder of this run, gone at its end.
@@ -200,7 +168,8 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new(name: &str) -> Self {
-        let folder = std::env::temp_dir().join(format!("proxmox-csi-formats-{name}-{}", std::process::id()));
+        // Not in memory: mkfs.xfs reserves its log, up to 2 GiB of it, which costs nothing only on a disk's filesystem.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         Self(folder)
     }
@@ -221,13 +190,13 @@ struct Tools {
 
 fn tools(folder: &Path) -> Option<Tools> {
     let (Some(mkfs), Some(repair), Some(cc)) = (tools::program("mkfs.xfs"), tools::program("xfs_repair"), tools::program("cc")) else {
-        tools::skipped("formats_xfs: mkfs.xfs, xfs_repair (apt-get install xfsprogs) and cc are needed");
+        tools::skipped("xfs: mkfs.xfs, xfs_repair (apt-get install xfsprogs) and cc are needed");
         return None;
     };
     let version = output(Command::new(&mkfs).arg("-V"));
     let is_upstream = version.trim() == UPSTREAM;
     if !is_upstream {
-        eprintln!("formats_xfs: this machine has {}, not {UPSTREAM}: judged by xfs_repair -n only", version.trim());
+        eprintln!("xfs: this machine has {}, not {UPSTREAM}: judged by xfs_repair -n only", version.trim());
     }
     let (source, preload) = (folder.join("preload.c"), folder.join("preload.so"));
     fs::write(&source, PRELOAD).unwrap();
@@ -383,18 +352,12 @@ fn judge(tools: &Tools, path: &Path, image: &File, mark: &Mark) -> Result<(), St
     Ok(())
 }
 
-fn seed() -> u64 {
-    let given = std::env::var("PROXMOX_CSI_SEED").ok().map(|seed| seed.parse().unwrap());
-    given.unwrap_or_else(|| u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() % (1 << 48)).unwrap())
-}
-
 /// Runs `CASES` cases in parallel.
-fn compare(name: &str, random_case: fn(&mut Random) -> Case) {
+fn compare(name: &str, case_by_chance: fn(&mut Chance) -> Case) {
     let folder = Folder::new(name);
     let Some(tools) = tools(&folder.0) else { return };
     let seed = seed();
     let cases: u32 = std::env::var("PROXMOX_CSI_CASES").ok().map_or(CASES, |cases| cases.parse().unwrap());
-    eprintln!("{name}: PROXMOX_CSI_SEED={seed} ({cases} cases)");
     let next = AtomicU32::new(0);
     let work = || {
         let mut wrong = Vec::new();
@@ -404,7 +367,7 @@ fn compare(name: &str, random_case: fn(&mut Random) -> Case) {
                 return wrong;
             }
             // Each case has its own seed, so that the workers' order does not matter.
-            let case = random_case(&mut Random(seed.wrapping_add(u64::from(number) << 48)));
+            let case = case_by_chance(&mut Chance::new(seed.wrapping_add(u64::from(number) << 48)));
             if let Err(what) = run(&tools, &folder.0, &case) {
                 wrong.push(format!("case {number}: {case}\n{what}"));
             }
@@ -422,11 +385,11 @@ fn compare(name: &str, random_case: fn(&mut Random) -> Case) {
 
 #[test]
 fn judge_xfs_equals_mkfs_xfs() {
-    compare("xfs", Case::random);
+    compare("xfs", Case::by_chance);
 }
 
 #[test]
 #[ignore = "needs root and loop devices"]
 fn judge_xfs_on_devices_of_any_topology_equals_mkfs_xfs() {
-    compare("xfs-topology", Case::random_device);
+    compare("xfs-topology", Case::device_by_chance);
 }
