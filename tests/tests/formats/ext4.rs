@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::sync::Mutex;
 
-use disk::ext4::{Options, Refusal, plan};
+use disk::ext4::{HEAD_BYTES, Options, Refusal, Surface, judge, plan};
+use disk::{Format, Mark, Write};
 
 use crate::image::Image;
 use crate::judges::{Chance, Scratch, differing_units, run, seed};
@@ -216,4 +217,41 @@ fn judge_ext4_is_refused_where_mke2fs_refuses() {
             panic!("{kib} KiB: {why}");
         }
     }
+}
+
+/// A format stopped after each of some writes: blkid may see a filesystem only where the mark says "unfinished" or where
+/// it is complete; the mark itself is no signature to it.
+#[test]
+fn judge_blkid_sees_a_filesystem_only_if_complete_or_marked() {
+    const SIZE_BYTES: u64 = 40 << 20;
+    if run("blkid", &["-V"], &[]).is_none() {
+        return testbed::tools::skipped("no blkid");
+    }
+    let uuid = [0x5A; 16];
+    let mark = Mark::new("csi-0123456789abcdef").unwrap();
+    let writes: Vec<Write> = Format::new(plan(&Options::new(SIZE_BYTES, uuid, [1; 16], 1)).unwrap(), &mark).collect();
+    let file = Scratch::new("blkid", SIZE_BYTES);
+    let mut image = Image::new(SIZE_BYTES, 0);
+    let mut seen = [0; 4];
+    for (done, write) in (0..).zip(&writes) {
+        let is_sampled = done % 16 == 0 || done + 5 > writes.len();
+        if is_sampled {
+            std::fs::File::options().write(true).open(file.path()).unwrap().set_len(0).unwrap();
+            std::fs::File::options().write(true).open(file.path()).unwrap().set_len(SIZE_BYTES).unwrap();
+            file.fill(&image);
+            let answer = run("blkid", &["-p", "-o", "value", "-s", "TYPE", file.path().to_str().unwrap()], &[]).unwrap();
+            let judged = judge(&image.unit(0)[..HEAD_BYTES], &mark);
+            let state = match (&judged, answer.text.as_str()) {
+                (Surface::Blank, "") => 0,
+                (Surface::Unfinished, "") => 1,
+                (Surface::Unfinished, "ext4") => 2,
+                (Surface::Complete(superblock), "ext4") if superblock.uuid == uuid => 3,
+                (judged, text) => panic!("after {done} writes: {judged:?}, blkid says {text:?}"),
+            };
+            seen[state] += 1;
+        }
+        image.apply(write);
+    }
+    // The last look is before the last flush, when sector 0 has been written.
+    assert!(seen.iter().all(|count| *count > 0), "blank, unfinished, unfinished with superblock, complete: {seen:?}");
 }
