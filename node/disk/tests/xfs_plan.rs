@@ -91,7 +91,7 @@ proptest! {
         prop_assert_eq!(copies.next(), None);
         if options.min_io_bytes == 0 {
             let expected = backup_offsets(options.size_bytes);
-            prop_assert!(read.copies().take(63).all(|offset| expected.contains(&offset)));
+            prop_assert!(read.copies().take(31).all(|offset| expected.contains(&offset)));
         }
     }
 
@@ -119,6 +119,7 @@ proptest! {
             prop_assert!(has_magic && read.blocks > 0);
             prop_assert!(read.copies().take(1000).all(|offset| offset < read.filesystem_bytes()));
         }
+        let _ = superblock::parse_leftover(&bytes);
         let _ = judge(&bytes, &Mark::new("csi-0123456789abcdef").unwrap());
     }
 
@@ -211,11 +212,29 @@ fn growing_follows_the_disk_from_16_mib_on() {
 }
 
 #[test]
-fn backups_are_looked_for_where_mkfs_xfs_puts_them() {
-    assert_eq!(backup_offsets(GIB), [256 * MIB, 512 * MIB, 768 * MIB]);
-    assert_eq!(backup_offsets(299 * MIB), [0_u64; 0]);
-    assert_eq!(backup_offsets(0), [0_u64; 0]);
-    assert!(backup_offsets(u64::MAX).len() < 200);
+fn copies_are_looked_for_at_the_usual_group_sizes() {
+    let offsets = backup_offsets(GIB);
+    // 4 groups, and up to 32 where the disk names a stripe.
+    assert!([GIB / 4, GIB / 2, 3 * GIB / 4, GIB / 32].iter().all(|offset| offsets.contains(offset)));
+    assert!(offsets.len() < 40 && offsets.is_sorted());
+    assert!(backup_offsets(8 * TIB).contains(&(268_435_455 * 4096)), "groups of 1 TiB less a block");
+    assert!(backup_offsets((300 << 20) + 4096).contains(&(19201 * 4096)), "76801 blocks, groups of 19201");
+    assert!(backup_offsets(u64::MAX).len() < 400);
+    assert!(backup_offsets(511).is_empty());
+}
+
+#[test]
+fn a_leftover_is_told_by_its_magic_and_possible_sizes() {
+    let mut sector = superblock_bytes(&plan(&options(GIB)).unwrap().collect::<Vec<_>>());
+    sector.truncate(512);
+    let whole = superblock::parse(&sector).unwrap();
+    assert_eq!(superblock::parse_leftover(&sector), Some(whole));
+    sector[300] = 1;
+    assert_eq!(superblock::parse(&sector), Err(NotAsuperblock::BadChecksum));
+    assert_eq!(superblock::parse_leftover(&sector).map(|read| read.uuid), Some(UUID), "damaged, but a leftover");
+    assert_eq!(superblock::parse_leftover(&sector[..511]), None);
+    sector[7] = 1;
+    assert_eq!(superblock::parse_leftover(&sector), None);
 }
 
 #[test]

@@ -3,9 +3,9 @@
 //! The bytes come from a disk that anyone may have written: nothing here panics, and nothing is believed before its
 //! checksum.
 
-use super::geometry::{Geometry, MIB};
+use super::BLOCK_SIZES;
+use super::geometry::{MIB, TIB};
 use super::raw::{SB_BYTES, SB_CRC, SB_MAGIC};
-use super::{BLOCK_SIZES, Options};
 use crate::bytes::get;
 
 /// To read a superblock, read this much: the largest sector that the format knows. Ours have at most 4096 bytes.
@@ -66,34 +66,30 @@ impl std::error::Error for NotAsuperblock {}
 pub fn parse(bytes: &[u8]) -> Result<Superblock, NotAsuperblock> {
     use NotAsuperblock::{BadChecksum, NoMagic, Senseless, Short, Version};
     let sb = bytes.get(..SB_BYTES).ok_or(Short)?;
-    let byte = |at| get::<1>(sb, at).map(u8::from_be_bytes).ok_or(Short);
-    let half = |at| get(sb, at).map(u16::from_be_bytes).ok_or(Short);
-    let word = |at| get(sb, at).map(u32::from_be_bytes).ok_or(Short);
     if !sb.starts_with(SB_MAGIC) {
         return Err(NoMagic);
     }
-    if half(100)? & 0xF != VERSION {
+    if get(sb, 100).map(u16::from_be_bytes).ok_or(Short)? & 0xF != VERSION {
         return Err(Version);
     }
-    let sector_bytes = half(102)?;
-    if !sector_bytes.is_power_of_two() || !(SB_BYTES..=BYTES).contains(&usize::from(sector_bytes)) {
+    let superblock = Superblock::of_fields(sb).ok_or(Short)?;
+    let sector_bytes = usize::from(superblock.sector_bytes);
+    if !sector_bytes.is_power_of_two() || !(SB_BYTES..=BYTES).contains(&sector_bytes) {
         return Err(Senseless);
     }
-    let sector = bytes.get(..usize::from(sector_bytes)).ok_or(Short)?;
+    let sector = bytes.get(..sector_bytes).ok_or(Short)?;
     if Some(checksum(sector)) != get(sb, SB_CRC).map(u32::from_le_bytes) {
         return Err(BadChecksum);
     }
-    let superblock = Superblock {
-        uuid: get(sb, 32).ok_or(Short)?,
-        block_size: word(4)?,
-        sector_bytes,
-        inode_size: half(104)?,
-        group_blocks: word(84)?,
-        groups: word(88)?,
-        blocks: get(sb, 8).map(u64::from_be_bytes).ok_or(Short)?,
-        is_in_progress: byte(126)? != 0,
-    };
     if superblock.is_sensible() { Ok(superblock) } else { Err(Senseless) }
+}
+
+/// Reads what is left of a superblock, of which a sector is enough. For finding leftovers: version and checksum are not
+/// looked at, since a damaged copy is a leftover too; block size and group size must be possible ones.
+#[must_use]
+pub fn parse_leftover(bytes: &[u8]) -> Option<Superblock> {
+    let superblock = bytes.get(..SB_BYTES).filter(|sb| sb.starts_with(SB_MAGIC)).and_then(Superblock::of_fields)?;
+    (superblock.has_possible_block_size() && superblock.group_blocks > 0).then_some(superblock)
 }
 
 /// CRC32C of the sector, its own field taken as zero.
@@ -104,10 +100,27 @@ fn checksum(sector: &[u8]) -> u32 {
 }
 
 impl Superblock {
+    /// As they stand in the first 512 bytes.
+    fn of_fields(sb: &[u8]) -> Option<Self> {
+        Some(Self {
+            uuid: get(sb, 32)?,
+            block_size: get(sb, 4).map(u32::from_be_bytes)?,
+            sector_bytes: get(sb, 102).map(u16::from_be_bytes)?,
+            inode_size: get(sb, 104).map(u16::from_be_bytes)?,
+            group_blocks: get(sb, 84).map(u32::from_be_bytes)?,
+            groups: get(sb, 88).map(u32::from_be_bytes)?,
+            blocks: get(sb, 8).map(u64::from_be_bytes)?,
+            is_in_progress: get(sb, 126).map(u8::from_be_bytes)? != 0,
+        })
+    }
+
+    const fn has_possible_block_size(&self) -> bool {
+        self.block_size.is_power_of_two() && self.block_size >= 512 && self.block_size <= 65536
+    }
+
     fn is_sensible(&self) -> bool {
         let most = u64::from(self.groups) * u64::from(self.group_blocks);
-        self.block_size.is_power_of_two()
-            && (512..=65536).contains(&self.block_size)
+        self.has_possible_block_size()
             && self.group_blocks > 0
             && self.blocks <= most
             && self.blocks > most.saturating_sub(u64::from(self.group_blocks))
@@ -146,18 +159,22 @@ pub const fn blocks_to_grow_to(block_size: u32, blocks: u64, size_bytes: u64) ->
     if gain_bytes >= MIN_GAIN_BYTES { Some(target) } else { None }
 }
 
-/// Where backup superblocks would lie on a disk of `size_bytes`, in bytes, ascending, if mkfs.xfs or we had made an xfs
-/// there, for each block size that it can have here and for disks without a stripe.
-///
-/// A few, whatever the size: four groups, or one per TiB. Only an xfs that was not grown since has them there.
+/// Where copies of the superblock would lie on a disk of `size_bytes`, in bytes, ascending, if mkfs.xfs or we had chosen
+/// the size of the groups. A filesystem that has grown since, or was made with options, has them elsewhere.
 #[must_use]
 pub fn backup_offsets(size_bytes: u64) -> Vec<u64> {
-    /// Of a disk of hundreds of TiB the first copies tell enough.
-    const MAX_GROUPS: u32 = 64;
+    /// 4 groups, and 8, 16 or 32 on a disk that names a stripe.
+    const GROUP_SHIFTS: [u32; 4] = [2, 3, 4, 5];
+    /// Of the groups of 1 TiB so many are looked at; a leftover has all or none.
+    const MOST_GROUPS: u64 = 32;
     let mut offsets: Vec<u64> = BLOCK_SIZES
         .into_iter()
-        .filter_map(|block_size| Geometry::new(&Options { block_size: Some(block_size), ..Options::new(size_bytes, [0; 16], 0) }).ok())
-        .flat_map(|geometry| (1..geometry.group_count.min(MAX_GROUPS)).map(move |group| geometry.group_offset_bytes(group)))
+        .flat_map(|block_size| GROUP_SHIFTS.map(|shift| (u64::from(block_size), shift)))
+        .flat_map(|(block_size, shift)| {
+            let group_blocks = (size_bytes / block_size).div_ceil(1 << shift).clamp(1, (TIB - 1) / block_size);
+            (1..MOST_GROUPS).map(move |group| group * group_blocks * block_size)
+        })
+        .filter(|offset| offset.saturating_add(SB_BYTES as u64) <= size_bytes)
         .collect();
     offsets.sort_unstable();
     offsets.dedup();
