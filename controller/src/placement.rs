@@ -156,10 +156,15 @@ pub fn candidates(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resourc
             zones.join(", ")
         )));
     }
-    usable(want, &chosen)
+    // A storage counts as active for five minutes after its node went silent; the node's own status is quicker.
+    let is_up = |region: &str, storage: &Storage| {
+        let status = regions.get(region).and_then(|all| all.hosts.get(&storage.host));
+        storage.active && status.is_none_or(|status| status != "offline")
+    };
+    usable(want, &chosen, is_up)
 }
 
-fn usable(want: &Want, chosen: &[(&String, &Storage)]) -> Result<Vec<Candidate>, Refusal> {
+fn usable(want: &Want, chosen: &[(&String, &Storage)], is_up: impl Fn(&str, &Storage) -> bool) -> Result<Vec<Candidate>, Refusal> {
     let mut found = Vec::new();
     let mut inactive = Vec::new();
     for (region, storage) in chosen {
@@ -184,7 +189,7 @@ fn usable(want: &Want, chosen: &[(&String, &Storage)]) -> Result<Vec<Candidate>,
             )));
         }
         let size_bytes = size(plugin, want.required_bytes, want.limit_bytes).map_err(Refusal::OutOfRange)?;
-        if storage.active {
+        if is_up(region, storage) {
             let free_bytes = free(storage);
             found.push((
                 Candidate { region: (*region).clone(), zone: storage.host.clone(), plugin, free_bytes, size_bytes },
@@ -356,6 +361,15 @@ mod tests {
         assert_eq!(zones(&want(&["a"]), &all), ["a"]);
         let full = candidates(&want(&["a"]), &all).unwrap();
         assert!(matches!(with_room(&want(&["a"]), &full), Err(Refusal::NotHere(why)) if why.contains("r/a: 0 bytes")));
+    }
+
+    #[test]
+    fn a_node_that_is_offline_has_no_active_storage() {
+        let hosts = BTreeMap::from([("a".to_string(), "offline".to_string()), ("b".to_string(), "online".to_string())]);
+        let storages = vec![storage("a", "dir", 10 * GIB, 0), storage("b", "dir", 10 * GIB, 5 * GIB)];
+        let all = BTreeMap::from([("r".to_string(), Arc::new(Resources { storages, hosts, ..Resources::default() }))]);
+        assert_eq!(zones(&want(&[]), &all), ["b"]);
+        assert!(matches!(candidates(&want(&["a"]), &all), Err(Refusal::NotHere(why)) if why.contains("not active on r/a")));
     }
 
     #[test]

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found, Want};
 use crate::request::{Folders, StatsRequest, Volume};
@@ -25,6 +27,8 @@ const MAX_TURNS: usize = 16;
 /// kubelet waits two minutes for a node call; a sentence from us within them is better than its "deadline exceeded".
 /// QEMU's hot-plug is seen in the guest after 26 to 450 ms (reference: performance.md, qemu-guest.md).
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
+/// From a disk's name in sysfs to its first open; milliseconds, but seen to matter on a loaded machine.
+const OPEN_DEADLINE: Duration = Duration::from_secs(5);
 /// Time for the hot-plug event to do its work before hosts are asked to look, and between two such requests.
 const HOST_RESCAN_EVERY: Duration = Duration::from_secs(3);
 /// A resize is seen in the guest within 30 ms (qemu-guest.md); this is for the lost event and the slow host.
@@ -143,6 +147,16 @@ impl Node {
         if same { Ok(device) } else { Err(Cause::OtherDiskNow { disk: identity::name(disk) }) }
     }
 
+    /// The same for a disk that may have come this moment: the kernel shows it in sysfs and `/dev` a little before it can be opened
+    /// (`device_add_disk` in block/genhd.c makes the device before the block device: ENXIO between).
+    fn open_new(&self, disk: &Disk, access: Access) -> Result<Device, Cause> {
+        poll(OPEN_DEADLINE, || match self.open(disk, access) {
+            Ok(device) => Ok(Ok(device)),
+            Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NOENT) => Ok(Err(Cause::Sys(error))),
+            Err(cause) => Err(cause),
+        })?
+    }
+
     /// `/dev/sda`.
     fn node_of(&self, disk: &Disk) -> PathBuf {
         self.devices.join(&disk.name)
@@ -161,7 +175,7 @@ impl Node {
     fn real(&self, path: &Path) -> Result<Option<PathBuf>, Cause> {
         let real = match sys::mount::real(path) {
             Ok(real) => real,
-            Err(error) if error.errno == rustix::io::Errno::NOENT => return Ok(None),
+            Err(error) if error.errno == Errno::NOENT => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         if self.is_inside(&real) { Ok(Some(real)) } else { Err(Cause::Outside { real }) }
@@ -174,7 +188,7 @@ impl Node {
 }
 
 /// Looks until there is something, or the time is up: then the last reason why not. Looks once more at the end.
-fn poll<T, E>(deadline: Duration, mut look: impl FnMut() -> Result<Result<T, String>, E>) -> Result<Result<T, String>, E> {
+fn poll<T, W, E>(deadline: Duration, mut look: impl FnMut() -> Result<Result<T, W>, E>) -> Result<Result<T, W>, E> {
     let begun = Instant::now();
     loop {
         let late = begun.elapsed() >= deadline;

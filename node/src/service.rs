@@ -208,17 +208,18 @@ fn code(cause: &Cause) -> Code {
     }
 }
 
-/// Volumes that a call works on now.
+/// Volumes that a call works on now, by serial.
 #[derive(Debug, Clone, Default)]
 struct Busy(Arc<Mutex<HashSet<String>>>);
 
 impl Busy {
     fn hold(&self, volume: &Volume) -> Result<Held, Status> {
-        let id = volume.to_string();
-        if self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone()) {
-            Ok(Held { busy: self.clone(), id })
+        // By the serial: a handle with a zone and one without (older releases wrote it on shared storage) may be one disk.
+        let serial = volume.serial.clone();
+        if self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(serial.clone()) {
+            Ok(Held { busy: self.clone(), serial })
         } else {
-            Err(Status::aborted(format!("{id}: another call is working on this volume; repeat this one later")))
+            Err(Status::aborted(format!("{volume}: another call is working on this volume; repeat this one later")))
         }
     }
 }
@@ -227,12 +228,12 @@ impl Busy {
 #[derive(Debug)]
 struct Held {
     busy: Busy,
-    id: String,
+    serial: String,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.serial);
     }
 }
 

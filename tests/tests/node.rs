@@ -9,6 +9,8 @@ mod crash;
 mod harness;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/modes.rs"]
+mod modes;
 #[path = "node/plug.rs"]
 mod plug;
 #[path = "node/surfaces.rs"]

@@ -40,10 +40,3 @@ impl Write {
         }
     }
 }
-
-/// A sequence of writes that can be made again from its start, and told how much it is.
-///
-/// Every format of this crate is one; [`Format`] puts the mark of an unfinished format around any of them.
-pub trait Writes: Iterator<Item = Write> {}
-
-impl<T: Iterator<Item = Write>> Writes for T {}

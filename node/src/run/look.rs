@@ -10,11 +10,11 @@ use rustix::io::Errno;
 use super::Node;
 use crate::error::Cause;
 use crate::identity;
-use crate::plan::{Growth, Mount, Target};
+use crate::plan::{self, Growth, Mount, Target};
 use crate::probe;
 use crate::request::Volume;
 use crate::sys::block::Access;
-use crate::sys::scsi::{self, Disk};
+use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, Dev, mountinfo};
 
 /// kubelet's folder of binds for subPath mounts: they belong to a pod that the volume is published to, not to a target.
@@ -155,6 +155,15 @@ impl Room {
             Some(left) if tried && left < u64::from(self.blocks_per_group) => Growth::Tried,
             Some(_) => Growth::Room,
         }
+    }
+}
+
+/// What can be done with a disk that was found.
+pub(super) fn usable(disk: &Disk) -> plan::Disk {
+    match disk.state {
+        State::Running => plan::Disk::Ready { read_only: disk.read_only },
+        State::Offline => plan::Disk::Offline,
+        State::Passing => plan::Disk::NotYet,
     }
 }
 

@@ -3,12 +3,13 @@
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::look::usable;
 use super::{MAX_TURNS, Node, failed, kill_point};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
 use crate::plan::{self, PublishSeen, PublishStep, Source, UnpublishStep};
 use crate::request::{PublishRequest, PublishSource, UnpublishRequest};
-use crate::sys::scsi::{self, Disk, State};
+use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, mount};
 
 impl Node {
@@ -49,14 +50,11 @@ impl Node {
             }
             PublishSource::Device(wanted) => {
                 // A legacy disk that is published already shows up as "in use" only where a filesystem is on it.
-                let (seen, disk) = match identity::find(wanted, &disks, &self.mounted_devices()?)? {
-                    Found::NotYet(_) => (plan::Disk::NotYet, None),
-                    Found::Disk(disk) if disk.state == State::Running => {
-                        (plan::Disk::Ready { read_only: disk.read_only }, Some(disk.clone()))
-                    }
-                    Found::Disk(disk) => (plan::Disk::Offline, Some(disk.clone())),
+                let disk = match identity::find(wanted, &disks, &self.mounted_devices()?)? {
+                    Found::NotYet(_) => None,
+                    Found::Disk(disk) => Some(disk.clone()),
                 };
-                (Source::Device(seen), disk, None)
+                (Source::Device(disk.as_ref().map_or(plan::Disk::NotYet, usable)), disk, None)
             }
         };
         let not: Vec<&Path> = real.iter().chain(&staging).map(PathBuf::as_path).collect();

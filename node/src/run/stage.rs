@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use rustix::io::Errno;
 
 use super::expand::grow;
-use super::look::{Room, is_empty_folder};
+use super::look::{Room, is_empty_folder, usable};
 use super::publish::make_folder;
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
 use crate::error::{AtStep, Cause, Error};
@@ -14,7 +14,7 @@ use crate::identity::{self, Found};
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
 use crate::request::{Access, FormatOptions, StageRequest, UnstageRequest, Zeroed};
-use crate::sys::scsi::{self, Disk, State};
+use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, block, mount};
 
 /// What stage remembers between its turns: looks that cost much, and deeds that are tried once.
@@ -84,11 +84,7 @@ impl Node {
             Some(room) => room.growth(memory.grow_tried),
             None => Growth::Full,
         };
-        let seen_disk = match &disk {
-            None => plan::Disk::NotYet,
-            Some(disk) if disk.state == State::Running => plan::Disk::Ready { read_only: disk.read_only },
-            Some(_) => plan::Disk::Offline,
-        };
+        let seen_disk = disk.as_ref().map_or(plan::Disk::NotYet, usable);
         Ok(StageLook { seen: StageSeen { mount, disk: seen_disk, surface: memory.surface.clone(), growth }, disk, room })
     }
 
@@ -100,7 +96,7 @@ impl Node {
             StageStep::SetRunning => self.set_running(disk()?),
             StageStep::Probe => {
                 let _one_of_few = self.workers.take();
-                let device = self.open(disk()?, block::Access::Shared)?;
+                let device = self.open_new(disk()?, block::Access::Shared)?;
                 memory.surface = probe::probe(&device, &want.volume, want.zeroed)?;
                 Ok(())
             }

@@ -91,6 +91,8 @@ fn a_second_call_on_a_busy_volume_is_aborted_until_the_first_has_ended() {
         let status = service.work(&first, |_| Ok(())).await.unwrap_err();
         assert_eq!(status.code(), Code::Aborted);
         assert!(status.message().starts_with("r/z/s/vm-9999-pvc-1: another call"), "{status:?}");
+        let alias = volume("r//s/vm-9999-pvc-1");
+        assert_eq!(service.work(&alias, |_| Ok(())).await.unwrap_err().code(), Code::Aborted, "the same disk by another handle");
         assert!(service.work(&second, |_| Ok(())).await.is_ok(), "another volume is free");
         // The caller goes away; the work goes on and keeps the volume.
         call.abort();

@@ -22,7 +22,7 @@ mod tests;
 /// On less than this libblkid leaves out its RAID probers (`BLKID_FL_TINY_DEV`, a floppy's size): nothing found would prove nothing.
 pub const MIN_SIZE_BYTES: u64 = 1440 * 1024 + 1;
 
-/// libblkid 2.38.1 knows 80 superblocks and 13 partition tables, and each answers once at most.
+/// libblkid 2.38.1 knows 77 superblocks and 13 partition tables, and each answers once at most.
 const MAX_SIGNATURES: usize = 128;
 
 /// What a device holds.

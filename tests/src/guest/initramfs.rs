@@ -115,7 +115,8 @@ pub(super) fn write(to: &Path, kernel: &Kernel, files: &[(String, PathBuf)]) -> 
         archive.entry(file.trim_start_matches('/'), 0o100_644, (0, 0), bytes);
     }
     for (path, file) in files {
-        let bytes = std::fs::read(file).with_context(|| format!("read {} for the guest's {path}", file.display()))?;
+        let bytes = std::fs::read(file)
+            .with_context(|| format!("read {} for the guest's {path} (scripts/build makes the release binaries)", file.display()))?;
         archive.entry(path.trim_start_matches('/'), 0o100_755, (0, 0), &bytes);
     }
     std::fs::write(to, archive.finish()).with_context(|| format!("write {}", to.display()))

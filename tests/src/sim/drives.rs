@@ -72,7 +72,11 @@ async fn perform(cluster: &Arc<Cluster>, wish: &Wish, log: &Log) -> Result<()> {
         {
             let state = cluster.state();
             let (storage, name) = state.volume(&drive.file)?;
-            storage.resize(node, &name, padded)?;
+            // An open qcow2 is QEMU's: it grows the image itself, and must not find its header changed.
+            let opened = running && state.vm(node, vmid)?.machine.is_some() && name.format == "qcow2";
+            if !opened {
+                storage.resize(node, &name, padded)?;
+            }
         }
         if running {
             hotplug::announce_size(cluster, node, vmid, disk, padded).await?;

@@ -405,7 +405,8 @@ impl Simulator {
         self.cluster.state().vms.remove(&vmid);
     }
 
-    /// Plugging into this VM calls the machine from now on.
+    /// Plugging into this VM calls the machine from now on. What is configured while the VM is stopped is not plugged into it at its
+    /// start: a machine that starts again brings its own disks.
     pub fn register_machine(&self, vmid: u32, machine: Arc<dyn Machine>) {
         self.change(vmid, |vm| vm.machine = Some(machine));
     }
@@ -479,7 +480,8 @@ impl Simulator {
         self.cluster.clock.try_lock(&key, 1)
     }
 
-    /// Virtual time stands still until this is dropped: what waits goes on waiting.
+    /// Virtual time stands still until this is dropped: what waits goes on waiting. With a lock held ([`Simulator::hold_config_lock`])
+    /// a task can so be seen `running` for as long as a test wants.
     #[must_use]
     pub fn freeze(&self) -> Busy {
         self.cluster.clock.busy()

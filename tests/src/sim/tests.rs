@@ -323,6 +323,26 @@ async fn a_registered_machine_is_plugged_for_real() {
 }
 
 #[tokio::test]
+async fn a_task_runs_for_as_long_as_the_lock_is_held_and_time_stands_still() {
+    let sim = Simulator::standard().start().await.unwrap();
+    let client = Client::of(&sim);
+    client.create("local", "vm-9999-a.raw", "1M").await;
+    let (frozen, held) = (sim.freeze(), sim.hold_config_lock(101));
+    let post = client.ask("POST", "/nodes/pve1/qemu/101/config", "scsi1=local:9999/vm-9999-a.raw").await;
+    let upid = post.2["data"].as_str().unwrap().to_owned();
+    let status = client.get(&format!("/nodes/pve1/tasks/{upid}/status")).await;
+    assert_eq!((&status["status"], status.get("exitstatus")), (&json!("running"), None));
+    drop(held);
+    drop(frozen);
+    assert_eq!(sim.task(&upid).await.unwrap().0, "OK");
+    let other = Client { headers: "Authorization: PVEAPIToken=csi@pve!other=no\r\n".to_owned(), ..Client::of(&sim) };
+    assert_eq!(other.ask("GET", &format!("/nodes/pve1/tasks/{upid}/status"), "").await.0, 401);
+    sim.purge_task(&upid);
+    let purged = client.ask("GET", &format!("/nodes/pve1/tasks/{upid}/status"), "").await;
+    assert_eq!(purged.2["errors"], json!({"upid": "no such task"}));
+}
+
+#[tokio::test]
 async fn somebody_else_can_act_between_two_requests() {
     let sim = Arc::new(Simulator::standard().start().await.unwrap());
     let client = Client::of(&sim);

@@ -393,3 +393,37 @@ async fn thirty_volumes_at_once_get_thirty_answers() {
     let full = answers.into_iter().find(Result::is_err).unwrap();
     assert_refused(full, Code::ResourceExhausted, &["no free slot from scsi1 to scsi29"]);
 }
+
+/// Hosts pve1 and pve2 with a storage that both see, and a volume of the reference driver on it.
+async fn shared_bed() -> (crate::bed::Bed, VolumeHandle) {
+    let mut description = two_hosts_description();
+    let mut san = testbed::sim::Storage::new("san", "lvm", &[("vgname", "san")]);
+    san.shared = Some(true);
+    description = description.storage(san);
+    let bed = start(Simulator::builder(description)).await;
+    let volume: VolumeHandle = "fsn1//san/vm-9999-a".parse().unwrap();
+    bed.sim.create_volume("pve1", &volume.volid(), 64 * MIB).unwrap();
+    (bed, volume)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_shared_storage_every_vm_of_the_cluster_counts() {
+    let (bed, volume) = shared_bed().await;
+    bed.publish(&volume, "node-201/201").await.unwrap();
+    assert_refused(bed.publish(&volume, "node-101/101").await, Code::FailedPrecondition, &["VM 201 on pve2"]);
+    // A host that is off cannot let go: what its VMs held counts, and what they did not hold does not stop others.
+    let other: VolumeHandle = "fsn1//san/vm-9999-b".parse().unwrap();
+    bed.sim.create_volume("pve1", &other.volid(), 64 * MIB).unwrap();
+    bed.sim.set_node_unreachable("pve2", Some("595 No route to host"));
+    let refused = bed.publish(&volume, "node-101/101").await;
+    assert_refused(refused, Code::FailedPrecondition, &["VM 201 on pve2"]);
+    bed.publish(&other, "node-101/101").await.unwrap();
+    // One that was never read could hold anything.
+    let fresh = controller_again(&bed);
+    let request = tonic::Request::new(publish_request(&other, "node-102/102"));
+    let answer = proto::csi::controller_server::Controller::controller_publish_volume(&fresh, request).await;
+    assert_refused(answer, Code::Unavailable, &["VM 201 on pve2", "was not read before"]);
+    // New volumes are for local storages only, in this version.
+    let create = bed.create_as(crate::bed::create_request("pvc-1", "san", MIB)).await;
+    assert_refused(create, Code::InvalidArgument, &["shared"]);
+}

@@ -120,10 +120,8 @@ async fn a_disabled_or_full_storage_is_said() {
     let bed = standard().await;
     bed.sim.change_storage("local-zfs", |storage| storage.disabled = true);
     bed.sim.change_storage("local", |storage| storage.content = vec!["iso".into()]);
-    bed.sim.change_storage("thick-lvm", |storage| storage.shared = Some(true));
     assert!(bed.create_as(create_request("pvc-1", "local-zfs", MIB)).await.is_err());
     assert_refused(bed.create_as(create_request("pvc-1", "local", MIB)).await, Code::InvalidArgument, &["Disk image"]);
-    assert_refused(bed.create_as(create_request("pvc-1", "thick-lvm", MIB)).await, Code::InvalidArgument, &["shared"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

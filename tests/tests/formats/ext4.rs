@@ -255,3 +255,34 @@ fn judge_blkid_sees_a_filesystem_only_if_complete_or_marked() {
     // The last look is before the last flush, when sector 0 has been written.
     assert!(seen.iter().all(|count| *count > 0), "blank, unfinished, unfinished with superblock, complete: {seen:?}");
 }
+
+/// The command that a person would type, over a file that holds something else: the same file as mke2fs makes of it.
+#[test]
+fn judge_the_mkfs_example_makes_what_mke2fs_makes() {
+    const SIZE_BYTES: u64 = (12 << 20) + 512;
+    let Judge::Mke2fs = Judge::of_this_machine() else { return };
+    let (uuid, seed) = (dashed(&[0xAB; 16]), dashed(&[0xCD; 16]));
+    let mkfs = |rest: &[&str]| {
+        let program = ["run", "-q", "-p", "proxmox-csi-disk", "--example", "mkfs", "--"];
+        run(env!("CARGO"), &[&program[..], &["ext4", "--uuid", &uuid, "--hash-seed", &seed, "--time", "1700000000"], rest].concat(), &[])
+            .unwrap()
+    };
+    let old = vec![0xA5_u8; usize::try_from(SIZE_BYTES).unwrap()];
+    let (ours, theirs) = (Scratch::new("example-ours", SIZE_BYTES), Scratch::new("example-theirs", SIZE_BYTES));
+    std::fs::write(ours.path(), &old).unwrap();
+    std::fs::write(theirs.path(), &old).unwrap();
+    let answer = mkfs(&["-b", "2048", "-I", "512", ours.path().to_str().unwrap()]);
+    assert_eq!(answer.code, Some(0), "{}", answer.text);
+    let extended = format!("hash_seed={seed}");
+    let arguments =
+        ["-q", "-t", "ext4", "-F", "-m0", "-U", &uuid, "-E", &extended, "-b", "2048", "-I", "512", theirs.path().to_str().unwrap()];
+    let answer = run("mke2fs", &arguments, &[("E2FSPROGS_FAKE_TIME", "1700000000")]).unwrap();
+    assert_eq!(answer.code, Some(0), "{}", answer.text);
+    assert!(std::fs::read(ours.path()).unwrap() == std::fs::read(theirs.path()).unwrap());
+
+    let tiny = Scratch::new("example-tiny", 51200);
+    let answer = mkfs(&[tiny.path().to_str().unwrap()]);
+    assert_eq!(answer.code, Some(1));
+    assert!(answer.text.ends_with("does not fit into 51200 bytes; make the volume larger"), "{}", answer.text);
+    assert!(std::fs::read(tiny.path()).unwrap().iter().all(|byte| *byte == 0), "refused before anything is written");
+}

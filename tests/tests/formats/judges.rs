@@ -1,6 +1,7 @@
 //! The outside tools, the files they look at, and chance that can be repeated.
 
 use std::fs::File;
+use std::io::Write as _;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -92,7 +93,8 @@ pub(crate) struct Answer {
 
 /// Runs a tool, in the C locale; `None` if it is not there.
 pub(crate) fn run(tool: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Option<Answer> {
-    let mut command = Command::new(testbed::tools::program(tool)?);
+    let program = if tool.contains('/') { tool.to_owned() } else { testbed::tools::program(tool)? };
+    let mut command = Command::new(program);
     command.args(arguments).env("LC_ALL", "C").envs(environment.iter().copied());
     match command.output() {
         Ok(output) => {
@@ -144,6 +146,7 @@ pub(crate) fn seed() -> u64 {
             u64::from(now.subsec_nanos()) ^ now.as_secs() << 20
         }
     };
-    println!("PROXMOX_CSI_SEED={seed}");
+    // Past the test runner's capture, so that a run that passes can be repeated too.
+    let _ = std::io::stderr().write_all(format!("PROXMOX_CSI_SEED={seed}\n").as_bytes());
     seed
 }

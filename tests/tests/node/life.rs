@@ -153,8 +153,5 @@ fn guest_requests_that_are_wrong() {
         let (got, message) = stage(change);
         assert!(got == code && message.contains(word), "{got:?} {message:?} should be {code:?} and name {word}");
     }
-    // Never attached: the deadline passes, and the sentence names the volume and what was looked for.
-    let (code, message) = stage(|_| ());
-    assert!(code != Code::Ok && message.contains(&volume.id) && message.contains(&handle.serial()), "{code:?} {message}");
     agent.guest.power_off().unwrap();
 }

@@ -18,23 +18,57 @@ fn assert_refused(agent: &Agent, volume: &NodeVolume, image: &Image) -> String {
 #[test]
 fn guest_disk_of_another_volume() {
     let Some(agent) = Agent::start("foreign") else { return };
-    let (ours, other, image) = (handle("ours"), handle("other"), Image::new(32 * MIB));
-    agent.guest.machine().plug(&image.drive(3, Some(&other.serial()))).unwrap();
-    let volume = agent.volume(&ours, &image, 3);
-    let sentence = assert_refused(&agent, &volume, &image);
-    assert!(sentence.contains(&ours.serial()), "{sentence}");
-    // Also when the context says nothing of a serial, as the reference driver's does.
-    let mut legacy = volume.clone();
+    // Slot 3 holds another volume's disk: with our context, and with one that says nothing of a serial, as the reference
+    // driver's does. Slot 5 is empty. All three wait for their disk until the deadline, at the same time.
+    let other = Image::new(32 * MIB);
+    agent.guest.machine().plug(&other.drive(3, Some(&handle("other").serial()))).unwrap();
+    let ours = agent.volume(&handle("ours"), &other, 3);
+    let mut legacy = agent.volume(&handle("legacy"), &other, 3);
     legacy.publish_context.retain(|key, _| key == "DevicePath" || key == "lun");
-    assert_refused(&agent, &legacy, &image);
+    let absent = agent.volume(&handle("absent"), &other, 5);
+    let before = other.bytes();
+    let sentences = std::thread::scope(|scope| {
+        let calls = [&ours, &legacy, &absent].map(|volume| scope.spawn(|| agent.calls.node_stage_volume(volume.stage()).unwrap_err()));
+        calls.map(|call| call.join().unwrap())
+    });
+    for (volume, status) in [&ours, &legacy, &absent].into_iter().zip(&sentences) {
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        assert!(status.message().contains(&volume.id), "{status:?}");
+        assert!(agent.mounted_at(&volume.staging).is_empty());
+    }
+    // What was looked for, and what is there instead.
+    assert!(sentences[0].message().contains(&handle("ours").serial()), "{sentences:?}");
+    assert!(sentences[0].message().contains(&handle("other").serial()), "{sentences:?}");
+    assert!(sentences[1].message().contains(&handle("other").serial()), "{sentences:?}");
+    assert!(sentences[2].message().contains(&handle("absent").serial()), "{sentences:?}");
+    assert!(other.bytes() == before, "the other volume's disk was written to");
     agent.detach(3);
 
     // A disk without a serial that has the WWN and LUN is what the reference driver attached.
-    agent.guest.machine().plug(&image.drive(3, None)).unwrap();
+    agent.guest.machine().plug(&other.drive(3, None)).unwrap();
     agent.stage(&legacy);
     agent.put_away(&legacy);
     agent.detach(3);
-    assert_clean(&image);
+    assert_clean(&other);
+    agent.guest.power_off().unwrap();
+}
+
+/// The kernel shows a disk in sysfs a moment before it can be opened: stage once met ENXIO there.
+#[test]
+fn guest_stage_while_the_disk_is_just_coming() {
+    let Some(agent) = Agent::start("coming") else { return };
+    for round in 0..8 {
+        let (handle, image) = (handle(&format!("coming-{round}")), Image::new(8 * MIB));
+        let volume = agent.volume(&handle, &image, 1);
+        let staged = std::thread::scope(|scope| {
+            let staging = scope.spawn(|| agent.calls.node_stage_volume(volume.stage()));
+            agent.guest.machine().plug(&image.drive(1, Some(&handle.serial()))).unwrap();
+            staging.join().unwrap()
+        });
+        staged.unwrap_or_else(|status| panic!("round {round}: {status:?}"));
+        agent.put_away(&volume);
+        agent.detach(1);
+    }
     agent.guest.power_off().unwrap();
 }
 

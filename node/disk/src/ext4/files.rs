@@ -171,31 +171,25 @@ impl Maker<'_> {
     }
 
     /// Inode 7 owns the reserved descriptor blocks: those of group 0 as indirect blocks, which list the same block of
-    /// every backup. The kernel takes them from it when the filesystem grows.
+    /// every backup ([`reserved_blocks`]). The kernel takes them from it when the filesystem grows.
     fn make_resize_inode(&mut self) -> Option<()> {
         let geometry = self.geometry().clone();
         let pointers = geometry.block_size / 4;
         let reserved = geometry.reserved_descriptor_blocks;
-        let first_reserved = geometry.first_data_block + 1 + geometry.descriptor_blocks;
+        let first_reserved = geometry.first_reserved_block();
         self.files.cache.read(self.inode_block(RESIZE_INODE));
         let root = self.take_block(first_reserved - 1 + reserved + 2 + geometry.inode_table_blocks)?;
         let mut root_bytes = vec![0_u8; length(geometry.block_size)];
-        let backups: Vec<u64> = geometry.backup_groups().collect();
         for index in 0..reserved {
             let block = first_reserved + index;
             put_u32(&mut root_bytes, length((geometry.descriptor_blocks + index) % pointers * 4), low32(block));
-            let mut bytes = vec![0_u8; length(geometry.block_size)];
-            for (slot, group) in backups.iter().enumerate() {
-                put_u32(&mut bytes, slot * 4, low32(block + group * geometry.blocks_per_group));
-            }
             self.files.cache.write(block);
-            self.files.blocks.push((block, bytes));
         }
         self.files.cache.write(root);
         self.files.blocks.push((root, root_bytes));
         let mut i_block = [0; 60];
         put_u32(&mut i_block, DOUBLE_INDIRECT * 4, low32(root));
-        let owned = 1 + reserved + reserved * backups.len() as u64;
+        let owned = 1 + reserved + reserved * geometry.backup_groups().count() as u64;
         let inode = Inode {
             number: RESIZE_INODE,
             mode: 0o100_600,
@@ -284,6 +278,18 @@ impl Maker<'_> {
         }
         best.0
     }
+}
+
+/// Bytes `from..from + count` of the reserved descriptor blocks of group 0: each lists the same block of every backup.
+pub(super) fn reserved_blocks(geometry: &Geometry, from: u64, count: u64) -> Vec<u8> {
+    let mut bytes = vec![0; length(count)];
+    let first = geometry.first_reserved_block() + from / geometry.block_size;
+    for (block_bytes, block) in bytes.chunks_mut(length(geometry.block_size)).zip(first..) {
+        for (slot, group) in geometry.backup_groups().enumerate() {
+            put_u32(block_bytes, slot * 4, low32(block + group * geometry.blocks_per_group));
+        }
+    }
+    bytes
 }
 
 fn extents(runs: &[(u64, u64)]) -> Option<Vec<Extent>> {

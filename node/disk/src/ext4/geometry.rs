@@ -173,6 +173,11 @@ impl Geometry {
         if has_superblock(group) { 1 + self.descriptor_blocks + self.reserved_descriptor_blocks } else { 0 }
     }
 
+    /// In group 0, the first block kept free for more descriptors.
+    pub(super) const fn first_reserved_block(&self) -> u64 {
+        self.first_data_block + 1 + self.descriptor_blocks
+    }
+
     /// The groups with a backup superblock: 1 and the powers of 3, 5 and 7, in order.
     pub(super) fn backup_groups(&self) -> impl Iterator<Item = u64> + use<> {
         backup_groups(self.groups)

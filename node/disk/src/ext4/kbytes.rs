@@ -23,8 +23,6 @@ pub(super) struct Cache {
     slots: [Cached; CACHED_BLOCKS],
     clock: u64,
     written_back: u64,
-    #[cfg(test)]
-    pub(super) trace: Vec<u64>,
 }
 
 impl Cache {
@@ -46,10 +44,6 @@ impl Cache {
         }
         if let Some(slot) = self.slots.iter_mut().min_by_key(|slot| slot.used_at) {
             self.written_back += u64::from(slot.is_dirty);
-            #[cfg(test)]
-            if slot.is_dirty {
-                self.trace.push(slot.block);
-            }
             *slot = Cached { block, is_dirty, used_at };
         }
     }
@@ -58,5 +52,27 @@ impl Cache {
     pub(super) const fn kbytes_written(&self, block_size: u64, descriptor_blocks: u64) -> u64 {
         let counted = ZAPPED_BYTES + self.written_back * block_size;
         1 + counted / 1024 + (descriptor_blocks + 1) / (block_size / 1024)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_recently_used_block_makes_room_and_counts_if_it_was_changed() {
+        let mut cache = Cache::default();
+        cache.read(100);
+        (0..7).for_each(|block| cache.write(block));
+        cache.write(0);
+        cache.write(200); // in the place of 100, which was only read
+        assert_eq!(cache.written_back, 0);
+        cache.read(201); // in the place of 1
+        cache.write(202); // in the place of 2
+        assert_eq!(cache.written_back, 2);
+        cache.read(0);
+        assert_eq!(cache.written_back, 2);
+        assert_eq!(cache.kbytes_written(4096, 1), 1 + 4 + 2 * 4);
+        assert_eq!(cache.kbytes_written(1024, 1), 1 + 4 + 2 + 2);
     }
 }

@@ -46,6 +46,8 @@ impl Layout {
             let flex = group / FLEX_GROUPS * FLEX_GROUPS;
             let in_flex = FLEX_GROUPS.min(groups - flex);
             let first = group == flex;
+            // From the block bitmaps to the inode bitmaps, and on to the tables. Alone in the last flex group, a group keeps
+            // the distance of a full one.
             let apart = if in_flex == 1 { FLEX_GROUPS } else { in_flex };
             let left = flex + in_flex - group;
             let after = if first { 0 } else { previous.block_bitmap + 1 };

@@ -27,6 +27,8 @@ enum Piece {
         offset: u64,
         bytes: Vec<u8>,
     },
+    /// Those of group 0. Their copies in other groups are left as they are, as upstream does.
+    ReservedBlocks,
     BlockBitmap {
         group: u64,
     },
@@ -106,6 +108,7 @@ fn file_pieces(geometry: &Geometry, files: Files, options: &Options) -> Vec<Piec
         Piece::Flush,
         Piece::Zeros { offset: tail * block_size, length: (geometry.blocks - tail) * block_size },
     ];
+    pieces.push(Piece::ReservedBlocks);
     pieces.extend(files.blocks.into_iter().map(|(block, bytes)| Piece::Bytes { offset: block * block_size, bytes }));
     pieces
         .extend(files.journal_runs.iter().map(|(start, blocks)| Piece::Zeros { offset: start * block_size, length: blocks * block_size }));
@@ -218,6 +221,7 @@ impl Image {
             Piece::Flush => return (done == 0).then_some((Write::Flush, 1)),
             Piece::Zeros { offset, length } => (*offset, *length),
             Piece::Bytes { offset, bytes } => (*offset, bytes.len() as u64),
+            Piece::ReservedBlocks => (geometry.first_reserved_block() * block_size, geometry.reserved_descriptor_blocks * block_size),
             Piece::BlockBitmap { group } => (self.layout.place_of(*group)?.block_bitmap * block_size, block_size),
             Piece::InodeBitmap => (self.layout.place_of(0)?.inode_bitmap * block_size, block_size),
             Piece::Superblock { group: 0 } => (SUPERBLOCK_BYTES, SUPERBLOCK_BYTES),
@@ -232,6 +236,7 @@ impl Image {
             Piece::Flush => return None,
             Piece::Zeros { .. } => return Some((Write::Zeros { offset: offset + done, length: now }, done + now)),
             Piece::Bytes { bytes, .. } => bytes.get(length(done)..length(done + now))?.to_vec(),
+            Piece::ReservedBlocks => files::reserved_blocks(geometry, done, now),
             Piece::BlockBitmap { group } => self.layout.block_bitmap(*group),
             Piece::InodeBitmap => self.inode_bitmap.clone(),
             Piece::Superblock { group } => self.superblock.bytes(geometry, *group),
