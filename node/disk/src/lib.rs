@@ -1,7 +1,22 @@
 //! On-disk formats as pure functions: geometry in, writes out.
+//!
+//! A writer is an iterator of [`Write`]s, generated as they are asked for, so that a volume of many TiB costs no memory.
+//! Nothing here opens a device, reads a clock or draws a random number: UUIDs, seeds and "now" are arguments, and what
+//! is on a disk comes in as bytes. The same arguments give the same bytes.
+//!
+//! The order of the writes is part of the format: what makes a disk recognisable is destroyed first and written last,
+//! after a [`Write::Flush`], so that a format cut short is never taken for a finished one (see [`mark`]).
 #![forbid(unsafe_code)]
 
+mod bytes;
+pub mod ext4;
 pub mod luks;
+pub mod mark;
+
+pub use mark::{Format, Mark};
+
+/// No [`Write`] is longer than this: the caller's buffer, and the grain at which a format can be stopped.
+pub const MAX_WRITE_BYTES: u64 = 1 << 20;
 
 /// One thing to do to a disk. Offsets and lengths are bytes, and multiples of 512.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,3 +28,22 @@ pub enum Write {
     /// Everything before this reaches the medium before anything after it is written.
     Flush,
 }
+
+impl Write {
+    /// The bytes of the disk that this touches: offset and length. A flush touches none.
+    #[must_use]
+    pub fn range(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Data { offset, bytes } => Some((*offset, bytes.len() as u64)),
+            Self::Zeros { offset, length } => Some((*offset, *length)),
+            Self::Flush => None,
+        }
+    }
+}
+
+/// A sequence of writes that can be made again from its start, and told how much it is.
+///
+/// Every format of this crate is one; [`Format`] puts the mark of an unfinished format around any of them.
+pub trait Writes: Iterator<Item = Write> {}
+
+impl<T: Iterator<Item = Write>> Writes for T {}

@@ -102,14 +102,13 @@ pub struct Format {
 impl Format {
     /// The writes, in the order in which a crash after any of them does no harm.
     ///
-    /// `mark` is the sector that says "unfinished"; the primary header overwrites it. `blank` are ranges of the mapping, in bytes, that will read as zeros: what a
+    /// To be put into [`crate::mark::Format`], which makes the sector that begins the primary header the very last one. `blank` are ranges of the mapping, in bytes, that will read as zeros: what a
     /// probe of the opened volume looks at. `noise` fills the keyslots area, so that nobody sees which keyslots are used, and no older header survives in it.
     /// Derives the keyslot's key: takes [`Kdf::memory_kib`] and its time.
     pub fn plan<N: Noise>(
         &self,
         passphrase: &[u8],
         material: &Material,
-        mark: [u8; SECTOR_BYTES],
         blank: &[Range<u64>],
         mut noise: N,
     ) -> Result<impl Iterator<Item = Write> + use<N>, Error> {
@@ -129,8 +128,8 @@ impl Format {
         let primary = header.bytes(Place::Primary, primary_salt)?;
         let secondary = header.bytes(Place::Secondary, secondary_salt)?;
         let data = |offset, bytes| Write::Data { offset, bytes };
-        // With the rest of the first headers' room, an old header of either place is gone before anything of the new one is there.
-        let begin = [data(0, mark.to_vec()), Write::Flush, Write::Zeros { offset: SECTOR, length: KEYSLOTS_OFFSET - SECTOR }];
+        // An old header of either place is gone before anything of the new one is there.
+        let begin = [Write::Zeros { offset: 0, length: KEYSLOTS_OFFSET }, Write::Flush];
         let rest = chunked(&(KEYSLOTS_OFFSET + AREA_SIZE..DATA_OFFSET)).map(move |range| {
             let mut bytes = zeroed(range.end - range.start);
             noise(range.start, &mut bytes);

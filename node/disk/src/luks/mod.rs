@@ -36,8 +36,7 @@ const SECTOR: u64 = SECTOR_BYTES as u64;
 const BLOCK_BYTES: usize = 4096;
 const BLOCK: u64 = BLOCK_BYTES as u64;
 /// The longest write of a plan.
-const CHUNK_BYTES: usize = 1 << 20;
-const CHUNK: u64 = CHUNK_BYTES as u64;
+const CHUNK: u64 = crate::MAX_WRITE_BYTES;
 /// AES-256-XTS.
 const KEY_SIZE: usize = 64;
 /// Of the anti-forensic split, as every LUKS version has it.
@@ -51,7 +50,10 @@ fn zeroed(length: u64) -> Vec<u8> {
 /// One piece of data as writes of at most [`CHUNK`] bytes.
 fn writes(offset: u64, bytes: &[u8]) -> impl Iterator<Item = Write> {
     let offsets = (0..).map(move |n: u64| offset + n * CHUNK);
-    bytes.chunks(CHUNK_BYTES).zip(offsets).map(|(piece, offset)| Write::Data { offset, bytes: piece.to_vec() })
+    bytes
+        .chunks(usize::try_from(CHUNK).unwrap_or(BLOCK_BYTES))
+        .zip(offsets)
+        .map(|(piece, offset)| Write::Data { offset, bytes: piece.to_vec() })
 }
 
 /// Reads all of a buffer at an offset in bytes; a short read is an error.
