@@ -171,6 +171,7 @@ fn what_we_make_we_open() {
         assert_eq!(header.segment.mapping_sectors(SIZE + 512).unwrap(), if seed == 2 { 2049 } else { 2048 });
         assert!(header.segment.mapping_sectors(16 << 20).is_err());
         assert_eq!(header.keyslot_memory_kib(0), Some(0));
+        assert_eq!(header.dm_uuid("csi-0-encrypted"), "CRYPT-LUKS2-0d7912f455a04c1e9d0f7fb0f2a2c0de-csi-0-encrypted");
         let (number, found) = disk.unlock(b"pass\n").unwrap();
         assert!(number == 0 && found == key);
         assert_eq!(header.digest_of(&key), header.digest());
@@ -196,6 +197,11 @@ fn a_keyslot_that_needs_more_memory_than_there_is_is_not_tried() {
 #[test]
 fn bad_parameters_are_refused_before_anything_is_planned() {
     let material = Material::draw(random(3)).unwrap();
+    let beyond = (1 << 20) - 4096..(1 << 20) + 1;
+    let Err(why) = format(1).plan(b"p", &material, std::slice::from_ref(&beyond), noise(1)).map(|_| ()) else {
+        panic!("zeros behind the end")
+    };
+    assert!(why.to_string().contains("1048577"), "{why}");
     for (format, word) in [
         (Format { kdf: Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: 10 }, ..format(1) }, "iterations"),
         (Format { sector_size: 520, ..format(1) }, "sector size"),

@@ -114,7 +114,10 @@ impl Format {
     ) -> Result<impl Iterator<Item = Write> + use<N>, Error> {
         let header = self.header(material)?;
         let segment = self.segment();
-        segment.mapping_sectors(self.device_size_bytes)?;
+        let mapping_bytes = segment.mapping_sectors(self.device_size_bytes)? * SECTOR;
+        if let Some(beyond) = blank.iter().find(|range| range.end > mapping_bytes) {
+            return Err(Error::Range { parameter: "end of a blank range in bytes", value: beyond.end, min: 0, max: mapping_bytes });
+        }
         let area = keyslot_area(
             &self.kdf,
             passphrase,

@@ -61,7 +61,10 @@ impl Hash {
             for part in parts {
                 hash.update(part);
             }
-            hash.finalize().to_vec()
+            let mut hashed = hash.finalize();
+            let out = hashed.to_vec();
+            hashed.as_mut_slice().zeroize();
+            out
         }
         Zeroizing::new(match self {
             Self::Sha1 => run::<Sha1>(parts),

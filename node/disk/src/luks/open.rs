@@ -100,6 +100,16 @@ impl Header {
         })
     }
 
+    /// The UUID of a mapping with this name: how cryptsetup and we know it again.
+    #[must_use]
+    pub fn dm_uuid(&self, name: &str) -> String {
+        let kind = match self.version {
+            Version::Luks1 => "LUKS1",
+            Version::Luks2 => "LUKS2",
+        };
+        format!("CRYPT-{kind}-{}-{name}", self.uuid.replace('-', ""))
+    }
+
     /// What is wrong with the header copy that does not count; [`Self::heal`] mends it.
     #[must_use]
     pub fn damage(&self) -> Option<&str> {
