@@ -1,1 +1,251 @@
-//! The QEMU guest.
+//! The QEMU guest: a real kernel for the node agent, with disks hot-plugged as Proxmox does it.
+//!
+//! Debian's cloud kernel, an initramfs without tools ([`initramfs`]), QEMU with Proxmox's topology ([`command_line`]), the control
+//! channel to PID 1 ([`control`]; the other end is `tests/guest-init`), and the monitor ([`plug`]). A guest ends with its value.
+
+mod bridge;
+mod command_line;
+mod control;
+mod initramfs;
+mod plug;
+mod qmp;
+pub mod wait;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use guest_init::{CONSOLE_PREFIX, CONTROL_PORT, NODE_PORT, NODE_ROOT, Request};
+
+pub use bridge::Bridge;
+pub use control::{Ended, Job, Program};
+pub use initramfs::with_libraries;
+
+use crate::calls::Calls;
+use crate::console::Console;
+use crate::machine::Machine;
+use crate::process::Process;
+use crate::tools;
+
+/// 2 s on an idle machine with TCG; a loaded one has been seen at 9.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// QEMU opens its monitor before it does anything else.
+const MONITOR_LIMIT: Duration = Duration::from_secs(20);
+/// The node agent opens its socket within milliseconds; TCG is slow in the first run of any code.
+const NODE_LIMIT: Duration = Duration::from_secs(20);
+/// Where the node's binary is, in its own root.
+const NODE_PROGRAM: &str = "/proxmox-csi-node";
+/// The host's loopback as the guest sees it (QEMU's user network).
+pub const HOST_ADDRESS: &str = "10.0.2.2";
+
+/// The VM's `scsihw`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ScsiHardware {
+    /// One controller per drive, hot-plugged with it: Proxmox's default for new VMs.
+    #[default]
+    VirtioScsiSingle,
+    /// One controller for all drives.
+    VirtioScsiPci,
+}
+
+#[derive(Debug, Clone)]
+pub struct GuestOptions {
+    /// In messages and log names.
+    pub name: String,
+    pub memory_mib: u32,
+    pub scsi_hardware: ScsiHardware,
+    /// Series of Debian's cloud kernel.
+    pub kernel: String,
+    /// Files to have in the guest: (path there, file here), all executable.
+    pub files: Vec<(String, PathBuf)>,
+    /// SMBIOS type 1 serial, where Proxmox's `smbios1` can carry the VMID.
+    pub smbios_serial: Option<String>,
+}
+
+impl Default for GuestOptions {
+    fn default() -> Self {
+        let kernel = std::env::var("PROXMOX_CSI_KERNEL").unwrap_or_else(|_| "6.1".into());
+        let scsi_hardware = ScsiHardware::default();
+        Self { name: "guest".into(), memory_mib: 256, scsi_hardware, kernel, files: Vec::new(), smbios_serial: None }
+    }
+}
+
+impl GuestOptions {
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+
+    /// Puts the release binary of the node agent where [`Guest::start_node`] finds it.
+    #[must_use]
+    pub fn with_node(mut self) -> Self {
+        self.files.push((format!("{NODE_ROOT}{NODE_PROGRAM}"), tools::release_binary("proxmox-csi-node")));
+        self
+    }
+}
+
+/// Why guests cannot run here, if so; a test says SKIPPED with it.
+#[must_use]
+pub fn unavailable() -> Option<String> {
+    let missing = ["qemu-system-x86_64", "setpriv"].into_iter().find(|name| tools::program(name).is_none());
+    let kernel = GuestOptions::default().kernel;
+    let no_kernel = || initramfs::Kernel::find(&kernel).err().map(|error| format!("no guest kernel: {error:#}"));
+    missing.map(|name| format!("{name} is missing")).or_else(no_kernel)
+}
+
+/// A running guest.
+#[derive(Debug)]
+pub struct Guest {
+    name: String,
+    folder: PathBuf,
+    console: Console,
+    process: Process,
+    qemu: Arc<plug::Qemu>,
+    control_port: u16,
+    node_port: u16,
+}
+
+impl Guest {
+    /// Boots a guest and waits until its PID 1 answers.
+    pub fn boot(options: &GuestOptions) -> Result<Self> {
+        let folder = new_folder(&options.name)?;
+        Self::boot_in(&folder, options).inspect_err(|_| {
+            // Else the guest's own end does it.
+            eprintln!("guest {}: its log is kept in {}", options.name, folder.display());
+        })
+    }
+
+    fn boot_in(folder: &Path, options: &GuestOptions) -> Result<Self> {
+        let name = options.name.clone();
+        let kernel = initramfs::Kernel::find(&options.kernel)?;
+        let (archive, monitor) = (folder.join("initramfs"), folder.join("qmp.sock"));
+        initramfs::write(&archive, &kernel, &options.files)?;
+        let console = Console::default();
+        let process =
+            command_line::start(command_line::arguments(options, &kernel, &archive, &monitor), &folder.join("console.log"), &console)?;
+        let explain = |what: &str| format!("guest {name}: {what}; {}", console.tail());
+        let qemu = wait::until(MONITOR_LIMIT, || {
+            console.alive()?;
+            Ok::<_, anyhow::Error>(plug::Qemu::connect(&monitor, options.scsi_hardware).ok())
+        });
+        let qemu = qemu.with_context(|| explain("QEMU did not start"))?.with_context(|| explain("QEMU's monitor does not answer"))?;
+        let forwarded = |port| qemu.monitor().forwarded_port(port).map_err(anyhow::Error::msg).with_context(|| explain("port forwarding"));
+        let (control_port, node_port) = (forwarded(CONTROL_PORT)?, forwarded(NODE_PORT)?);
+        console.wait_for(&format!("{CONSOLE_PREFIX}ready"), BOOT_LIMIT).with_context(|| format!("guest {name} did not boot"))?;
+        // Its memory has it now.
+        let _ = std::fs::remove_file(&archive);
+        let guest = Self { name, folder: folder.to_owned(), console, process, qemu: Arc::new(qemu), control_port, node_port };
+        guest.call(Request::Ping, &[])?;
+        Ok(guest)
+    }
+
+    /// Boots several at once.
+    pub fn boot_all(options: &[GuestOptions]) -> Result<Vec<Self>> {
+        std::thread::scope(|scope| {
+            let boots: Vec<_> = options.iter().map(|options| scope.spawn(|| Self::boot(options))).collect();
+            boots.into_iter().map(|boot| boot.join().unwrap_or_else(|_| bail!("a booting thread panicked"))).collect()
+        })
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The guest as the simulator plugs drives into it.
+    #[must_use]
+    pub fn machine(&self) -> Arc<dyn Machine> {
+        Arc::clone(&self.qemu) as Arc<dyn Machine>
+    }
+
+    /// One QMP command, for what [`Machine`] does not cover (`stop`, `cont`).
+    pub fn monitor(&self, command: &str, arguments: serde_json::Value) -> Result<serde_json::Value> {
+        self.qemu.monitor().execute(command, arguments).map_err(|error| anyhow::anyhow!("guest {}: QMP {command}: {error}", self.name))
+    }
+
+    /// Starts the node agent in a root that holds its binary, `/dev`, `/proc`, `/sys`, `/csi`, `/var/lib/kubelet`, and no program
+    /// else; waits until its socket (`/csi/csi.sock`) answers.
+    pub fn start_node(&self, args: &[&str], env: &[(&str, &str)]) -> Result<Job> {
+        let job = self.spawn(&Program { label: "node", root: Some(NODE_ROOT), program: NODE_PROGRAM, args, env })?;
+        let answers = wait::until(NODE_LIMIT, || {
+            if let (Some(exit), output) = self.output(job)? {
+                bail!("guest {}: the node agent ended ({exit:?}): {output}", self.name);
+            }
+            Ok(speaks_http2(self.node_port).then_some(()))
+        })?;
+        ensure!(
+            answers.is_some(),
+            "guest {}: no answer on the node's socket within {} s; {}",
+            self.name,
+            NODE_LIMIT.as_secs(),
+            self.quote()
+        );
+        Ok(job)
+    }
+
+    /// The port of this host that leads to the node's CSI socket.
+    #[must_use]
+    pub fn node_port(&self) -> u16 {
+        self.node_port
+    }
+
+    /// Calls to the node's CSI socket.
+    pub fn node(&self) -> Result<Calls> {
+        Calls::port(self.node_port)
+    }
+
+    /// Where the console's log is, and whatever a test wants to find beside it.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The machine's sudden death: what the guest had not written to its disks is lost.
+    pub fn kill_qemu(&self) {
+        self.process.kill();
+    }
+
+    /// The console's last lines and where all of it is, for an error.
+    #[must_use]
+    pub fn quote(&self) -> String {
+        format!("{} (all of it: {})", self.console.tail(), self.folder.join("console.log").display())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let died = self.console.fatal().is_some();
+        self.process.kill();
+        if died || std::thread::panicking() || std::env::var_os("PROXMOX_CSI_KEEP_LOGS").is_some() {
+            eprintln!("guest {}: its log is kept in {}", self.name, self.folder.display());
+        } else {
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+fn new_folder(name: &str) -> Result<PathBuf> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let folder = std::env::temp_dir().join(format!("csi-guest-{}-{number}-{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).with_context(|| format!("mkdir {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// Whether an HTTP/2 server is behind the port: QEMU accepts before the guest listens, and the guest before the node does.
+fn speaks_http2(port: u16) -> bool {
+    const WORD_LIMIT: Duration = Duration::from_secs(2);
+    // RFC 9113, 3.4: the client's preface and an empty SETTINGS frame; the server's own SETTINGS are its first word.
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let greet = || -> std::io::Result<usize> {
+        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_read_timeout(Some(WORD_LIMIT))?;
+        stream.write_all(HELLO)?;
+        stream.read(&mut [0; 9])
+    };
+    greet().is_ok_and(|read| read > 0)
+}

@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use disk::Write;
-use sha2::{Digest, Sha256};
 
 pub(crate) const UNIT: usize = 4096;
 type Unit = Arc<[u8; UNIT]>;
@@ -15,7 +14,7 @@ pub(crate) struct Image {
     pub(crate) size_bytes: u64,
     fill: u8,
     units: BTreeMap<u64, Unit>,
-    known: HashMap<[u8; UNIT], Unit>,
+    known: HashMap<u64, Vec<Unit>>,
 }
 
 impl Image {
@@ -27,7 +26,7 @@ impl Image {
     pub(crate) fn apply(&mut self, write: &Write) {
         match write {
             Write::Data { offset, bytes } => self.put(*offset, bytes),
-            Write::Zeros { offset, length } => self.put(*offset, &vec![0; usize::try_from(*length).unwrap()]),
+            Write::Zeros { offset, length } => self.zero(*offset, *length),
             Write::Flush => {}
         }
     }
@@ -42,11 +41,44 @@ impl Image {
             let key = at / UNIT as u64;
             let mut unit = if now.len() == UNIT { [0; UNIT] } else { self.unit(key) };
             unit[within..within + now.len()].copy_from_slice(now);
-            let unit = self.known.entry(unit).or_insert_with(|| Arc::new(unit)).clone();
+            let unit = self.shared(unit);
             self.units.insert(key, unit);
             at += now.len() as u64;
             rest = later;
         }
+    }
+
+    fn zero(&mut self, offset: u64, length: u64) {
+        let (whole, end) = (offset.next_multiple_of(UNIT as u64), offset + length);
+        let whole_end = end / UNIT as u64 * UNIT as u64;
+        if whole >= whole_end {
+            return self.put(offset, &vec![0; usize::try_from(length).unwrap()]);
+        }
+        assert!(end <= self.size_bytes, "zeros beyond the end: {offset}+{length}");
+        self.put(offset, &[0; UNIT][..usize::try_from(whole - offset).unwrap()]);
+        self.put(whole_end, &[0; UNIT][..usize::try_from(end - whole_end).unwrap()]);
+        let keys = whole / UNIT as u64..whole_end / UNIT as u64;
+        if self.fill == 0 {
+            let gone: Vec<u64> = self.units.range(keys).map(|(key, _)| *key).collect();
+            gone.iter().for_each(|key| drop(self.units.remove(key)));
+        } else {
+            let zeros = self.shared([0; UNIT]);
+            self.units.extend(keys.map(|key| (key, zeros.clone())));
+        }
+    }
+
+    fn shared(&mut self, unit: [u8; UNIT]) -> Unit {
+        let hash = unit.chunks_exact(8).fold(0_u64, |hash, word| {
+            let word = u64::from_le_bytes(word.try_into().unwrap());
+            (hash ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29)
+        });
+        let alike = self.known.entry(hash).or_default();
+        if let Some(known) = alike.iter().find(|known| ***known == unit) {
+            return known.clone();
+        }
+        let unit = Arc::new(unit);
+        alike.push(unit.clone());
+        unit
     }
 
     pub(crate) fn unit(&self, key: u64) -> [u8; UNIT] {
@@ -60,22 +92,5 @@ impl Image {
             let bytes = &unit[..UNIT.min(usize::try_from(left).unwrap_or(UNIT))];
             bytes.iter().any(|byte| *byte != self.fill).then_some((*key, bytes))
         })
-    }
-
-    /// "sparse-sha256-v1" of the golden data: every maximal run of written units, as offset, length, bytes.
-    pub(crate) fn digest(&self) -> String {
-        let mut digest = Sha256::new();
-        let mut units = self.written().peekable();
-        while let Some((first, bytes)) = units.next() {
-            let mut run = vec![bytes];
-            while let Some((_, bytes)) = units.next_if(|(key, _)| *key == first + run.len() as u64) {
-                run.push(bytes);
-            }
-            let length: usize = run.iter().map(|bytes| bytes.len()).sum();
-            digest.update((first * UNIT as u64).to_le_bytes());
-            digest.update((length as u64).to_le_bytes());
-            run.iter().for_each(|bytes| digest.update(bytes));
-        }
-        digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }

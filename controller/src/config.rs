@@ -1,0 +1,426 @@
+//! The clusters file: the reference driver's format, read strictly.
+//!
+//! A key that is not known, known under another spelling, or given twice is refused with its line and what would be
+//! right: the reference driver passes over such keys, and a `controllerVMID` without effect costs volumes.
+//! Reading is split: [`parse`] is pure over the text; [`load`] reads the file and the credential files it names.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_yaml::{Mapping, Value};
+
+use crate::secret::Secret;
+
+/// The owner in our disks' names where the file does not say: the reference driver's.
+const DEFAULT_CONTROLLER_VMID: u32 = 9999;
+/// Proxmox's own bounds of a VMID; the reference driver asks for more than 100.
+const CONTROLLER_VMIDS: std::ops::RangeInclusive<u32> = 101..=999_999_999;
+/// A clusters file is a page; this bounds what a wrong mount makes us read.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Everything the file says.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The VMID that our disks carry as their owner; no such VM needs to exist.
+    pub controller_vmid: u32,
+    /// At least one; regions differ.
+    pub clusters: Vec<ClusterConfig>,
+}
+
+/// One Proxmox cluster.
+#[derive(Debug, Clone)]
+pub struct ClusterConfig {
+    /// Its name in volume handles and topology.
+    pub region: String,
+    /// `http(s)://host:port/api2/json`, without a slash at the end.
+    pub url: String,
+    /// `true`: the certificate is not verified.
+    pub insecure: bool,
+    /// How we are known there.
+    pub credentials: Credentials,
+}
+
+/// An API token, or a user whose ticket is renewed.
+#[derive(Debug, Clone)]
+pub enum Credentials {
+    /// `user@realm!name` and its UUID.
+    Token {
+        /// `user@realm!name`
+        id: String,
+        /// The UUID.
+        secret: Secret,
+    },
+    /// `user@realm` and its password.
+    Password {
+        /// `user@realm`
+        username: String,
+        /// The password.
+        password: Secret,
+    },
+}
+
+/// A credential as the file has it: the text itself, or the file that holds it.
+#[derive(Debug, Clone)]
+enum Source {
+    Inline(Secret),
+    File(PathBuf),
+}
+
+#[derive(Debug)]
+struct ClusterText {
+    region: String,
+    url: String,
+    insecure: bool,
+    credentials: CredentialSources,
+}
+
+#[derive(Debug)]
+enum CredentialSources {
+    Token { id: Source, secret: Source },
+    Password { username: String, password: Secret },
+}
+
+/// A sentence that says what is wrong with the file, and what would be right.
+pub type Refusal = String;
+
+const TOP_KEYS: &[&str] = &["features", "clusters"];
+const FEATURE_KEYS: &[&str] = &["provider", "controllerVmID"];
+const CLUSTER_KEYS: &[&str] =
+    &["url", "insecure", "token_id", "token_id_file", "token_secret", "token_secret_file", "username", "password", "region"];
+
+/// Reads `path` and the credential files that it names. Also gives every file that was read, so that a change is noticed.
+///
+/// # Errors
+/// A sentence naming the file, the line where there is one, and what would be right.
+pub fn load(path: &Path) -> Result<(Config, Vec<PathBuf>), Refusal> {
+    let mut files = vec![path.to_path_buf()];
+    let text = read_bounded(path).map_err(|why| format!("config file {}: {why}", path.display()))?;
+    let (controller_vmid, texts) = parse(&text).map_err(|why| format!("config file {}: {why}", path.display()))?;
+    let mut clusters = Vec::new();
+    for cluster in texts {
+        let region = cluster.region;
+        let mut resolve = |key: &str, source: Source| match source {
+            Source::Inline(secret) => Ok(secret),
+            Source::File(file) => {
+                // What is no path may be the secret itself, pasted under the wrong key: it is not shown.
+                let shown = if file.is_absolute() { file.display().to_string() } else { "(no absolute path)".into() };
+                let wrong = |why: &str| format!("config file {}: region {region:?}: {key} {shown} {why}", path.display());
+                let secret = read_bounded(&file).map_err(|why| wrong(&why))?;
+                let secret = secret.trim();
+                if secret.is_empty() || secret.contains(char::is_whitespace) {
+                    return Err(wrong("should hold one word"));
+                }
+                let secret = Secret::new(secret.into());
+                files.push(file);
+                Ok(secret)
+            }
+        };
+        let credentials = match cluster.credentials {
+            CredentialSources::Token { id, secret } => {
+                let id = resolve("token_id_file", id)?.reveal().to_string();
+                check_token_id(&id).map_err(|why| format!("config file {}: region {region:?}: {why}", path.display()))?;
+                Credentials::Token { id, secret: resolve("token_secret_file", secret)? }
+            }
+            CredentialSources::Password { username, password } => Credentials::Password { username, password },
+        };
+        clusters.push(ClusterConfig { region, url: cluster.url, insecure: cluster.insecure, credentials });
+    }
+    Ok((Config { controller_vmid, clusters }, files))
+}
+
+fn read_bounded(path: &Path) -> Result<String, Refusal> {
+    let size = std::fs::metadata(path).map_err(|cause| format!("cannot be read: {cause}"))?.len();
+    if size > MAX_FILE_BYTES {
+        return Err(format!("has {size} bytes; more than {MAX_FILE_BYTES} is no such file"));
+    }
+    std::fs::read_to_string(path).map_err(|cause| format!("cannot be read: {cause}"))
+}
+
+fn parse(text: &str) -> Result<(u32, Vec<ClusterText>), Refusal> {
+    let value: Value = serde_yaml::from_str(text).map_err(|cause| format!("is no YAML: {cause}"))?;
+    let top = match &value {
+        Value::Mapping(top) => top,
+        Value::Null => return Err("is empty; it should have clusters: with at least one cluster".into()),
+        _ => return Err("should be a mapping with the keys features and clusters".into()),
+    };
+    let lines = Lines { text };
+    known_keys(top, TOP_KEYS, "the file", &lines, 0)?;
+    let controller_vmid = features(top.get("features"), &lines)?;
+    let Some(Value::Sequence(list)) = top.get("clusters") else {
+        return Err("has no clusters; write clusters: and under it a list with url, region and token_id, token_secret of each".into());
+    };
+    if list.is_empty() {
+        return Err("has an empty list of clusters; at least one is needed".into());
+    }
+    let mut clusters: Vec<ClusterText> = Vec::new();
+    let mut regions = BTreeSet::new();
+    for (index, value) in list.iter().enumerate() {
+        let one = cluster(value, index, &lines)?;
+        if !regions.insert(one.region.clone()) {
+            return Err(format!(
+                "{}has region {:?} twice; each cluster needs a region of its own",
+                lines.of_value("region", &one.region, 1),
+                one.region
+            ));
+        }
+        clusters.push(one);
+    }
+    Ok((controller_vmid, clusters))
+}
+
+fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<u32, Refusal> {
+    let map = match value {
+        None | Some(Value::Null) => return Ok(DEFAULT_CONTROLLER_VMID),
+        Some(Value::Mapping(map)) => map,
+        Some(_) => return Err("features should be a mapping with controllerVmID".into()),
+    };
+    known_keys(map, FEATURE_KEYS, "features", lines, 0)?;
+    if let Some(provider) = map.get("provider") {
+        match provider.as_str() {
+            Some("default") => (),
+            Some("capmox") => {
+                return Err(format!(
+                    "{}features.provider capmox is not supported by this version; node ids should carry the VMID (name/vmid), or VMs the \
+                     node's name: write default",
+                    lines.of_key("provider", 0)
+                ));
+            }
+            _ => return Err(format!("{}features.provider should be default", lines.of_key("provider", 0))),
+        }
+    }
+    match map.get("controllerVmID") {
+        None | Some(Value::Null) => Ok(DEFAULT_CONTROLLER_VMID),
+        Some(given) => given
+            .as_u64()
+            .and_then(|id| u32::try_from(id).ok())
+            .filter(|id| CONTROLLER_VMIDS.contains(id))
+            .ok_or_else(|| format!("{}controllerVmID should be a number from 101 to 999999999", lines.of_key("controllerVmID", 0))),
+    }
+}
+
+fn cluster(value: &Value, index: usize, lines: &Lines<'_>) -> Result<ClusterText, Refusal> {
+    let place = format!("cluster {}", index + 1);
+    let Value::Mapping(map) = value else {
+        return Err(format!("{place} should be a mapping with url, region and token_id, token_secret"));
+    };
+    known_keys(map, CLUSTER_KEYS, &place, lines, index)?;
+    let text = |key: &str| match map.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) if !text.trim().is_empty() => Ok(Some(text.trim().to_string())),
+        Some(Value::String(_)) => Ok(None),
+        Some(_) => Err(format!("{}{place}: {key} should be text; put it in quotes", lines.of_key(key, index))),
+    };
+    let region = text("region")?.ok_or_else(|| format!("{place} has no region; it names the cluster in volume ids and topology labels"))?;
+    if region.contains('/') || region.contains(char::is_whitespace) || region == "." || region == ".." {
+        return Err(format!("{}{place}: region {region:?} should be one word without a slash", lines.of_key("region", index)));
+    }
+    let insecure = match map.get("insecure") {
+        None | Some(Value::Null) => false,
+        Some(Value::Bool(insecure)) => *insecure,
+        Some(_) => return Err(format!("{}{place}: insecure should be true or false", lines.of_key("insecure", index))),
+    };
+    let url = text("url")?.ok_or_else(|| format!("{place} has no url; write https://HOST:8006/api2/json"))?;
+    let url = base_url(&url).map_err(|why| format!("{}{place}: url {url:?} {why}", lines.of_key("url", index)))?;
+    let credentials = credentials(&place, &text)?;
+    Ok(ClusterText { region, url, insecure, credentials })
+}
+
+/// One way of credentials, whole: a token (each half inline or in a file) or a user with a password.
+fn credentials(place: &str, text: &dyn Fn(&str) -> Result<Option<String>, Refusal>) -> Result<CredentialSources, Refusal> {
+    let half = |key: &str| -> Result<Option<Source>, Refusal> {
+        let file_key = format!("{key}_file");
+        match (text(key)?, text(&file_key)?) {
+            (Some(_), Some(_)) => Err(format!("{place} has both {key} and {file_key}; write one of them")),
+            (Some(inline), None) => Ok(Some(Source::Inline(Secret::new(inline)))),
+            (None, Some(file)) => Ok(Some(Source::File(file.into()))),
+            (None, None) => Ok(None),
+        }
+    };
+    let (id, secret) = (half("token_id")?, half("token_secret")?);
+    match (id, secret, text("username")?, text("password")?) {
+        (Some(_), _, Some(_), _) | (Some(_), _, _, Some(_)) | (_, Some(_), Some(_), _) | (_, Some(_), _, Some(_)) => {
+            Err(format!("{place} has a token and a username or password; write one of the two ways"))
+        }
+        (Some(id), Some(secret), None, None) => Ok(CredentialSources::Token { id, secret }),
+        (Some(_), None, None, None) => Err(format!("{place} has a token_id but no token_secret or token_secret_file")),
+        (None, Some(_), None, None) => Err(format!("{place} has a token_secret but no token_id or token_id_file")),
+        (None, None, Some(username), Some(password)) => {
+            if !username.contains('@') {
+                return Err(format!("{place}: username {username:?} has no realm; write user@pam or user@pve"));
+            }
+            Ok(CredentialSources::Password { username, password: Secret::new(password) })
+        }
+        (None, None, Some(_), None) => Err(format!("{place} has a username but no password")),
+        (None, None, None, Some(_)) => Err(format!("{place} has a password but no username")),
+        (None, None, None, None) => {
+            Err(format!("{place} has no credentials; write token_id and token_secret (or their _file forms), or username and password"))
+        }
+    }
+}
+
+/// Proxmox: `user@realm!name`. The secret pasted in its place must not be echoed, so the value is not shown.
+fn check_token_id(id: &str) -> Result<(), Refusal> {
+    let fits = id.split_once('!').is_some_and(|(user, name)| {
+        user.split_once('@').is_some_and(|(user, realm)| !user.is_empty() && !realm.is_empty()) && name.len() >= 2
+    });
+    let plain = !id.contains(|c: char| c.is_control() || c.is_whitespace() || matches!(c, '=' | ';' | ','));
+    if fits && plain { Ok(()) } else { Err("token_id should look like user@realm!tokenname".into()) }
+}
+
+/// Accepts the host alone, with `/api2/json`, and with a slash at the end.
+fn base_url(given: &str) -> Result<String, &'static str> {
+    let (scheme, rest) = given.split_once("://").ok_or("should begin with https:// or http://")?;
+    if !matches!(scheme, "http" | "https") {
+        return Err("should begin with https:// or http://");
+    }
+    let rest = rest.trim_end_matches('/');
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if host.is_empty() || host.contains('@') || host.contains(|c: char| c.is_whitespace() || matches!(c, '?' | '#' | '\\')) {
+        return Err("has no plain host; write https://HOST:8006/api2/json");
+    }
+    match path {
+        "" | "api2" | "api2/json" => Ok(format!("{scheme}://{host}/api2/json")),
+        _ => Err("has a path that is not Proxmox's; write https://HOST:8006/api2/json"),
+    }
+}
+
+fn known_keys(map: &Mapping, known: &[&str], place: &str, lines: &Lines<'_>, nth: usize) -> Result<(), Refusal> {
+    for key in map.keys() {
+        let Some(key) = key.as_str() else { return Err(format!("{place} has a key that is no text")) };
+        if known.contains(&key) {
+            continue;
+        }
+        let plain = |text: &str| text.to_ascii_lowercase().replace(['_', '-'], "");
+        let line = lines.of_key(key, nth);
+        let meant = known.iter().find(|known| plain(known) == plain(key));
+        return Err(match meant {
+            Some(meant) => format!("{line}{place} has the key {key:?}; write it {meant:?} (a misspelt key would have no effect)"),
+            None => format!("{line}{place} has the unknown key {key:?}; known are {}", known.join(", ")),
+        });
+    }
+    Ok(())
+}
+
+/// Where a key stands: serde_yaml's values carry no lines, so the text is searched; good enough for a sentence.
+struct Lines<'a> {
+    text: &'a str,
+}
+
+impl Lines<'_> {
+    /// `line N: ` of the `nth` (from 0) time that `key:` begins a line, or nothing.
+    fn of_key(&self, key: &str, nth: usize) -> String {
+        let all: Vec<usize> = self.matching(|line| bare_key(line) == Some(key));
+        all.get(nth).or(all.last()).map_or(String::new(), |line| format!("line {line}: "))
+    }
+
+    fn of_value(&self, key: &str, value: &str, nth: usize) -> String {
+        let all = self.matching(|line| bare_key(line) == Some(key) && line.contains(value));
+        all.get(nth).or(all.last()).map_or(String::new(), |line| format!("line {line}: "))
+    }
+
+    fn matching(&self, is: impl Fn(&str) -> bool) -> Vec<usize> {
+        self.text.lines().enumerate().filter(|(_, line)| is(line)).map(|(index, _)| index + 1).collect()
+    }
+}
+
+fn bare_key(line: &str) -> Option<&str> {
+    let line = line.trim_start().trim_start_matches("- ").trim_start();
+    Some(line.split_once(':')?.0.trim().trim_matches(['"', '\'']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GOOD: &str = "features:\n  provider: default\n  controllerVmID: 8000\nclusters:\n  - url: https://pve:8006/api2/json\n    \
+                        insecure: true\n    token_id: csi@pve!csi\n    token_secret: 1234\n    region: r1\n";
+
+    fn refusal(text: &str) -> String {
+        parse(text).expect_err(text)
+    }
+
+    #[test]
+    fn the_reference_drivers_file_is_read() {
+        let text = GOOD.replace("1234", "\"1234\"");
+        let (vmid, clusters) = parse(&text).unwrap();
+        assert_eq!(vmid, 8000);
+        assert_eq!(clusters[0].url, "https://pve:8006/api2/json");
+        assert!(clusters[0].insecure);
+        assert_eq!(clusters[0].region, "r1");
+        let two = format!("{text}  - {{url: 'http://b/', region: r2, username: root@pam, password: p}}\n");
+        let (_, clusters) = parse(&two).unwrap();
+        assert_eq!(clusters[1].url, "http://b/api2/json");
+        assert!(matches!(clusters[1].credentials, CredentialSources::Password { .. }));
+    }
+
+    #[test]
+    fn each_wrong_file_has_its_sentence() {
+        let base = GOOD.replace("1234", "\"1234\"");
+        let cases: &[(&str, &str, &[&str])] = &[
+            ("controllerVmID", "controllerVMID", &["line 3", "controllerVMID", "write it \"controllerVmID\""]),
+            ("controllerVmID: 8000", "controllerVmID: 100", &["line 3", "101"]),
+            ("controllerVmID: 8000", "controllerVmID: abc", &["line 3", "number"]),
+            ("    insecure: true", "    insecur: true", &["line 6", "unknown key \"insecur\"", "insecure"]),
+            ("    insecure: true", "    insecure: maybe", &["line 6", "true or false"]),
+            ("provider: default", "provider: capmox", &["line 2", "capmox", "default"]),
+            ("https://pve:8006/api2/json", "ftp://pve", &["line 5", "https://"]),
+            ("https://pve:8006/api2/json", "https://pve:8006/other", &["line 5", "api2/json"]),
+            ("    region: r1", "    region: a/b", &["line 9", "slash"]),
+            ("    region: r1\n", "", &["no region"]),
+            ("    token_secret: \"1234\"\n", "", &["no token_secret"]),
+            ("    token_secret: \"1234\"", "    token_secret: 1234", &["line 8", "quotes"]),
+            ("    region: r1", "    region: r1\n    token_id_file: /x", &["both token_id and token_id_file"]),
+            ("    region: r1", "    region: r1\n    username: a@pam\n    password: b", &["one of the two ways"]),
+            ("    region: r1", "    region: r1\n    region: r2", &["duplicate"]),
+            ("clusters:", "cluster:", &["unknown key \"cluster\"", "clusters"]),
+        ];
+        for (from, to, expected) in cases {
+            assert!(base.contains(from), "{from}");
+            let why = refusal(&base.replacen(from, to, 1));
+            for word in *expected {
+                assert!(why.contains(word), "{to:?} gives {why:?}, without {word:?}");
+            }
+            assert!(!why.contains("1234"), "a secret in {why:?}");
+        }
+        let twice = format!("{base}  - {{url: 'http://b', region: r1, username: a@pam, password: p}}\n");
+        assert!(refusal(&twice).contains("region \"r1\" twice"));
+        for (text, word) in
+            [("", "empty"), ("[]", "mapping"), ("clusters: []", "at least one"), ("a: [", "YAML"), ("features: {}", "clusters")]
+        {
+            assert!(refusal(text).contains(word), "{text:?}: {}", refusal(text));
+        }
+    }
+
+    #[test]
+    fn credential_files_are_read_and_trimmed() {
+        let dir = std::env::temp_dir().join(format!("pve-csi-config-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (path, id, secret) = (dir.join("c.yaml"), dir.join("id"), dir.join("secret"));
+        std::fs::write(&id, "csi@pve!csi\n").unwrap();
+        std::fs::write(
+            &path,
+            format!("clusters: [{{url: 'http://a', region: r, token_id_file: {}, token_secret_file: {}}}]", id.display(), secret.display()),
+        )
+        .unwrap();
+        let missing = load(&path).unwrap_err();
+        assert!(missing.contains("token_secret_file") && missing.contains("cannot be read"), "{missing}");
+        std::fs::write(&secret, " s3cret \n").unwrap();
+        let (config, files) = load(&path).unwrap();
+        assert_eq!(files.len(), 3);
+        assert!(
+            matches!(&config.clusters[0].credentials, Credentials::Token { id, secret } if id == "csi@pve!csi" && secret.reveal() == "s3cret")
+        );
+        std::fs::write(&id, "nonsense").unwrap();
+        assert!(load(&path).unwrap_err().contains("user@realm!tokenname"));
+        let _ = std::fs::remove_dir_all(&dir);
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "\\PC*", yaml in "[a-z:\\- \\n\\[\\]{}&*!0-9]{0,80}") {
+            let _ = parse(&text);
+            let _ = parse(&yaml);
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! StorageClass parameters: checked strictly where a volume is made, taken as they are where it exists.
+//!
+//! Names, defaults and the normalised VolumeContext are the reference driver's. Values that go into a drive string are
+//! checked against Proxmox's own enumerations, so that a comma cannot smuggle in an option. Pure.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proto::{VolumeHandle, volume_context};
+
+use crate::pve::drive::Drive;
+
+/// What this version formats. An empty fstype means the first.
+pub const FILESYSTEMS: &[&str] = &["ext4"];
+/// qemu-server `PVE/QemuServer/Drive.pm`, `cache`.
+const CACHES: &[&str] = &["none", "writethrough", "writeback", "unsafe", "directsync"];
+/// The same, `aio`.
+const AIOS: &[&str] = &["native", "threads", "io_uring"];
+/// `storageFormat`.
+const FORMATS: &[&str] = &["raw", "qcow2"];
+/// QEMU's throttles take up to 10^15; more than this is no limit any more.
+const MAX_THROTTLE: u64 = 1_000_000_000;
+/// ext4 block sizes that a page of 4 KiB can mount.
+const BLOCK_SIZES: &[u64] = &[1024, 2048, 4096];
+/// ext4 inode sizes; not above the block size.
+const INODE_SIZES: &[u64] = &[128, 256, 512, 1024, 2048, 4096];
+
+/// Every key that CreateVolume knows.
+const KNOWN: &[&str] = &[
+    "storage",
+    "storageFormat",
+    "cache",
+    "aio",
+    "ssd",
+    "iothread",
+    "backup",
+    "diskIOPS",
+    "diskMBps",
+    "blockSize",
+    "inodeSize",
+    "replicate",
+    "strictParameters",
+];
+/// What external-provisioner adds with --extra-create-metadata, or leaves when called by hand.
+const PASSED_OVER: &[&str] = &["csi.storage.k8s.io/pv/name", "csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace"];
+/// The reference driver's, and not in this version.
+const NOT_BUILT: &[&str] = &["replicateSchedule", "replicateZones"];
+
+/// What a StorageClass says about a volume.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Parameters {
+    /// The Proxmox storage id; empty only when read from a VolumeContext.
+    pub storage: String,
+    /// `raw` or `qcow2`, if given.
+    pub format: Option<String>,
+    cache: Option<String>,
+    aio: Option<String>,
+    ssd: Option<bool>,
+    no_iothread: bool,
+    backup: bool,
+    replicate: bool,
+    disk_iops: u64,
+    disk_mbps: u64,
+    block_size: u64,
+    inode_size: u64,
+}
+
+impl Parameters {
+    /// For a new volume: every key known, every value right. Also gives what to warn of.
+    ///
+    /// # Errors
+    /// A sentence with the key, the value and what would be right.
+    pub fn of_class(given: &HashMap<String, String>) -> Result<(Self, Vec<String>), String> {
+        let strict = match given.get("strictParameters") {
+            None => true,
+            Some(value) => boolean("strictParameters", value)?,
+        };
+        let mut warnings = Vec::new();
+        let mut keys: Vec<&String> = given.keys().collect();
+        keys.sort();
+        for key in keys {
+            let key = key.as_str();
+            if NOT_BUILT.contains(&key) {
+                return Err(format!("parameter {key} is not supported by this version (no replication); remove it"));
+            }
+            if KNOWN.contains(&key) || PASSED_OVER.contains(&key) || matches!(key, "csi.storage.k8s.io/fstype" | "fstype") {
+                continue;
+            }
+            let sentence = format!("parameter {key:?} is not known; known are {}", KNOWN.join(", "));
+            if strict {
+                return Err(format!("{sentence} (strictParameters: \"false\" makes this a warning)"));
+            }
+            warnings.push(sentence);
+        }
+        for key in ["csi.storage.k8s.io/fstype", "fstype"] {
+            filesystem(given.get(key).map_or("", String::as_str))?;
+        }
+        let parameters = Self::read(given, boolean)?;
+        if parameters.storage.is_empty() {
+            return Err("parameter storage is missing; it is the id of a Proxmox storage, e.g. local-lvm".into());
+        }
+        if parameters.replicate {
+            return Err("parameter replicate is not supported by this version; remove it or write false".into());
+        }
+        let page = if parameters.block_size == 0 { 4096 } else { parameters.block_size };
+        if parameters.inode_size > page {
+            return Err(format!("parameter inodeSize {} is above blockSize {page}", parameters.inode_size));
+        }
+        Ok((parameters, warnings))
+    }
+
+    /// For a volume that exists: unknown keys are passed over, booleans are read as the reference driver read them.
+    ///
+    /// # Errors
+    /// A value that must not reach a drive string.
+    pub fn of_context(given: &HashMap<String, String>) -> Result<Self, String> {
+        Self::read(given, |_, value| Ok(boolean("", value).unwrap_or(false)))
+    }
+
+    fn read(given: &HashMap<String, String>, boolean: impl Fn(&str, &str) -> Result<bool, String>) -> Result<Self, String> {
+        let text = |key: &str| given.get(key).map(String::as_str).filter(|value| !value.is_empty());
+        let flag = |key: &str| text(key).map(|value| boolean(key, value)).transpose();
+        let one_of = |key: &str, allowed: &[&str]| match text(key) {
+            Some(value) if !allowed.contains(&value) => {
+                Err(format!("parameter {key} {value:?} is none of Proxmox's: {}", allowed.join(", ")))
+            }
+            value => Ok(value.map(String::from)),
+        };
+        Ok(Self {
+            storage: match text("storage") {
+                Some(id) => storage_id(id)?.into(),
+                None => String::new(),
+            },
+            format: one_of("storageFormat", FORMATS)?,
+            cache: one_of("cache", CACHES)?,
+            aio: one_of("aio", AIOS)?,
+            ssd: flag("ssd")?,
+            no_iothread: flag("iothread")? == Some(false),
+            backup: flag("backup")?.unwrap_or(false),
+            replicate: flag("replicate")?.unwrap_or(false),
+            disk_iops: number("diskIOPS", text("diskIOPS"), |n| n <= MAX_THROTTLE, "a number of operations per second")?,
+            disk_mbps: number("diskMBps", text("diskMBps"), |n| n <= MAX_THROTTLE, "a number of MiB per second")?,
+            block_size: number("blockSize", text("blockSize"), |n| n == 0 || BLOCK_SIZES.contains(&n), "1024, 2048 or 4096")?,
+            inode_size: number("inodeSize", text("inodeSize"), |n| n == 0 || INODE_SIZES.contains(&n), "a power of two from 128 to 4096")?,
+        })
+    }
+
+    /// The VolumeContext of a new, empty volume: the reference driver's normal form, and our word that it is new.
+    #[must_use]
+    pub fn volume_context(&self) -> HashMap<String, String> {
+        let bit = |on: bool| String::from(if on { "1" } else { "0" });
+        let mut context = HashMap::from([
+            ("storage".to_string(), self.storage.clone()),
+            ("backup".into(), bit(self.backup)),
+            ("iothread".into(), bit(!self.no_iothread)),
+            ("replicate".into(), bit(self.replicate)),
+            (volume_context::CONTENT_SOURCE.into(), "none".into()),
+        ]);
+        let texts = [("storageFormat", &self.format), ("cache", &self.cache), ("aio", &self.aio)];
+        context.extend(texts.iter().filter_map(|(key, value)| value.as_ref().map(|value| ((*key).to_string(), value.clone()))));
+        context.extend(self.ssd.map(|ssd| (volume_context::SSD.to_string(), bit(ssd))));
+        let numbers = [
+            ("diskIOPS", self.disk_iops),
+            ("diskMBps", self.disk_mbps),
+            (volume_context::BLOCK_SIZE, self.block_size),
+            (volume_context::INODE_SIZE, self.inode_size),
+        ];
+        context.extend(numbers.iter().filter(|(_, n)| *n > 0).map(|(key, n)| ((*key).to_string(), n.to_string())));
+        context
+    }
+
+    /// The drive of this volume in slot `lun`: the reference driver's options, our serial, and the slot's WWN.
+    #[must_use]
+    pub fn drive(&self, handle: &VolumeHandle, lun: u8, readonly: bool) -> Drive {
+        let bit = |on: bool| String::from(if on { "1" } else { "0" });
+        let mut options = BTreeMap::from([
+            ("backup", bit(self.backup)),
+            ("iothread", bit(!self.no_iothread)),
+            ("replicate", bit(self.replicate)),
+            ("serial", handle.serial()),
+            ("wwn", proto::wwn_of_lun(lun)),
+        ]);
+        options.extend(self.aio.clone().map(|aio| ("aio", aio)));
+        options.extend(self.cache.clone().map(|cache| ("cache", cache)));
+        if let Some(ssd) = self.ssd {
+            options.insert("ssd", bit(ssd));
+            if ssd {
+                options.insert("discard", "on".into());
+            }
+        }
+        if self.disk_iops > 0 {
+            options.extend(["iops_rd", "iops_wr"].map(|key| (key, self.disk_iops.to_string())));
+        }
+        if self.disk_mbps > 0 {
+            options.extend(["mbps_rd", "mbps_wr"].map(|key| (key, self.disk_mbps.to_string())));
+        }
+        if readonly {
+            options.insert("ro", "1".into());
+        }
+        Drive { volid: handle.volid(), options: options.into_iter().map(|(key, value)| (key.to_string(), value)).collect() }
+    }
+}
+
+/// An fstype as a capability names it.
+///
+/// # Errors
+/// A sentence with what is supported.
+pub fn filesystem(given: &str) -> Result<(), String> {
+    if given.is_empty() || FILESYSTEMS.contains(&given) {
+        return Ok(());
+    }
+    Err(format!("filesystem {given:?} is not supported by this version; supported: {}", FILESYSTEMS.join(", ")))
+}
+
+/// Proxmox: `^[a-z][a-z0-9\-_.]*[a-z0-9]$`, case-insensitive.
+fn storage_id(id: &str) -> Result<&str, String> {
+    let inner = id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    let ends = id.starts_with(|c: char| c.is_ascii_alphabetic()) && id.ends_with(|c: char| c.is_ascii_alphanumeric());
+    if id.len() >= 2 && inner && ends { Ok(id) } else { Err(format!("parameter storage {id:?} is no id of a Proxmox storage")) }
+}
+
+/// Go's `strconv.ParseBool`, as the reference driver reads them.
+fn boolean(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err(format!("parameter {key} {value:?} should be \"true\" or \"false\"")),
+    }
+}
+
+fn number(key: &str, value: Option<&str>, fits: impl Fn(u64) -> bool, what: &str) -> Result<u64, String> {
+    let Some(value) = value else { return Ok(0) };
+    let plain = value.bytes().all(|b| b.is_ascii_digit());
+    value.parse().ok().filter(|n| plain && fits(*n)).ok_or_else(|| format!("parameter {key} {value:?} should be {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_string(), (*value).to_string())).collect()
+    }
+
+    fn drive_of(pairs: &[(&str, &str)], readonly: bool) -> String {
+        let handle: VolumeHandle = "r/pve1/ds/vm-9999-a".parse().unwrap();
+        let mut given = map(&[("storage", "ds")]);
+        given.extend(map(pairs));
+        let (parameters, _) = Parameters::of_class(&given).unwrap();
+        // What is written into the PV gives the same drive at attach.
+        let again = Parameters::of_context(&parameters.volume_context()).unwrap();
+        let text = parameters.drive(&handle, 1, readonly).to_string();
+        assert_eq!(again.drive(&handle, 1, readonly).to_string(), text);
+        let serial = handle.serial();
+        text.replace(&serial, "SERIAL").strip_prefix("ds:vm-9999-a,").map(String::from).unwrap()
+    }
+
+    const END: &str = "serial=SERIAL,wwn=0x5056432d49443031";
+
+    #[test]
+    fn with_no_parameter_the_drive_is_the_reference_drivers() {
+        assert_eq!(drive_of(&[], false), format!("backup=0,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_cache() {
+        assert_eq!(drive_of(&[("cache", "writeback")], false), format!("backup=0,cache=writeback,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_aio() {
+        assert_eq!(drive_of(&[("aio", "native")], false), format!("aio=native,backup=0,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_ssd() {
+        let expected = "backup=0,discard=on,iothread=1,replicate=0,serial=SERIAL,ssd=1,wwn=0x5056432d49443031";
+        assert_eq!(drive_of(&[("ssd", "true")], false), expected);
+        let expected = "backup=0,iothread=1,replicate=0,serial=SERIAL,ssd=0,wwn=0x5056432d49443031";
+        assert_eq!(drive_of(&[("ssd", "false")], false), expected);
+    }
+
+    #[test]
+    fn parameter_iothread() {
+        assert_eq!(drive_of(&[("iothread", "false")], false), format!("backup=0,iothread=0,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_backup() {
+        assert_eq!(drive_of(&[("backup", "true")], false), format!("backup=1,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_disk_iops() {
+        assert_eq!(drive_of(&[("diskIOPS", "500")], false), format!("backup=0,iops_rd=500,iops_wr=500,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_disk_mbps() {
+        assert_eq!(drive_of(&[("diskMBps", "30")], false), format!("backup=0,iothread=1,mbps_rd=30,mbps_wr=30,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn readonly_is_a_write_protected_drive() {
+        assert_eq!(drive_of(&[], true), format!("backup=0,iothread=1,replicate=0,ro=1,{END}"));
+    }
+
+    #[test]
+    fn mkfs_parameters_and_the_format_go_into_the_context_only() {
+        let given = map(&[("storage", "ds"), ("blockSize", "2048"), ("inodeSize", "512"), ("storageFormat", "qcow2")]);
+        let (parameters, _) = Parameters::of_class(&given).unwrap();
+        let context = parameters.volume_context();
+        assert_eq!((context["blockSize"].as_str(), context["inodeSize"].as_str()), ("2048", "512"));
+        assert_eq!(context["storageFormat"], "qcow2");
+        assert_eq!(context["contentSource"], "none");
+        assert_eq!((context["backup"].as_str(), context["iothread"].as_str(), context["replicate"].as_str()), ("0", "1", "0"));
+        assert!(!context.contains_key("ssd") && !context.contains_key("diskIOPS"));
+    }
+
+    #[test]
+    fn each_wrong_value_is_refused_by_name() {
+        let cases = [
+            ("cache", "none,foo=bar", "writethrough"),
+            ("aio", "x", "io_uring"),
+            ("ssd", "yes", "\"true\""),
+            ("iothread", "2", "\"true\""),
+            ("diskIOPS", "-1", "operations"),
+            ("diskIOPS", "1e3", "operations"),
+            ("diskMBps", "10M", "MiB"),
+            ("blockSize", "8192", "4096"),
+            ("inodeSize", "100", "power of two"),
+            ("storageFormat", "vmdk", "qcow2"),
+            ("storage", "a,b", "storage"),
+            ("replicate", "true", "not supported"),
+            ("replicateZones", "a,b", "not supported"),
+            ("strictParameters", "maybe", "\"true\""),
+            ("Storage", "ds", "known are storage"),
+            ("fstype", "xfs", "supported: ext4"),
+            ("csi.storage.k8s.io/fstype", "ntfs", "supported: ext4"),
+        ];
+        for (key, value, right) in cases {
+            let mut given = map(&[("storage", "ds")]);
+            given.insert(key.into(), value.into());
+            let why = Parameters::of_class(&given).unwrap_err();
+            assert!(why.contains(key) || key.contains("fstype"), "{why}");
+            assert!(why.contains(right), "{key}={value}: {why}");
+        }
+        assert!(Parameters::of_class(&map(&[])).unwrap_err().contains("storage is missing"));
+        assert!(Parameters::of_class(&map(&[("storage", "ds"), ("blockSize", "1024"), ("inodeSize", "2048")])).is_err());
+    }
+
+    #[test]
+    fn unknown_keys_are_warnings_on_request_and_metadata_passes() {
+        let given = map(&[("storage", "ds"), ("foo", "1"), ("strictParameters", "false"), ("csi.storage.k8s.io/pv/name", "x")]);
+        let (_, warnings) = Parameters::of_class(&given).unwrap();
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("\"foo\""));
+    }
+
+    #[test]
+    fn a_context_of_the_reference_driver_is_taken() {
+        let raw = map(&[("ssd", "true"), ("backup", "banana"), ("iops_rd", "5"), ("storage.kubernetes.io/csiProvisionerIdentity", "x")]);
+        let parameters = Parameters::of_context(&raw).unwrap();
+        assert_eq!((parameters.ssd, parameters.backup, parameters.no_iothread), (Some(true), false, false));
+        assert!(Parameters::of_context(&map(&[("cache", "none,file=/etc/shadow")])).is_err(), "never into a drive string");
+    }
+
+    proptest! {
+        #[test]
+        fn no_value_smuggles_an_option(key in proptest::sample::select(KNOWN), value in "\\PC{0,20}") {
+            let mut given = map(&[("storage", "ds")]);
+            given.insert(key.to_string(), value);
+            let handle: VolumeHandle = "r/pve1/ds/vm-9999-a".parse().unwrap();
+            for parameters in [Parameters::of_class(&given).map(|(p, _)| p), Parameters::of_context(&given)].into_iter().flatten() {
+                let drive = parameters.drive(&handle, 1, false);
+                prop_assert_eq!(drive.to_string().parse::<Drive>().unwrap(), drive);
+            }
+        }
+    }
+}

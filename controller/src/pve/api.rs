@@ -1,0 +1,609 @@
+//! Each endpoint that we use, as build-request and read-answer. Pure.
+//!
+//! Numbers may come as strings and booleans as 0/1; unknown fields are passed over; what decides something must be
+//! there, or the answer is refused.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use super::drive::{Line, VmConfig};
+use super::error::{Cause, Error};
+
+/// The verbs that Proxmox takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Reads. Parameters in the query.
+    Get,
+    /// Writes. Parameters in the body.
+    Post,
+    /// Writes. Parameters in the body.
+    Put,
+    /// Removes. Parameters in the query: a body is refused.
+    Delete,
+}
+
+/// One request below `/api2/json`. No `Debug`: a ticket's request holds a password.
+#[derive(Clone)]
+#[allow(missing_debug_implementations, reason = "the parameters of POST /access/ticket hold a password")]
+pub struct Request {
+    /// The verb.
+    pub method: Method,
+    path: String,
+    params: Vec<(String, String)>,
+}
+
+impl Request {
+    fn new(method: Method, path: String) -> Self {
+        Self { method, path, params: Vec::new() }
+    }
+
+    fn with(mut self, key: &str, value: impl Into<String>) -> Self {
+        self.params.push((key.into(), value.into()));
+        self
+    }
+
+    /// `POST /nodes/pve1/qemu/101/config`, for messages: no parameters.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let method = match self.method {
+            Method::Get => "GET",
+            Method::Post => "POST",
+            Method::Put => "PUT",
+            Method::Delete => "DELETE",
+        };
+        format!("{method} {}", self.path)
+    }
+
+    /// Path and query.
+    #[must_use]
+    pub fn target(&self) -> String {
+        match self.method {
+            Method::Get | Method::Delete if !self.params.is_empty() => format!("{}?{}", self.path, self.encoded()),
+            _ => self.path.clone(),
+        }
+    }
+
+    /// The form of a POST or PUT.
+    #[must_use]
+    pub fn body(&self) -> String {
+        self.encoded()
+    }
+
+    fn encoded(&self) -> String {
+        let pairs: Vec<String> =
+            self.params.iter().map(|(key, value)| format!("{}={}", percent_encoded(key, ""), percent_encoded(value, ""))).collect();
+        pairs.join("&")
+    }
+}
+
+/// RFC 3986's unreserved characters, and those of `keep`, stay.
+#[must_use]
+pub fn percent_encoded(text: &str, keep: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || keep.as_bytes().contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
+fn segment(text: &str) -> String {
+    percent_encoded(text, "")
+}
+
+fn vm_path(host: &str, vmid: u32, rest: &str) -> String {
+    format!("/nodes/{}/qemu/{vmid}/{rest}", segment(host))
+}
+
+/// Builds the cause of an answer above 399.
+#[must_use]
+pub fn refusal(status: u16, reason: String, body: Option<Value>, text: &str) -> Cause {
+    let mut errors = BTreeMap::new();
+    let mut message = String::new();
+    match body {
+        Some(body) => {
+            message = body.get("message").and_then(Value::as_str).unwrap_or_default().to_string();
+            if let Some(map) = body.get("errors").and_then(Value::as_object) {
+                errors.extend(map.iter().map(|(name, why)| (name.clone(), string(why))));
+            }
+        }
+        // The server's own errors are plain text since 5.2.0; a page of some other server is not worth keeping.
+        None if !text.contains('<') => message = text.chars().take(500).collect(),
+        None => (),
+    }
+    Cause::Answer { status, reason, message, errors }
+}
+
+fn string(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn text_of(value: &Value, key: &str) -> Option<String> {
+    value.get(key).filter(|value| !value.is_null()).map(string)
+}
+
+fn number_of(value: &Value, key: &str) -> Option<u64> {
+    match value.get(key)? {
+        Value::Number(number) => number.as_u64().or_else(|| number.as_f64().filter(|n| (0.0..9e18).contains(n)).map(whole)),
+        Value::String(text) => text.parse().ok(),
+        _ => None,
+    }
+}
+
+/// Proxmox computes some sizes as floating point.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the caller checked the range")]
+fn whole(number: f64) -> u64 {
+    number as u64
+}
+
+fn flag_of(value: &Value, key: &str) -> bool {
+    matches!(value.get(key), Some(Value::Bool(true))) || number_of(value, key) == Some(1)
+}
+
+fn misread(call: &str, what: impl Into<String>) -> Error {
+    Error { call: call.into(), cause: Cause::Shape(what.into()) }
+}
+
+fn list<'a>(call: &str, data: &'a Value) -> Result<&'a Vec<Value>, Error> {
+    data.as_array().ok_or_else(|| misread(call, "a list was expected"))
+}
+
+/// `POST /access/ticket`.
+#[must_use]
+pub fn ticket(username: &str, password: &str) -> Request {
+    Request::new(Method::Post, "/access/ticket".into()).with("username", username).with("password", password)
+}
+
+/// The ticket and its CSRF token.
+pub(super) fn read_ticket(call: &str, data: &Value) -> Result<(String, String), Error> {
+    match (text_of(data, "ticket"), text_of(data, "CSRFPreventionToken")) {
+        (Some(ticket), Some(csrf)) => Ok((ticket, csrf)),
+        _ => Err(misread(call, "no ticket was given; a user with a second factor cannot be used, a token can")),
+    }
+}
+
+/// A VM as the cluster lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vm {
+    /// Its number, unique in the cluster.
+    pub vmid: u32,
+    /// The Proxmox node that it is on: true at once, also after a migration.
+    pub host: String,
+    /// Missing for some seconds after creation, and when the node is long silent.
+    pub name: Option<String>,
+    /// A template never runs.
+    pub template: bool,
+}
+
+/// A storage on one Proxmox node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Storage {
+    /// Its id, the same on every node that has it.
+    pub storage: String,
+    /// The node.
+    pub host: String,
+    /// `lvmthin`, `dir`…
+    pub plugin: String,
+    /// Seen active within the last five minutes.
+    pub active: bool,
+    /// One storage that several nodes see.
+    pub shared: bool,
+    /// May hold VM disks.
+    pub images: bool,
+    /// Bytes in all; 0 where unknown.
+    pub total_bytes: u64,
+    /// Bytes used.
+    pub used_bytes: u64,
+}
+
+/// The cluster at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Resources {
+    /// By VMID; QEMU machines only.
+    pub vms: BTreeMap<u32, Vm>,
+    /// One per storage and node.
+    pub storages: Vec<Storage>,
+    /// Node → `online`, `offline` or `unknown`.
+    pub hosts: BTreeMap<String, String>,
+}
+
+/// `GET /cluster/resources`: VMs, storages and nodes in one answer.
+#[must_use]
+pub fn resources() -> Request {
+    Request::new(Method::Get, "/cluster/resources".into())
+}
+
+/// Reads [`resources`].
+///
+/// # Errors
+/// An entry without what identifies it.
+pub fn read_resources(call: &str, data: &Value) -> Result<Resources, Error> {
+    let mut all = Resources::default();
+    for entry in list(call, data)? {
+        let host = || text_of(entry, "node").ok_or_else(|| misread(call, "an entry without its node"));
+        match entry.get("type").and_then(Value::as_str) {
+            Some("qemu") => {
+                let vmid = vmid_of(entry).ok_or_else(|| misread(call, "a VM without its vmid"))?;
+                let vm = Vm { vmid, host: host()?, name: text_of(entry, "name"), template: flag_of(entry, "template") };
+                all.vms.insert(vmid, vm);
+            }
+            Some("storage") => all.storages.push(Storage {
+                storage: text_of(entry, "storage").ok_or_else(|| misread(call, "a storage without its id"))?,
+                host: host()?,
+                plugin: text_of(entry, "plugintype").unwrap_or_default(),
+                active: text_of(entry, "status").as_deref() == Some("available"),
+                shared: flag_of(entry, "shared"),
+                images: text_of(entry, "content").is_none_or(|content| content.split(',').any(|word| word.trim() == "images")),
+                total_bytes: number_of(entry, "maxdisk").unwrap_or(0),
+                used_bytes: number_of(entry, "disk").unwrap_or(0),
+            }),
+            Some("node") => {
+                all.hosts.insert(host()?, text_of(entry, "status").unwrap_or_default());
+            }
+            _ => (),
+        }
+    }
+    Ok(all)
+}
+
+fn vmid_of(entry: &Value) -> Option<u32> {
+    number_of(entry, "vmid").and_then(|id| u32::try_from(id).ok())
+}
+
+/// A VM as its node sees it now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VmState {
+    /// A QEMU process is there.
+    pub running: bool,
+    /// The drives that QEMU really has; nothing where QEMU does not answer or was not asked.
+    pub plugged: Option<BTreeSet<String>>,
+    /// QEMU's process: another one has none of the leftovers of the last.
+    pub pid: Option<u64>,
+}
+
+fn read_state(entry: &Value) -> VmState {
+    let running = text_of(entry, "status").as_deref() == Some("running");
+    let plugged = match entry.get("blockstat").and_then(Value::as_object) {
+        Some(drives) => Some(drives.keys().cloned().collect()),
+        None if !running => Some(BTreeSet::new()),
+        None => None,
+    };
+    VmState { running, plugged, pid: number_of(entry, "pid") }
+}
+
+/// `GET /nodes/{host}/qemu?full=1`: every VM of a node with its state and its plugged drives.
+#[must_use]
+pub fn vm_states(host: &str) -> Request {
+    Request::new(Method::Get, format!("/nodes/{}/qemu", segment(host))).with("full", "1")
+}
+
+/// Reads [`vm_states`].
+///
+/// # Errors
+/// An entry without its VMID.
+pub fn read_vm_states(call: &str, data: &Value) -> Result<BTreeMap<u32, VmState>, Error> {
+    let read = |entry| vmid_of(entry).map(|vmid| (vmid, read_state(entry))).ok_or_else(|| misread(call, "a VM without its vmid"));
+    list(call, data)?.iter().map(read).collect()
+}
+
+/// `GET …/status/current`: one VM's state and plugged drives.
+#[must_use]
+pub fn vm_state(host: &str, vmid: u32) -> Request {
+    Request::new(Method::Get, vm_path(host, vmid, "status/current"))
+}
+
+/// Reads [`vm_state`].
+///
+/// # Errors
+/// No status in it.
+pub fn read_vm_state(call: &str, data: &Value) -> Result<VmState, Error> {
+    text_of(data, "status").ok_or_else(|| misread(call, "no status"))?;
+    Ok(read_state(data))
+}
+
+/// `GET …/pending`: what is configured and what is planned, with the digest.
+#[must_use]
+pub fn pending(host: &str, vmid: u32) -> Request {
+    Request::new(Method::Get, vm_path(host, vmid, "pending"))
+}
+
+/// Reads [`pending`].
+///
+/// # Errors
+/// No list, an entry without a key, or no digest.
+pub fn read_pending(call: &str, data: &Value) -> Result<VmConfig, Error> {
+    let mut config = VmConfig::default();
+    for entry in list(call, data)? {
+        let key = text_of(entry, "key").ok_or_else(|| misread(call, "an entry without its key"))?;
+        if key == "digest" {
+            config.digest = text_of(entry, "value").unwrap_or_default();
+            continue;
+        }
+        let delete = number_of(entry, "delete").is_some_and(|n| n > 0) || entry.get("delete") == Some(&Value::Bool(true));
+        config.lines.insert(key, Line { value: text_of(entry, "value"), pending: text_of(entry, "pending"), delete });
+    }
+    if config.digest.is_empty() {
+        return Err(misread(call, "no digest"));
+    }
+    Ok(config)
+}
+
+/// `GET …/snapshot`: the names of a VM's snapshots.
+#[must_use]
+pub fn snapshots(host: &str, vmid: u32) -> Request {
+    Request::new(Method::Get, vm_path(host, vmid, "snapshot"))
+}
+
+/// Reads [`snapshots`]; the pseudo entry `current` left out.
+///
+/// # Errors
+/// No list, or an entry without a name.
+pub fn read_snapshots(call: &str, data: &Value) -> Result<Vec<String>, Error> {
+    let names = list(call, data)?.iter().map(|entry| text_of(entry, "name").ok_or_else(|| misread(call, "a snapshot without a name")));
+    Ok(names.collect::<Result<Vec<_>, _>>()?.into_iter().filter(|name| name != "current").collect())
+}
+
+/// `GET …/config?snapshot=NAME`: the config that a snapshot keeps.
+#[must_use]
+pub fn snapshot_config(host: &str, vmid: u32, name: &str) -> Request {
+    Request::new(Method::Get, vm_path(host, vmid, "config")).with("snapshot", name)
+}
+
+/// Reads [`snapshot_config`]: key → drive line, drives only.
+///
+/// # Errors
+/// No map.
+pub fn read_snapshot_config(call: &str, data: &Value) -> Result<BTreeMap<String, String>, Error> {
+    let map = data.as_object().ok_or_else(|| misread(call, "a map was expected"))?;
+    Ok(map.iter().filter(|(key, _)| super::drive::is_drive_key(key)).map(|(key, value)| (key.clone(), string(value))).collect())
+}
+
+/// What is to change in a VM's drives. One per call: several keys in one call are not atomic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// `scsiN=drive`
+    Set(String, String),
+    /// `delete=scsiN`
+    Delete(String),
+    /// `revert=scsiN`: forget what is planned.
+    Revert(String),
+}
+
+/// `POST …/config`: a task. `delay_s`: seconds that Proxmox may hold the answer until the task has ended.
+#[must_use]
+pub fn change(host: &str, vmid: u32, change: &Change, digest: &str, delay_s: Option<u8>) -> Request {
+    let request = Request::new(Method::Post, vm_path(host, vmid, "config"));
+    let request = match change {
+        Change::Set(key, drive) => request.with(key, drive.clone()),
+        Change::Delete(key) => request.with("delete", key.clone()),
+        Change::Revert(key) => request.with("revert", key.clone()),
+    };
+    let request = if digest.is_empty() { request } else { request.with("digest", digest) };
+    match delay_s {
+        Some(delay_s) => request.with("background_delay", delay_s.to_string()),
+        None => request,
+    }
+}
+
+/// `PUT …/resize` to `bytes` in all: a task since qemu-server 8.0.2, done at once before.
+#[must_use]
+pub fn resize(host: &str, vmid: u32, key: &str, bytes: u64, digest: &str) -> Request {
+    let size = match bytes {
+        bytes if bytes % (1 << 20) == 0 => format!("{}M", bytes >> 20),
+        bytes if bytes % (1 << 10) == 0 => format!("{}K", bytes >> 10),
+        bytes => bytes.to_string(),
+    };
+    Request::new(Method::Put, vm_path(host, vmid, "resize")).with("disk", key).with("size", size).with("digest", digest)
+}
+
+/// The UPID in an answer; nothing where the work is done already.
+#[must_use]
+pub fn read_upid(data: &Value) -> Option<String> {
+    data.as_str().filter(|text| text.starts_with("UPID:")).map(Into::into)
+}
+
+/// `GET /nodes/{host}/tasks/{upid}/status`, of the host that the UPID names.
+///
+/// # Errors
+/// A text that is no UPID.
+pub fn task_status(upid: &str) -> Result<Request, Error> {
+    let host = upid.strip_prefix("UPID:").and_then(|rest| rest.split(':').next()).filter(|host| !host.is_empty());
+    let host = host.ok_or_else(|| misread("task", format!("{upid:?} is no UPID")))?;
+    Ok(Request::new(Method::Get, format!("/nodes/{}/tasks/{}/status", segment(host), segment(upid))))
+}
+
+/// Whether the task has ended well; an error when it ended badly.
+pub(super) fn read_task(call: &str, upid: &str, data: &Value) -> Result<bool, Error> {
+    match (text_of(data, "status").as_deref(), text_of(data, "exitstatus")) {
+        (Some("running"), _) => Ok(false),
+        (Some("stopped"), Some(exit)) if exit == "OK" || exit.starts_with("WARNINGS:") => Ok(true),
+        (Some("stopped"), exit) => {
+            let exit = exit.unwrap_or_else(|| "unexpected status".into());
+            Err(Error { call: call.into(), cause: Cause::Task { upid: upid.into(), exit } })
+        }
+        _ => Err(misread(call, "a task without a status")),
+    }
+}
+
+fn content_path(host: &str, storage: &str, volid: Option<&str>) -> String {
+    let path = format!("/nodes/{}/storage/{}/content", segment(host), segment(storage));
+    match volid {
+        Some(volid) => format!("{path}/{}", percent_encoded(volid, "/:")),
+        None => path,
+    }
+}
+
+/// `POST …/content`: a new volume, made before the answer. `name` has no folder. Sizes are KiB on this wire.
+#[must_use]
+pub fn allocate(host: &str, storage: &str, vmid: u32, name: &str, format: &str, kib: u64) -> Request {
+    Request::new(Method::Post, content_path(host, storage, None))
+        .with("vmid", vmid.to_string())
+        .with("filename", name)
+        .with("size", kib.to_string())
+        .with("format", format)
+}
+
+/// `DELETE …/content/{volid}`: a task, or done within `delay_s`.
+#[must_use]
+pub fn free(host: &str, storage: &str, volid: &str, delay_s: Option<u8>) -> Request {
+    let request = Request::new(Method::Delete, content_path(host, storage, Some(volid)));
+    match delay_s {
+        Some(delay_s) => request.with("delay", delay_s.to_string()),
+        None => request,
+    }
+}
+
+/// `GET …/content/{volid}`: one volume.
+#[must_use]
+pub fn volume(host: &str, storage: &str, volid: &str) -> Request {
+    Request::new(Method::Get, content_path(host, storage, Some(volid)))
+}
+
+/// Its size in bytes.
+///
+/// # Errors
+/// No size in it.
+pub fn read_volume(call: &str, data: &Value) -> Result<u64, Error> {
+    number_of(data, "size").filter(|size| *size > 0).ok_or_else(|| misread(call, "a volume without its size"))
+}
+
+/// `GET /cluster/status`; needs Sys.Audit on `/`.
+#[must_use]
+pub fn cluster_status() -> Request {
+    Request::new(Method::Get, "/cluster/status".into())
+}
+
+/// Whether the cluster is quorate; a host alone is.
+///
+/// # Errors
+/// No list.
+pub fn read_quorate(call: &str, data: &Value) -> Result<bool, Error> {
+    let cluster = list(call, data)?.iter().find(|entry| text_of(entry, "type").as_deref() == Some("cluster"));
+    Ok(cluster.is_none_or(|cluster| flag_of(cluster, "quorate")))
+}
+
+/// `GET /access/permissions`: our own.
+#[must_use]
+pub fn permissions() -> Request {
+    Request::new(Method::Get, "/access/permissions".into())
+}
+
+/// Whether every VM is shown to us: VM.Audit, propagated, on `/` or `/vms`.
+#[must_use]
+pub fn read_sees_all_vms(data: &Value) -> bool {
+    // The value is the propagate flag: with 0 it is held for that path alone. An entry on a deeper path replaces what is
+    // inherited, so what `/vms` says counts where it is listed.
+    data.get("/vms").or_else(|| data.get("/")).is_some_and(|held| flag_of(held, "VM.Audit"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn parameters_go_where_proxmox_takes_them() {
+        let request = free("pve1", "local", "local:9999/vm-9999-a.raw", Some(10));
+        assert_eq!(request.target(), "/nodes/pve1/storage/local/content/local:9999/vm-9999-a.raw?delay=10");
+        let request = change("pve1", 101, &Change::Set("scsi1".into(), "a:b,ro=1;x".into()), "abc", Some(5));
+        assert_eq!(request.name(), "POST /nodes/pve1/qemu/101/config");
+        assert_eq!(request.target(), "/nodes/pve1/qemu/101/config");
+        assert_eq!(request.body(), "scsi1=a%3Ab%2Cro%3D1%3Bx&digest=abc&background_delay=5");
+        let upid = "UPID:pve1:0003A2B1:01C9A2F0:66A1B2C3:resize:100:csi@pve!csi:";
+        assert_eq!(
+            task_status(upid).map(|request| request.target()).unwrap(),
+            "/nodes/pve1/tasks/UPID%3Apve1%3A0003A2B1%3A01C9A2F0%3A66A1B2C3%3Aresize%3A100%3Acsi%40pve%21csi%3A/status"
+        );
+        assert!(task_status("nonsense").is_err());
+    }
+
+    #[test]
+    fn the_cluster_is_read_as_proxmox_types_it() {
+        let data = json!([
+            {"type":"qemu","vmid":"101","node":"pve1","name":"a","status":"running","template":0},
+            {"type":"qemu","vmid":102,"node":"pve2","status":"unknown"},
+            {"type":"lxc","vmid":103,"node":"pve2"},
+            {"type":"storage","storage":"ds","node":"pve1","plugintype":"dir","status":"available","shared":0,
+             "content":"iso,images","maxdisk":100.5,"disk":"40"},
+            {"type":"node","node":"pve1","status":"online"},
+            {"type":"node","node":"pve2","status":"offline"},
+            {"type":"sdn","sdn":"x"},
+        ]);
+        let all = read_resources("GET /cluster/resources", &data).unwrap();
+        assert_eq!(all.vms.len(), 2);
+        assert_eq!(all.vms[&101].name.as_deref(), Some("a"));
+        assert_eq!((all.storages[0].total_bytes, all.storages[0].used_bytes, all.storages[0].images), (100, 40, true));
+        assert_eq!((all.hosts["pve1"].as_str(), all.hosts["pve2"].as_str()), ("online", "offline"));
+        assert!(read_resources("x", &json!([{"type":"qemu","node":"a"}])).is_err());
+        assert!(read_resources("x", &json!({})).is_err());
+    }
+
+    #[test]
+    fn pending_gives_both_views_and_the_digest() {
+        let data = json!([
+            {"key":"scsi1","value":"a:b","delete":1}, {"key":"scsi2","pending":"a:c"}, {"key":"memory","value":2048},
+            {"key":"digest","value":"abc"},
+        ]);
+        let config = read_pending("x", &data).unwrap();
+        assert!(config.lines["scsi1"].delete);
+        assert_eq!(config.lines["scsi2"].pending.as_deref(), Some("a:c"));
+        assert_eq!(config.configured("memory"), Some("2048"));
+        assert_eq!(config.digest, "abc");
+        assert!(read_pending("x", &json!([])).is_err(), "no digest: not a config to write to");
+    }
+
+    #[test]
+    fn a_running_vm_without_blockstat_has_not_answered() {
+        let state = read_vm_state("x", &json!({"status":"running","blockstat":{"scsi0":{},"ide2":{}}})).unwrap();
+        assert_eq!(state.plugged.unwrap().len(), 2);
+        assert_eq!(read_vm_state("x", &json!({"status":"running"})).unwrap().plugged, None);
+        assert_eq!(read_vm_state("x", &json!({"status":"stopped"})).unwrap().plugged, Some(BTreeSet::new()));
+        assert!(read_vm_state("x", &json!({})).is_err());
+    }
+
+    #[test]
+    fn quorum_and_privileges() {
+        assert!(read_quorate("x", &json!([{"type":"node","online":1}])).unwrap());
+        assert!(read_quorate("x", &json!([{"type":"cluster","quorate":1}])).unwrap());
+        assert!(!read_quorate("x", &json!([{"type":"cluster","quorate":0}])).unwrap());
+        assert!(read_sees_all_vms(&json!({"/vms":{"VM.Audit":1}})));
+        assert!(read_sees_all_vms(&json!({"/":{"VM.Audit":1},"/vms":{"VM.Audit":1}})));
+        for no in [
+            json!({}),
+            json!({"/vms":{"VM.Audit":0}}),
+            json!({"/":{"VM.Audit":1},"/vms":{}}),
+            json!({"/vms/100":{"VM.Audit":1}}),
+            json!({"/":{"Sys.Audit":1}}),
+        ] {
+            assert!(!read_sees_all_vms(&no), "{no}");
+        }
+    }
+
+    #[test]
+    fn tasks_end_well_badly_or_not_yet() {
+        let read = |data: Value| read_task("x", "UPID:a:", &data);
+        assert!(!read(json!({"status":"running"})).unwrap());
+        assert!(read(json!({"status":"stopped","exitstatus":"OK"})).unwrap());
+        assert!(read(json!({"status":"stopped","exitstatus":"WARNINGS: 2"})).unwrap());
+        assert!(read(json!({"status":"stopped","exitstatus":"no"})).unwrap_err().to_string().contains("UPID:a:"));
+        assert!(read(json!({"status":"stopped"})).is_err());
+        assert!(read(json!({})).is_err());
+    }
+
+    #[test]
+    fn a_refusal_keeps_message_errors_and_reason() {
+        let body = json!({"data":null,"message":"Parameter verification failed.\n","errors":{"scsi1":"hotplug problem - x\n"}});
+        let cause = refusal(400, "Parameter verification failed.".into(), Some(body), "");
+        let error = Error { call: "POST /x".into(), cause };
+        assert_eq!(error.to_string(), "POST /x: 400 Parameter verification failed. scsi1: hotplug problem - x");
+        let html = Error { call: "x".into(), cause: refusal(502, "Bad Gateway".into(), None, "<html>") };
+        assert_eq!(html.to_string(), "x: 502 Bad Gateway");
+    }
+}

@@ -1,0 +1,209 @@
+//! CreateVolume: choose a zone, look in the other ones for an earlier try, allocate.
+//!
+//! Proxmox allocates before it answers, under the storage's lock. The disk's name comes from the volume's name alone, so a
+//! repeat meets "already exists": then the volume is looked at, and is the same one or a conflict.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use proto::VolumeHandle;
+use tokio::task::JoinSet;
+
+use super::region::{EVIDENCE_AGE, Region, ago};
+use super::{Clusters, Controller, MAX_TRIED};
+use crate::error::Error;
+use crate::placement::{Candidate, Plugin, Refusal, Want, candidates, disk_name, disk_of, with_room};
+use crate::pve::{self, Meaning, api};
+use crate::request::Create;
+
+/// A volume that is there now.
+#[derive(Debug)]
+pub struct Created {
+    /// Its name.
+    pub handle: VolumeHandle,
+    /// Its size.
+    pub capacity_bytes: u64,
+    /// What later calls get to know.
+    pub volume_context: HashMap<String, String>,
+}
+
+/// One place that the volume could be in, and its names there.
+#[derive(Debug, Clone)]
+struct Place {
+    candidate: Candidate,
+    region: Arc<Region>,
+    handle: VolumeHandle,
+    /// The image's name without its folder.
+    name: String,
+    format: String,
+}
+
+impl Controller {
+    /// Makes a volume, or finds that it is made.
+    ///
+    /// # Errors
+    /// No place, a conflict, or Proxmox's.
+    pub async fn create(&self, request: Create) -> Result<Created, Error> {
+        for warning in &request.warnings {
+            proto::warn!("create {}: {warning}", request.name);
+        }
+        let clusters = self.clusters()?;
+        let places = self.places(&clusters, &request).await?;
+        let (place, capacity_bytes) = match earlier(places.get(1..).unwrap_or_default()).await? {
+            Some((place, size_bytes)) => (place, fitting(&request.want, size_bytes)?),
+            None => self.allocate(&clusters, &request, &places).await?,
+        };
+        proto::info!("create {}: {}, {capacity_bytes} bytes", request.name, place.handle);
+        Ok(Created { handle: place.handle, capacity_bytes, volume_context: request.parameters.volume_context() })
+    }
+
+    /// The candidates in order, from a snapshot that is read again before anything is refused.
+    async fn places(&self, clusters: &Clusters, request: &Create) -> Result<Vec<Place>, Error> {
+        let want = &request.want;
+        let tried = self.tried().get(&request.name).cloned();
+        let mut found = self.candidates(clusters, want, ago(EVIDENCE_AGE)).await?;
+        let refused = |found: &Result<Vec<Candidate>, Refusal>| match found {
+            Ok(found) => with_room(want, found).is_err(),
+            Err(_) => true,
+        };
+        if refused(&found) {
+            found = self.candidates(clusters, want, Instant::now()).await?;
+        }
+        let found = found?;
+        if let Some((region, zone)) = tried.filter(|tried| !found.iter().any(|one| (&one.region, &one.zone) == (&tried.0, &tried.1))) {
+            return Err(Error::unavailable(format!(
+                "an earlier try to create {} on {region}/{zone} had no answer, and storage {} cannot be looked at there now; waiting for it, \
+                 so that no second volume is made",
+                request.name, want.storage
+            )));
+        }
+        let format = request.parameters.format.as_deref().unwrap_or("raw");
+        let place = |candidate: Candidate| {
+            let region = clusters.regions.get(&candidate.region).cloned()?;
+            let format = if candidate.plugin == Plugin::File { format } else { "raw" };
+            let name = disk_name(clusters.controller_vmid, &request.name, candidate.plugin, format);
+            let handle = VolumeHandle {
+                region: candidate.region.clone(),
+                zone: candidate.zone.clone(),
+                storage: want.storage.clone(),
+                disk: disk_of(clusters.controller_vmid, &name, candidate.plugin),
+            };
+            Some(Place { candidate, region, handle, name, format: format.into() })
+        };
+        Ok(found.into_iter().filter_map(place).collect())
+    }
+
+    async fn candidates(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Result<Vec<Candidate>, Refusal>, Error> {
+        let mut snapshots = BTreeMap::new();
+        for (name, region) in &clusters.regions {
+            let is_asked_for =
+                want.terms.is_empty() || want.terms.iter().any(|term| term.region.as_ref().is_none_or(|wanted| wanted == name));
+            // A region that is not asked for is still known by its name, but not read.
+            let resources = if is_asked_for {
+                region.resources(since).await.map_err(|error| Error::from(error).during(&format!("region {name}")))?
+            } else {
+                Arc::default()
+            };
+            snapshots.insert(name.clone(), resources);
+        }
+        Ok(candidates(want, &snapshots))
+    }
+
+    async fn allocate(&self, clusters: &Clusters, request: &Create, places: &[Place]) -> Result<(Place, u64), Error> {
+        let place = places.first().ok_or_else(|| Error::internal("no candidate zone was found"))?;
+        // Without room the volume may still be there from an earlier try that took the room: only a look can tell.
+        let all: Vec<Candidate> = places.iter().map(|place| place.candidate.clone()).collect();
+        if let Err(full) = with_room(&request.want, &all) {
+            return match place.size().await {
+                Ok(size_bytes) => Ok((place.clone(), fitting(&request.want, size_bytes)?)),
+                Err(_) => Err(full.into()),
+            };
+        }
+        let step = format!("create {}", place.handle);
+        let mut answer = place.allocate(clusters.controller_vmid).await;
+        if answer.as_ref().is_err_and(|error| error.meaning() == Meaning::OutcomeUnknown) {
+            // Asking again is the look: it waits for the storage's lock, and finds the name taken if it was done.
+            self.note_tried(request, place);
+            answer = place.allocate(clusters.controller_vmid).await;
+        }
+        let made = match answer {
+            Ok(volid) => {
+                let mut place = place.clone();
+                if let Some(disk) = volid.strip_prefix(&format!("{}:", place.handle.storage)) {
+                    place.handle.disk = disk.into();
+                }
+                let size_bytes = place.candidate.size_bytes;
+                (place, size_bytes)
+            }
+            Err(error) if error.meaning() == Meaning::VolumeExists => {
+                let size_bytes = place.size().await.map_err(|error| Error::from(error).during(&step))?;
+                (place.clone(), fitting(&request.want, size_bytes).map_err(|error| error.during(&step))?)
+            }
+            Err(error) => return Err(Error::from(error).during(&step)),
+        };
+        self.tried().remove(&request.name);
+        Ok(made)
+    }
+
+    fn tried(&self) -> MutexGuard<'_, HashMap<String, (String, String)>> {
+        self.tried.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_tried(&self, request: &Create, place: &Place) {
+        let mut tried = self.tried();
+        if tried.len() >= MAX_TRIED {
+            tried.clear();
+        }
+        tried.insert(request.name.clone(), (place.candidate.region.clone(), place.candidate.zone.clone()));
+    }
+}
+
+impl Place {
+    async fn size(&self) -> Result<u64, pve::Error> {
+        self.region.volume_size(&self.candidate.zone, &self.handle.storage, &self.handle.volid()).await
+    }
+
+    async fn allocate(&self, owner: u32) -> Result<String, pve::Error> {
+        let kib = self.candidate.size_bytes.div_ceil(1 << 10);
+        let request = api::allocate(&self.candidate.zone, &self.handle.storage, owner, &self.name, &self.format, kib);
+        let answer = self.region.client.call(request).await?;
+        Ok(answer.as_str().unwrap_or_default().to_string())
+    }
+}
+
+/// The volume in one of these places, from an earlier try; looked for in all of them at once.
+async fn earlier(places: &[Place]) -> Result<Option<(Place, u64)>, Error> {
+    let mut looking = JoinSet::new();
+    for place in places.iter().cloned() {
+        looking.spawn(async move {
+            let size = place.size().await;
+            (place, size)
+        });
+    }
+    let mut found = None;
+    while let Some(looked) = looking.join_next().await {
+        match looked {
+            Ok((place, Ok(size_bytes))) => found = Some((place, size_bytes)),
+            Ok((_, Err(error))) if error.meaning() == Meaning::NoSuchVolume => (),
+            Ok((place, Err(error))) => {
+                let step = format!("whether {} is there from an earlier try cannot be told", place.handle);
+                return Err(Error::from(error).during(&step));
+            }
+            Err(cause) => return Err(Error::internal(format!("a look broke off: {cause}"))),
+        }
+    }
+    Ok(found)
+}
+
+/// CSI: the same name with a size that does not fit is another volume.
+fn fitting(want: &Want, size_bytes: u64) -> Result<u64, Error> {
+    if size_bytes >= want.required_bytes && want.limit_bytes.is_none_or(|limit| size_bytes <= limit) {
+        return Ok(size_bytes);
+    }
+    let limit = want.limit_bytes.map_or_else(String::new, |limit| format!(", limit_bytes {limit}"));
+    Err(Error::already_exists(format!(
+        "a volume of this name is there with {size_bytes} bytes; asked for were required_bytes {}{limit}",
+        want.required_bytes
+    )))
+}

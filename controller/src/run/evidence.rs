@@ -1,0 +1,370 @@
+//! Who refers to a volume: every VM that could hold it, read recently enough (docs/architecture.md, decision 5).
+//!
+//! Nothing in Proxmox stops two VMs holding one volume. Fail closed: a VM or a host that cannot be read is a refusal that
+//! names it. On a storage local to one Proxmox node the VMs of that node can hold the volume, and those elsewhere whose
+//! config still names it (moved there by HA, say).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use proto::VolumeHandle;
+use tokio::task::JoinSet;
+
+use super::region::{EVIDENCE_AGE, Known, Region, ago};
+use crate::attach::{Seen, unexplained};
+use crate::error::Error;
+use crate::pve::api::VmState;
+use crate::pve::drive::volume_of;
+use crate::pve::{self, Meaning};
+
+/// How much of each VM is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Depth {
+    /// What is configured and planned: enough to see another's claim.
+    Config,
+    /// Also what is plugged.
+    Plugged,
+    /// Also what snapshots keep.
+    Snapshots,
+}
+
+/// In which view a VM refers to the volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum View {
+    /// Its config.
+    Configured,
+    /// Its planned changes.
+    Planned,
+    /// QEMU has it, though the config no longer says so.
+    Plugged,
+    /// QEMU has a drive of which the config says nothing: it could be this one.
+    Unexplained,
+    /// Set aside as `unusedN`.
+    Unused,
+    /// Kept by this snapshot.
+    Snapshot(String),
+}
+
+/// One reference.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Reference {
+    /// The VM.
+    pub(crate) vmid: u32,
+    /// Its Proxmox node.
+    pub(crate) host: String,
+    /// The slot.
+    pub(crate) key: String,
+    /// Where it is seen.
+    pub(crate) view: View,
+}
+
+impl Reference {
+    /// Whether the VM has the volume or will have it: no other may get it.
+    #[must_use]
+    pub(crate) fn holds(&self) -> bool {
+        matches!(self.view, View::Configured | View::Planned | View::Plugged | View::Unexplained)
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { vmid, host, key, .. } = self;
+        match &self.view {
+            View::Configured => write!(f, "VM {vmid} on {host} has it configured as {key}"),
+            View::Planned => write!(f, "VM {vmid} on {host} has it planned as {key}"),
+            View::Plugged => write!(f, "VM {vmid} on {host} has it plugged as {key}, though its config no longer says so"),
+            View::Unexplained => write!(
+                f,
+                "VM {vmid} on {host} has a drive plugged as {key} of which its config says nothing, so it could be this one; restart the VM"
+            ),
+            View::Unused => write!(f, "VM {vmid} on {host} has it set aside as {key}"),
+            View::Snapshot(name) => write!(f, "snapshot {name:?} of VM {vmid} on {host} keeps it as {key}"),
+        }
+    }
+}
+
+/// Why a VM was not read.
+enum Unread {
+    /// It is not on that node.
+    Gone,
+    Failed(Error),
+}
+
+impl From<pve::Error> for Unread {
+    fn from(error: pve::Error) -> Self {
+        if error.meaning() == Meaning::NoSuchVm { Self::Gone } else { Self::Failed(error.into()) }
+    }
+}
+
+impl Region {
+    /// Whether VMs of other nodes could hold the volume, too.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub(crate) async fn is_shared(&self, handle: &VolumeHandle) -> Result<bool, pve::Error> {
+        if handle.zone.is_empty() {
+            return Ok(true);
+        }
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        Ok(resources.storages.iter().any(|storage| storage.storage == handle.storage && storage.shared))
+    }
+
+    /// Every reference to the volume, from readings since `since`; `except` is not read.
+    ///
+    /// # Errors
+    /// A VM or host that could hold the volume and cannot be read, by name.
+    pub(crate) async fn references(
+        self: &Arc<Self>,
+        handle: &VolumeHandle,
+        since: Instant,
+        except: Option<u32>,
+        depth: Depth,
+    ) -> Result<Vec<Reference>, Error> {
+        self.check_sees_all_vms().await?;
+        let volid = handle.volid();
+        let mut found = Vec::new();
+        let mut reading = JoinSet::new();
+        for (vmid, (host, state)) in self.who_could_hold(handle, since, depth).await? {
+            if Some(vmid) == except {
+                continue;
+            }
+            let (region, volid) = (Arc::clone(self), volid.clone());
+            reading.spawn(async move { region.references_of(vmid, host, state, &volid, since, depth).await });
+        }
+        while let Some(read) = reading.join_next().await {
+            found.extend(read.map_err(|cause| Error::internal(format!("a reading broke off: {cause}")))??);
+        }
+        found.sort_by(|a, b| (a.vmid, &a.key).cmp(&(b.vmid, &b.key)));
+        Ok(found)
+    }
+
+    /// The references as of the last minute; read again where one would be a reason to refuse: it may be gone by now.
+    ///
+    /// # Errors
+    /// As [`Region::references`].
+    pub(crate) async fn references_before_refusal(
+        self: &Arc<Self>,
+        handle: &VolumeHandle,
+        except: Option<u32>,
+        depth: Depth,
+    ) -> Result<Vec<Reference>, Error> {
+        let references = self.references(handle, ago(EVIDENCE_AGE), except, depth).await?;
+        let refuses = |one: &Reference| depth == Depth::Snapshots || one.holds();
+        if references.iter().any(refuses) { self.references(handle, Instant::now(), except, depth).await } else { Ok(references) }
+    }
+
+    /// VMID → host and state.
+    async fn who_could_hold(&self, handle: &VolumeHandle, since: Instant, depth: Depth) -> Result<BTreeMap<u32, (String, VmState)>, Error> {
+        // A look for another's claim after our own write needs no new list: a VM that came since cannot have been chosen.
+        let listed_since = if depth == Depth::Config { ago(EVIDENCE_AGE) } else { since };
+        let resources = self.resources(listed_since).await?;
+        let hosts: Vec<String> =
+            if self.is_shared(handle).await? { resources.hosts.keys().cloned().collect() } else { vec![handle.zone.clone()] };
+        let mut all = BTreeMap::new();
+        for host in hosts {
+            if resources.hosts.get(&host).is_some_and(|status| status == "offline") {
+                for vm in resources.vms.values().filter(|vm| vm.host == host) {
+                    all.insert(vm.vmid, (host.clone(), VmState::default()));
+                }
+                continue;
+            }
+            let states = self.states(&host, listed_since).await.map_err(|error| {
+                Error::from(error).during(&format!("which VMs of Proxmox node {host} hold {} cannot be told", handle.volid()))
+            })?;
+            all.extend(states.into_iter().map(|(vmid, state)| (vmid, (host.clone(), state))));
+        }
+        for vmid in self.ever_naming(&handle.volid()).await {
+            match resources.vms.get(&vmid) {
+                Some(vm) if !all.contains_key(&vmid) => {
+                    all.insert(vmid, (vm.host.clone(), VmState { running: true, ..VmState::default() }));
+                }
+                _ => (),
+            }
+        }
+        Ok(all)
+    }
+
+    async fn references_of(
+        self: Arc<Self>,
+        vmid: u32,
+        host: String,
+        state: VmState,
+        volid: &str,
+        since: Instant,
+        depth: Depth,
+    ) -> Result<Vec<Reference>, Error> {
+        let read = {
+            let _turn = self.readers.acquire().await;
+            self.read(vmid, &host, state, since, depth).await
+        };
+        match read {
+            Ok(Some((known, state))) => Ok(references_in(vmid, &known, &state, volid)),
+            Ok(None) => Ok(Vec::new()),
+            Err(error) => Err(error.during(&format!("whether VM {vmid} on {host} holds {volid} cannot be told"))),
+        }
+    }
+
+    /// Reads one VM; nothing where it is gone.
+    async fn read(
+        self: &Arc<Self>,
+        vmid: u32,
+        host: &str,
+        state: VmState,
+        since: Instant,
+        depth: Depth,
+    ) -> Result<Option<(Known, VmState)>, Error> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        if resources.hosts.get(host).is_some_and(|status| status == "offline") {
+            return self.read_of_dead_host(vmid, host).await.map(Some);
+        }
+        match self.read_at(vmid, host, state, since, depth).await {
+            Err(Unread::Gone) => (),
+            Err(Unread::Failed(error)) => return Err(error),
+            Ok(read) => return Ok(Some(read)),
+        }
+        // Moved, or destroyed, since the cluster was read.
+        let Some(vm) = self.resources(Instant::now()).await?.vms.get(&vmid).cloned() else {
+            self.forget(vmid);
+            return Ok(None);
+        };
+        let state = VmState { running: true, ..VmState::default() };
+        match self.read_at(vmid, &vm.host, state, since, depth).await {
+            Err(Unread::Gone) => Err(Error::unavailable("it is moving; repeated")),
+            Err(Unread::Failed(error)) => Err(error),
+            Ok(read) => Ok(Some(read)),
+        }
+    }
+
+    async fn read_at(
+        self: &Arc<Self>,
+        vmid: u32,
+        host: &str,
+        state: VmState,
+        since: Instant,
+        depth: Depth,
+    ) -> Result<(Known, VmState), Unread> {
+        let (mut state, mut known) = (state, self.config(host, vmid, since).await?);
+        if depth == Depth::Config {
+            return Ok((known, VmState::default()));
+        }
+        let is_odd = |known: &Known, state: &VmState| {
+            let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
+            state.plugged.is_none() || unexplained(seen).any(|key| !known.held.contains_key(key))
+        };
+        if is_odd(&known, &state) {
+            // The list and the config were read one after the other; what changed between them explains itself now.
+            state = self.state_now(host, vmid).await?;
+            if state.plugged.is_some() && is_odd(&known, &state) {
+                known = self.config(host, vmid, Instant::now()).await?;
+            }
+        }
+        if state.plugged.is_none() {
+            return Err(Unread::Failed(Error::unavailable(
+                "its QEMU does not answer (no blockstat), so that what is plugged is not known; look at the VM, or stop it",
+            )));
+        }
+        self.remember(vmid, &mut known, &state).await;
+        if depth == Depth::Snapshots {
+            self.snapshots(&mut known, vmid).await?;
+        }
+        Ok((known, state))
+    }
+
+    /// A host that a quorate cluster calls offline cannot change its VMs: they count as last read.
+    async fn read_of_dead_host(&self, vmid: u32, host: &str) -> Result<(Known, VmState), Error> {
+        if !self.is_quorate().await? {
+            return Err(Error::unavailable(format!("Proxmox node {host} is offline and the cluster has no quorum")));
+        }
+        match self.last_known(vmid).await {
+            // What QEMU had there may still run: everything that was held counts as plugged.
+            Some(known) => {
+                let plugged = known.held.keys().cloned().collect();
+                Ok((known, VmState { running: true, plugged: Some(plugged), pid: None }))
+            }
+            None => Err(Error::unavailable(format!(
+                "Proxmox node {host} is offline and the VM was not read before; bring the node back, or remove the VM from it"
+            ))),
+        }
+    }
+}
+
+fn references_in(vmid: u32, known: &Known, state: &VmState, volid: &str) -> Vec<Reference> {
+    let reference = |key: &str, view| Reference { vmid, host: known.host.clone(), key: key.into(), view };
+    let mut found: Vec<Reference> = Vec::new();
+    for (key, line) in known.config.naming(volid) {
+        let configured = line.value.as_deref().is_some_and(|text| volume_of(text) == volid);
+        found.push(match (key.starts_with("unused"), configured) {
+            (true, _) => reference(key, View::Unused),
+            (false, true) => reference(key, View::Configured),
+            (false, false) => reference(key, View::Planned),
+        });
+    }
+    for key in state.plugged.iter().flatten() {
+        let configured = known.config.configured(key).map(volume_of);
+        if known.held.get(key).is_some_and(|held| held == volid) && configured != Some(volid) {
+            found.push(reference(key, View::Plugged));
+        }
+    }
+    let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
+    found.extend(unexplained(seen).filter(|key| !known.held.contains_key(*key)).map(|key| reference(key, View::Unexplained)));
+    for (name, drives) in known.snapshots.iter().flat_map(|known| &known.drives) {
+        let keys = drives.iter().filter(|(_, line)| volume_of(line) == volid);
+        found.extend(keys.map(|(key, _)| reference(key, View::Snapshot(name.clone()))));
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::region::Snapshots;
+    use super::*;
+    use crate::pve::drive::{Line, VmConfig};
+
+    fn known(lines: &[(&str, &str)], held: &[(&str, &str)]) -> Known {
+        let line = |text: &str| Line { value: Some(text.into()), ..Line::default() };
+        Known {
+            host: "pve1".into(),
+            config: VmConfig { lines: lines.iter().map(|(key, text)| ((*key).to_string(), line(text))).collect(), digest: "d".into() },
+            read_at: Instant::now(),
+            held: held.iter().map(|(key, volid)| ((*key).to_string(), (*volid).to_string())).collect(),
+            snapshots: Some(Snapshots {
+                digest: "d".into(),
+                drives: BTreeMap::from([("s1".into(), BTreeMap::from([("scsi9".to_string(), "ds:a,size=1G".to_string())]))]),
+            }),
+        }
+    }
+
+    fn running(keys: &[&str]) -> VmState {
+        VmState { running: true, plugged: Some(keys.iter().map(|key| (*key).to_string()).collect()), pid: None }
+    }
+
+    #[test]
+    fn each_view_is_a_reference_and_only_holding_ones_hold() {
+        let known = known(&[("scsi1", "ds:a,size=1G"), ("unused0", "ds:a"), ("scsi2", "ds:b")], &[("scsi3", "ds:a")]);
+        let found = references_in(101, &known, &running(&["scsi1", "scsi2", "scsi3", "scsi4"]), "ds:a");
+        let views: Vec<(&str, &View, bool)> = found.iter().map(|one| (one.key.as_str(), &one.view, one.holds())).collect();
+        assert_eq!(
+            views,
+            [
+                ("scsi1", &View::Configured, true),
+                ("unused0", &View::Unused, false),
+                ("scsi3", &View::Plugged, true),
+                ("scsi4", &View::Unexplained, true),
+                ("scsi9", &View::Snapshot("s1".into()), false),
+            ]
+        );
+        for one in &found {
+            let text = one.to_string();
+            assert!(text.contains("VM 101") && text.contains("pve1") && text.contains(&one.key), "{text}");
+        }
+    }
+
+    #[test]
+    fn another_volume_in_a_reused_slot_is_not_this_one() {
+        let known = known(&[("scsi3", "ds:b")], &[("scsi3", "ds:b")]);
+        let found = references_in(101, &known, &running(&["scsi3"]), "ds:x");
+        assert!(found.is_empty(), "{found:?}");
+    }
+}

@@ -1,0 +1,205 @@
+//! Carries the RPCs out: look, take the next step, look again. The only actor.
+//!
+//! One file per RPC; `region` holds what is known of a cluster, `evidence` says who holds a volume. Every call runs in a
+//! task of its own (see `service`), so that a client that goes away leaves nothing half noted.
+
+mod create;
+mod delete;
+mod evidence;
+mod expand;
+mod publish;
+mod region;
+mod unpublish;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use proto::VolumeHandle;
+
+use crate::config;
+use crate::error::Error;
+use crate::placement::Refusal;
+use crate::pve::Client;
+use crate::pve::api::Storage;
+use crate::request::Capacity;
+pub use create::Created;
+pub use expand::Expanded;
+pub use publish::Published;
+use region::{EVIDENCE_AGE, Region, ago};
+
+/// The config file and the credential files are looked at again after this long, when a call comes.
+const CONFIG_AGE: Duration = Duration::from_secs(1);
+/// Names of creations with unknown outcome that are kept; beyond it the oldest knowledge goes.
+const MAX_TRIED: usize = 1024;
+
+/// All clusters of the config file.
+#[derive(Debug)]
+struct Clusters {
+    controller_vmid: u32,
+    regions: BTreeMap<String, Arc<Region>>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    clusters: Result<Arc<Clusters>, String>,
+    /// What was read, and when it was last changed.
+    files: Vec<(PathBuf, Stamp)>,
+    looked_at: Instant,
+}
+
+/// Enough to notice a change, also by a swapped symlink (a Kubernetes secret).
+type Stamp = Option<(SystemTime, u64)>;
+
+/// The controller without its gRPC.
+#[derive(Debug)]
+pub struct Controller {
+    path: PathBuf,
+    ca_bundle: Option<PathBuf>,
+    loaded: Mutex<Loaded>,
+    /// Volume name → zone of a creation whose outcome is not known.
+    tried: Mutex<HashMap<String, (String, String)>>,
+}
+
+impl Controller {
+    /// Reads the config file; one that is bad or missing is read again on demand. Makes no call.
+    #[must_use]
+    pub fn new(path: PathBuf, ca_bundle: Option<PathBuf>) -> Self {
+        let loaded = load(&path, ca_bundle.as_ref());
+        match &loaded.clusters {
+            Ok(clusters) => {
+                let regions: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
+                proto::info!("config file {}: regions {}", path.display(), regions.join(", "));
+            }
+            Err(why) => proto::error!("{why}"),
+        }
+        Self { path, ca_bundle, loaded: Mutex::new(loaded), tried: Mutex::default() }
+    }
+
+    /// Whether there is a config to work with.
+    ///
+    /// # Errors
+    /// The sentence that says what is wrong with the file.
+    pub fn ready(&self) -> Result<(), String> {
+        self.clusters().map(drop).map_err(|error| error.text)
+    }
+
+    fn clusters(&self) -> Result<Arc<Clusters>, Error> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if loaded.looked_at.elapsed() >= CONFIG_AGE {
+            loaded.looked_at = Instant::now();
+            if loaded.clusters.is_err() || loaded.files.iter().any(|(path, stamp)| stamp_of(path) != *stamp) {
+                let again = load(&self.path, self.ca_bundle.as_ref());
+                match (&again.clusters, &loaded.clusters) {
+                    (Err(why), Ok(_)) => {
+                        proto::error!("{why}; the config read before stays in use");
+                        loaded.files = again.files;
+                    }
+                    (Ok(_), _) => {
+                        proto::info!("config file {} read again", self.path.display());
+                        *loaded = again;
+                    }
+                    (Err(_), Err(_)) => *loaded = again,
+                }
+            }
+        }
+        loaded.clusters.clone().map_err(Error::precondition)
+    }
+
+    fn region(&self, name: &str) -> Result<Arc<Region>, Error> {
+        let clusters = self.clusters()?;
+        clusters.regions.get(name).cloned().ok_or_else(|| {
+            let known: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
+            Error::precondition(format!("region {name:?} is not in the config file; known are {}", known.join(", ")))
+        })
+    }
+
+    /// Bytes free in all, and in the zone with most; unknown storages and zones have none.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub async fn capacity(&self, wanted: &Capacity) -> Result<(u64, u64), Error> {
+        let clusters = self.clusters()?;
+        let (mut sum, mut most) = (0u64, 0u64);
+        let (region_wanted, zone_wanted) = wanted.term.as_ref().map_or((None, None), |term| (term.region.as_ref(), term.zone.as_ref()));
+        for (name, region) in clusters.regions.iter().filter(|(name, _)| region_wanted.is_none_or(|wanted| wanted == *name)) {
+            let resources =
+                region.resources(ago(EVIDENCE_AGE)).await.map_err(|error| Error::from(error).during(&format!("region {name}")))?;
+            let counts = |one: &&Storage| {
+                one.active
+                    && one.images
+                    && !one.shared
+                    && wanted.storage.as_ref().is_none_or(|wanted| *wanted == one.storage)
+                    && zone_wanted.is_none_or(|wanted| *wanted == one.host)
+            };
+            for storage in resources.storages.iter().filter(counts) {
+                let free = storage.total_bytes.saturating_sub(storage.used_bytes);
+                (sum, most) = (sum.saturating_add(free), most.max(free));
+            }
+        }
+        Ok((sum, most))
+    }
+
+    /// Makes sure that a volume is there.
+    ///
+    /// # Errors
+    /// NOT_FOUND, or Proxmox's.
+    pub async fn check_exists(&self, handle: &VolumeHandle) -> Result<u64, Error> {
+        let clusters = self.clusters()?;
+        let missing = |why: &str| Error::not_found(format!("volume {handle} is not there: {why}"));
+        let region = clusters.regions.get(&handle.region).ok_or_else(|| missing("its region is not in the config file"))?;
+        let Some(host) = region.host_of(handle).await? else { return Err(missing("no Proxmox node has its storage")) };
+        region.volume_size(&host, &handle.storage, &handle.volid()).await.map_err(|error| Error::from(error).during(&handle.to_string()))
+    }
+}
+
+impl Region {
+    /// The node to ask about a volume: its zone, or any that has its storage; nothing where there is none.
+    async fn host_of(&self, handle: &VolumeHandle) -> Result<Option<String>, Error> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let mut with_storage = resources.storages.iter().filter(|storage| storage.storage == handle.storage);
+        if handle.zone.is_empty() {
+            return Ok(with_storage.find(|storage| storage.active).map(|storage| storage.host.clone()));
+        }
+        Ok(resources.hosts.contains_key(&handle.zone).then(|| handle.zone.clone()))
+    }
+
+    /// The storage's plugin as Proxmox names it, where it is shown.
+    async fn plugintype(&self, storage: &str) -> Result<Option<String>, Error> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let found = resources.storages.iter().find(|one| one.storage == storage && !one.plugin.is_empty());
+        Ok(found.map(|one| one.plugin.clone()))
+    }
+}
+
+fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>) -> Loaded {
+    let looked_at = Instant::now();
+    match config::load(path) {
+        Ok((config, files)) => {
+            let regions = config.clusters.iter().map(|cluster| {
+                let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path));
+                (cluster.region.clone(), Arc::new(Region::new(cluster.region.clone(), client)))
+            });
+            let clusters = Clusters { controller_vmid: config.controller_vmid, regions: regions.collect() };
+            let files = files.into_iter().map(|file| (file.clone(), stamp_of(&file))).collect();
+            Loaded { clusters: Ok(Arc::new(clusters)), files, looked_at }
+        }
+        Err(why) => Loaded { clusters: Err(why), files: vec![(path.clone(), stamp_of(path))], looked_at },
+    }
+}
+
+fn stamp_of(path: &PathBuf) -> Stamp {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.modified().ok()?, metadata.len()))
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Wrong(text) => Self::invalid(text),
+            Refusal::OutOfRange(text) => Self::out_of_range(text),
+            Refusal::NotHere(text) => Self::exhausted(text),
+        }
+    }
+}

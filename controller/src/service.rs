@@ -1,0 +1,214 @@
+//! CSI's Controller service: requests made typed, one call per volume at a time, errors to codes.
+//!
+//! Every call runs in a task of its own: when a sidecar gives up, the work goes on to a known end, and the guard is held
+//! until then.
+
+use std::collections::HashSet;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::csi::controller_server::Controller as Service;
+use proto::csi::controller_service_capability::{Rpc, Type, rpc};
+use proto::csi::{self, ControllerServiceCapability};
+use tonic::{Request, Response, Status};
+
+use crate::error::Error;
+use crate::request::{Capacity, Create, Expand, Publish, Unpublish, existing, supported};
+use crate::run::Controller;
+
+/// gRPC carries a status message in a header; clients take some KiB of those.
+const MAX_MESSAGE_CHARS: usize = 2000;
+
+/// What is built, and nothing else.
+const CAPABILITIES: [rpc::Type; 5] = [
+    rpc::Type::CreateDeleteVolume,
+    rpc::Type::PublishUnpublishVolume,
+    rpc::Type::GetCapacity,
+    rpc::Type::ExpandVolume,
+    rpc::Type::SingleNodeMultiWriter,
+];
+
+/// The service over one [`Controller`].
+#[derive(Debug, Clone)]
+pub struct ControllerService {
+    controller: Arc<Controller>,
+    busy: Arc<Mutex<HashSet<String>>>,
+}
+
+/// Held while one volume is worked on.
+struct Turn {
+    busy: Arc<Mutex<HashSet<String>>>,
+    volume: String,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.volume);
+    }
+}
+
+impl ControllerService {
+    /// Serves `controller`.
+    #[must_use]
+    pub fn new(controller: Arc<Controller>) -> Self {
+        Self { controller, busy: Arc::default() }
+    }
+
+    /// CSI: at most one call per volume in flight; the second answers ABORTED and is repeated.
+    fn turn(&self, volume: &str) -> Result<Turn, Error> {
+        if !self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(volume.into()) {
+            return Err(Error::aborted(format!("another call for volume {volume} is in flight; repeated when it has ended")));
+        }
+        Ok(Turn { busy: Arc::clone(&self.busy), volume: volume.into() })
+    }
+
+    /// Runs `work` to its end, whoever waits for it.
+    async fn alone<T: Send + 'static>(
+        &self,
+        volume: &str,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let turn = self.turn(volume).map_err(status)?;
+        let task = tokio::spawn(async move {
+            let done = work.await;
+            drop(turn);
+            done
+        });
+        match task.await {
+            Ok(done) => done.map(Response::new).map_err(status),
+            Err(cause) => Err(status(Error::internal(format!("the call broke off: {cause}")))),
+        }
+    }
+}
+
+fn status(error: Error) -> Status {
+    Status::new(error.code, error.text.chars().take(MAX_MESSAGE_CHARS).collect::<String>())
+}
+
+/// CSI's sizes are signed.
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+#[tonic::async_trait]
+impl Service for ControllerService {
+    async fn create_volume(&self, request: Request<csi::CreateVolumeRequest>) -> Result<Response<csi::CreateVolumeResponse>, Status> {
+        let create = Create::try_from(request.into_inner()).map_err(status)?;
+        let controller = Arc::clone(&self.controller);
+        self.alone(&create.name.clone(), async move {
+            let created = controller.create(create).await?;
+            let segments = [
+                (proto::TOPOLOGY_REGION.to_string(), created.handle.region.clone()),
+                (proto::TOPOLOGY_ZONE.to_string(), created.handle.zone.clone()),
+            ];
+            Ok(csi::CreateVolumeResponse {
+                volume: Some(csi::Volume {
+                    volume_id: created.handle.to_string(),
+                    capacity_bytes: signed(created.capacity_bytes),
+                    volume_context: created.volume_context,
+                    accessible_topology: vec![csi::Topology { segments: segments.into() }],
+                    ..Default::default()
+                }),
+            })
+        })
+        .await
+    }
+
+    async fn delete_volume(&self, request: Request<csi::DeleteVolumeRequest>) -> Result<Response<csi::DeleteVolumeResponse>, Status> {
+        let volume_id = request.into_inner().volume_id;
+        if volume_id.is_empty() {
+            return Err(status(Error::invalid("volume_id is missing")));
+        }
+        // An id that can be no volume's: there is nothing to delete.
+        let Ok(handle) = existing(&volume_id) else { return Ok(Response::new(csi::DeleteVolumeResponse {})) };
+        let controller = Arc::clone(&self.controller);
+        self.alone(&volume_id, async move { controller.delete(&handle).await.map(|()| csi::DeleteVolumeResponse {}) }).await
+    }
+
+    async fn controller_publish_volume(
+        &self,
+        request: Request<csi::ControllerPublishVolumeRequest>,
+    ) -> Result<Response<csi::ControllerPublishVolumeResponse>, Status> {
+        let publish = Publish::try_from(request.into_inner()).map_err(status)?;
+        let controller = Arc::clone(&self.controller);
+        self.alone(&publish.handle.to_string(), async move {
+            let published = controller.publish(&publish).await?;
+            Ok(csi::ControllerPublishVolumeResponse { publish_context: published.publish_context })
+        })
+        .await
+    }
+
+    async fn controller_unpublish_volume(
+        &self,
+        request: Request<csi::ControllerUnpublishVolumeRequest>,
+    ) -> Result<Response<csi::ControllerUnpublishVolumeResponse>, Status> {
+        let unpublish = Unpublish::try_from(request.into_inner()).map_err(status)?;
+        let controller = Arc::clone(&self.controller);
+        self.alone(&unpublish.handle.to_string(), async move {
+            controller.unpublish(&unpublish).await.map(|()| csi::ControllerUnpublishVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn controller_expand_volume(
+        &self,
+        request: Request<csi::ControllerExpandVolumeRequest>,
+    ) -> Result<Response<csi::ControllerExpandVolumeResponse>, Status> {
+        let expand = Expand::try_from(request.into_inner()).map_err(status)?;
+        let controller = Arc::clone(&self.controller);
+        self.alone(&expand.handle.to_string(), async move {
+            let expanded = controller.expand(&expand).await?;
+            Ok(csi::ControllerExpandVolumeResponse { capacity_bytes: signed(expanded.capacity_bytes), node_expansion_required: true })
+        })
+        .await
+    }
+
+    async fn validate_volume_capabilities(
+        &self,
+        request: Request<csi::ValidateVolumeCapabilitiesRequest>,
+    ) -> Result<Response<csi::ValidateVolumeCapabilitiesResponse>, Status> {
+        let request = request.into_inner();
+        if request.volume_id.is_empty() {
+            return Err(status(Error::invalid("volume_id is missing")));
+        }
+        if request.volume_capabilities.is_empty() {
+            return Err(status(Error::invalid("volume_capabilities is missing")));
+        }
+        let handle = existing(&request.volume_id).map_err(status)?;
+        self.controller.check_exists(&handle).await.map_err(status)?;
+        let answer = match request.volume_capabilities.iter().try_for_each(supported) {
+            Ok(()) => csi::ValidateVolumeCapabilitiesResponse {
+                confirmed: Some(csi::validate_volume_capabilities_response::Confirmed {
+                    volume_context: request.volume_context,
+                    volume_capabilities: request.volume_capabilities,
+                    parameters: request.parameters,
+                    mutable_parameters: Default::default(),
+                }),
+                message: String::new(),
+            },
+            Err(why) => csi::ValidateVolumeCapabilitiesResponse { confirmed: None, message: why },
+        };
+        Ok(Response::new(answer))
+    }
+
+    async fn get_capacity(&self, request: Request<csi::GetCapacityRequest>) -> Result<Response<csi::GetCapacityResponse>, Status> {
+        let request = request.into_inner();
+        let unsupported = !request.volume_capabilities.is_empty() && request.volume_capabilities.iter().any(|one| supported(one).is_err());
+        let wanted = Capacity::try_from(request).map_err(status)?;
+        // CSI: capacity for volumes of these capabilities; of those that are not made there is none.
+        let (sum, most) = if unsupported { (0, 0) } else { self.controller.capacity(&wanted).await.map_err(status)? };
+        Ok(Response::new(csi::GetCapacityResponse {
+            available_capacity: signed(sum),
+            maximum_volume_size: Some(signed(most)),
+            minimum_volume_size: None,
+        }))
+    }
+
+    async fn controller_get_capabilities(
+        &self,
+        _: Request<csi::ControllerGetCapabilitiesRequest>,
+    ) -> Result<Response<csi::ControllerGetCapabilitiesResponse>, Status> {
+        let capability = |kind: &rpc::Type| ControllerServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: (*kind).into() })) };
+        Ok(Response::new(csi::ControllerGetCapabilitiesResponse { capabilities: CAPABILITIES.iter().map(capability).collect() }))
+    }
+}

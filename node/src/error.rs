@@ -1,0 +1,131 @@
+//! What can go wrong while acting: volume, what was being done, step, and the cause in numbers.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::request::Volume;
+use crate::sys::{self, mount};
+use crate::{identity, plan, probe};
+
+/// A call that did not end well.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    /// `stage`, `publish`, …
+    pub doing: &'static str,
+    /// The volume id.
+    pub volume: String,
+    /// The step that failed; empty where the decision itself was to refuse.
+    pub step: &'static str,
+    /// Why; boxed: errors are rare, and answers small.
+    pub cause: Box<Cause>,
+}
+
+/// Why a call did not end well.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each says itself in Display")]
+pub enum Cause {
+    Refused(plan::Refusal),
+    Disk(identity::Refusal),
+    Sys(sys::Error),
+    Mount(mount::Refused),
+    Probe(probe::Error),
+    /// No geometry of a filesystem fits: mkfs options, or a disk too small.
+    Geometry(String),
+    Outside {
+        real: PathBuf,
+    },
+    NoDisk {
+        waited: Duration,
+        why: String,
+    },
+    StaysOffline {
+        disk: String,
+    },
+    OtherDiskNow {
+        disk: String,
+    },
+    SizeNotSeen {
+        waited: Duration,
+        size_bytes: u64,
+        required_bytes: u64,
+    },
+    NotGrown {
+        blocks: u64,
+        wanted_blocks: u64,
+        block_size: u32,
+    },
+    StillHeld {
+        waited: Duration,
+        disk: String,
+        by: String,
+    },
+    NotBlankAnyMore {
+        surface: String,
+    },
+    NoEnd {
+        turns: usize,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}: ", self.doing, self.volume)?;
+        if !self.step.is_empty() {
+            write!(f, "{}: ", self.step)?;
+        }
+        self.cause.fmt(f)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(refusal) => refusal.fmt(f),
+            Self::Disk(refusal) => refusal.fmt(f),
+            Self::Sys(error) => error.fmt(f),
+            Self::Mount(refused) => refused.fmt(f),
+            Self::Probe(error) => error.fmt(f),
+            Self::Geometry(why) => f.write_str(why),
+            Self::Outside { real } => write!(f, "the path leads to {}, outside the kubelet folder (--kubelet-dir)", real.display()),
+            Self::NoDisk { waited, why } => write!(f, "the disk did not appear within {} s: {why}", waited.as_secs()),
+            Self::StaysOffline { disk } => write!(f, "{disk} stays offline though it was set running: detach and attach the volume"),
+            Self::OtherDiskNow { disk } => write!(f, "{disk} has become another disk meanwhile"),
+            Self::SizeNotSeen { waited, size_bytes, required_bytes } => write!(
+                f,
+                "the disk has {size_bytes} bytes after {} s of rescanning, {required_bytes} bytes are required: is the volume grown on Proxmox?",
+                waited.as_secs()
+            ),
+            Self::NotGrown { blocks, wanted_blocks, block_size } => write!(
+                f,
+                "the filesystem has {blocks} blocks of {block_size} bytes after growing, the disk has room for {wanted_blocks} blocks"
+            ),
+            Self::StillHeld { waited, disk, by } => {
+                write!(f, "{disk} is still in use after {} s, {by}: detaching it now would lose data", waited.as_secs())
+            }
+            Self::NotBlankAnyMore { surface } => write!(f, "the disk was blank when probed, and holds {surface} now; it was not formatted"),
+            Self::NoEnd { turns } => write!(f, "still not done after {turns} steps"),
+        }
+    }
+}
+
+macro_rules! from {
+    ($($from:ty => $variant:ident),* $(,)?) => { $(impl From<$from> for Cause {
+        fn from(from: $from) -> Self { Self::$variant(from) }
+    })* };
+}
+from! { plan::Refusal => Refused, identity::Refusal => Disk, sys::Error => Sys, mount::Refused => Mount, probe::Error => Probe }
+
+/// Remembers the step for an error on the way out.
+pub(crate) trait AtStep<T> {
+    /// `step`: what was being tried, in words.
+    fn at(self, doing: &'static str, volume: &Volume, step: &'static str) -> Result<T, Error>;
+}
+
+impl<T, E: Into<Cause>> AtStep<T> for Result<T, E> {
+    fn at(self, doing: &'static str, volume: &Volume, step: &'static str) -> Result<T, Error> {
+        self.map_err(|cause| Error { doing, volume: volume.to_string(), step, cause: Box::new(cause.into()) })
+    }
+}

@@ -1,0 +1,18 @@
+//! The node agent of proxmox-csi: finds, formats, mounts and grows volumes by direct system calls.
+//!
+//! gRPC → `request` (typed) → `plan` (pure: what next) → `run` (acts, looks again) → `sys` (kernel) and `disk` (bytes).
+//! It starts no other program and keeps no state: the kernel is the state, and we look.
+
+pub mod error;
+pub mod format;
+pub mod identity;
+pub mod info;
+pub mod plan;
+pub mod probe;
+pub mod request;
+pub mod run;
+pub mod service;
+pub mod sys;
+
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,383 @@
+//! Decides the next step, from the request and what is seen now.
+//!
+//! Pure: no I/O, no clock. Called again after every step, so a crash is only a pause and a repeated call only a look.
+//! Invariant: a step that destroys data comes only from a surface read as `Blank` or as our own `Unfinished` format, and
+//! only where the volume may be formatted at all.
+
+#![warn(clippy::wildcard_enum_match_arm)]
+
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::request::{Access, ExpandRequest, Format, FormatOptions, PublishRequest, PublishSource, StageRequest};
+
+/// What is mounted at a path of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mount {
+    /// Nothing.
+    None,
+    /// This volume's filesystem.
+    Ours,
+    /// A filesystem whose disk is no longer there: the hypervisor took it away while it was mounted.
+    Gone,
+    /// Anything else; what.
+    Stranger(String),
+}
+
+/// The volume's disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disk {
+    /// Not there (yet).
+    NotYet,
+    /// There, but the kernel refuses I/O: as the reference driver leaves a disk that it unstaged.
+    Offline,
+    /// There; and whether it refuses writes.
+    Ready {
+        #[allow(missing_docs, reason = "said above")]
+        read_only: bool,
+    },
+}
+
+/// What is on the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Surface {
+    /// Not looked at.
+    Unread,
+    /// Proven to hold nothing.
+    Blank,
+    /// A format of this very volume that was cut short.
+    Unfinished,
+    /// A filesystem that the ext4 driver mounts.
+    Ext(String),
+    /// Anything else; what.
+    Other(String),
+}
+
+/// A mounted filesystem against its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Growth {
+    /// It fills the disk, or must not be grown (read-only).
+    Full,
+    /// The disk is larger.
+    Room,
+    /// Growing was asked for; what is left is no whole block group, or growing was not required and failed.
+    Tried,
+}
+
+/// For stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "named by their types")]
+pub struct StageSeen {
+    pub mount: Mount,
+    pub disk: Disk,
+    pub surface: Surface,
+    pub growth: Growth,
+}
+
+/// Stage's deeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StageStep {
+    /// Wait for the disk, asking the SCSI hosts to look.
+    FindDisk,
+    /// Take the disk up again.
+    SetRunning,
+    /// Read what is on it.
+    Probe,
+    /// Destroys what is on it. `unfinished`: something of ours is already there, so nothing reads as zeros for sure.
+    MakeFilesystem {
+        #[allow(missing_docs, reason = "the volume's mkfs options")]
+        options: FormatOptions,
+        #[allow(missing_docs, reason = "said above")]
+        unfinished: bool,
+    },
+    /// Mount it at the staging path.
+    Mount,
+    /// Grow the filesystem to the disk.
+    Grow,
+}
+
+/// What is at a target path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// Nothing.
+    Absent,
+    /// A folder, nothing mounted on it.
+    Folder,
+    /// A file, nothing mounted on it.
+    File,
+    /// This volume, as it was to be shown.
+    Shows {
+        #[allow(missing_docs, reason = "the mount refuses writes")]
+        read_only: bool,
+    },
+    /// A mount whose disk is gone.
+    ShowsGone,
+    /// Something else; what.
+    Other(String),
+}
+
+/// What publish shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// What is mounted at the staging path.
+    Staged(Mount),
+    /// The disk itself.
+    Device(Disk),
+}
+
+/// For publish.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishSeen {
+    /// What is to be shown.
+    pub source: Source,
+    /// What is at the target path.
+    pub target: Target,
+    /// Where else this volume is published on this node.
+    pub other_targets: Vec<PathBuf>,
+}
+
+/// Publish's deeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PublishStep {
+    /// Wait for the disk.
+    FindDisk,
+    /// Take the disk up again.
+    SetRunning,
+    /// Make the target folder.
+    MakeFolder,
+    /// Make the target file.
+    MakeFile,
+    /// Show the source at the target.
+    Bind,
+}
+
+/// Unpublish's deeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnpublishStep {
+    /// Take the newest mount away.
+    Unmount,
+    /// Remove the empty folder.
+    RemoveFolder,
+    /// Remove the empty file.
+    RemoveFile,
+}
+
+/// For unstage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnstageSeen {
+    /// What is mounted at the staging path.
+    pub mount: Mount,
+    /// A filesystem on the disk is still in use, in this mount namespace or another: it must not be detached.
+    pub held: bool,
+    /// The staging path is an empty folder.
+    pub empty_folder: bool,
+}
+
+/// Unstage's deeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnstageStep {
+    /// Take the newest mount away.
+    Unmount,
+    /// Wait until nobody holds the disk.
+    AwaitRelease,
+    /// Remove the empty folder.
+    RemoveFolder,
+}
+
+/// What is at a volume path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shown {
+    /// Not this volume; what instead.
+    NotOurs(String),
+    /// This volume's filesystem.
+    Filesystem(Growth),
+    /// This volume's block device.
+    Device,
+}
+
+/// For expand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpandSeen {
+    /// What is at the volume path.
+    pub shown: Shown,
+    /// The disk's size as the kernel knows it.
+    pub size_bytes: u64,
+}
+
+/// Expand's deeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpandStep {
+    /// Make the kernel read the disk's size again, and wait until it is enough.
+    AwaitSize {
+        #[allow(missing_docs, reason = "the size to wait for")]
+        required_bytes: u64,
+    },
+    /// Grow the filesystem to the disk.
+    Grow,
+}
+
+/// A decision not to act.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each says itself in Display")]
+pub enum Refusal {
+    OtherMount { what: String },
+    DiskGone,
+    StagedAsFilesystem,
+    HoldsOther { what: String },
+    NeverFormat { why: String },
+    NeverFinish { why: String },
+    ReadOnlyBlank,
+    NotStaged,
+    TargetTaken { what: String },
+    OtherMode { read_only: bool },
+    SecondTarget { at: PathBuf },
+    NotPublishedHere { what: String },
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OtherMount { what } => write!(f, "the path is taken by something that is not this volume: {what}; nothing was touched"),
+            Self::DiskGone => f.write_str(
+                "the volume is mounted here from a disk that is no longer there: its writes are lost; unpublish and unstage it first",
+            ),
+            Self::StagedAsFilesystem => {
+                f.write_str("the volume is staged as a filesystem here, so it cannot be staged as a raw block device")
+            }
+            Self::HoldsOther { what } => write!(f, "the disk holds {what}; it was neither mounted nor formatted"),
+            Self::NeverFormat { why } => write!(f, "the disk holds nothing, and this node will not format it: {why}"),
+            Self::NeverFinish { why } => {
+                write!(f, "the disk holds a format of this volume that was cut short, and this node will not finish it: {why}")
+            }
+            Self::ReadOnlyBlank => f.write_str("the disk holds nothing and refuses writes, so it cannot be formatted"),
+            Self::NotStaged => f.write_str("the volume is not staged at staging_target_path"),
+            Self::TargetTaken { what } => write!(f, "target_path is taken: {what}; nothing was touched"),
+            Self::OtherMode { read_only } => write!(
+                f,
+                "the volume is already published at target_path, {}; unpublish it first",
+                if *read_only { "read-only, but writable is asked for" } else { "writable, but read-only is asked for" }
+            ),
+            Self::SecondTarget { at } => {
+                write!(f, "the volume is for a single writer (SINGLE_NODE_SINGLE_WRITER) and already published at {}", at.display())
+            }
+            Self::NotPublishedHere { what } => write!(f, "the volume is not at volume_path: {what}"),
+        }
+    }
+}
+
+/// The next step of staging; `None`: it is staged.
+///
+/// # Errors
+/// What must not be done, and why.
+pub fn next_stage_step(want: &StageRequest, seen: &StageSeen) -> Result<Option<StageStep>, Refusal> {
+    match (&seen.mount, &seen.disk, &want.access) {
+        (Mount::Stranger(what), Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Filesystem(_) | Access::Block) => {
+            Err(Refusal::OtherMount { what: what.clone() })
+        }
+        (Mount::Gone, Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Filesystem(_) | Access::Block) => Err(Refusal::DiskGone),
+        (Mount::Ours, Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Block) => Err(Refusal::StagedAsFilesystem),
+        (Mount::None | Mount::Ours, Disk::NotYet, Access::Filesystem(_)) | (Mount::None, Disk::NotYet, Access::Block) => {
+            Ok(Some(StageStep::FindDisk))
+        }
+        (Mount::None | Mount::Ours, Disk::Offline, Access::Filesystem(_)) | (Mount::None, Disk::Offline, Access::Block) => {
+            Ok(Some(StageStep::SetRunning))
+        }
+        (Mount::None, Disk::Ready { .. }, Access::Block) => Ok(None),
+        (Mount::Ours, Disk::Ready { .. }, Access::Filesystem(_)) => Ok(match seen.growth {
+            Growth::Room => Some(StageStep::Grow),
+            Growth::Full | Growth::Tried => None,
+        }),
+        (Mount::None, Disk::Ready { read_only }, Access::Filesystem(_)) => from_surface(want, &seen.surface, *read_only).map(Some),
+    }
+}
+
+/// Towards a mount, by what is on the disk. The only place from which [`StageStep::MakeFilesystem`] comes.
+fn from_surface(want: &StageRequest, surface: &Surface, read_only: bool) -> Result<StageStep, Refusal> {
+    match (surface, &want.format, read_only) {
+        (Surface::Unread, Format::May(_) | Format::Never(_), _) => Ok(StageStep::Probe),
+        (Surface::Ext(_), Format::May(_) | Format::Never(_), _) => Ok(StageStep::Mount),
+        (Surface::Other(what), Format::May(_) | Format::Never(_), _) => Err(Refusal::HoldsOther { what: what.clone() }),
+        (Surface::Blank, Format::Never(why), _) => Err(Refusal::NeverFormat { why: why.clone() }),
+        (Surface::Unfinished, Format::Never(why), _) => Err(Refusal::NeverFinish { why: why.clone() }),
+        (Surface::Blank | Surface::Unfinished, Format::May(_), true) => Err(Refusal::ReadOnlyBlank),
+        (Surface::Blank, Format::May(options), false) => Ok(StageStep::MakeFilesystem { options: *options, unfinished: false }),
+        (Surface::Unfinished, Format::May(options), false) => Ok(StageStep::MakeFilesystem { options: *options, unfinished: true }),
+    }
+}
+
+/// The next step of unstaging; `None`: it is unstaged.
+///
+/// # Errors
+/// The path shows something that is not this volume.
+pub fn next_unstage_step(seen: &UnstageSeen) -> Result<Option<UnstageStep>, Refusal> {
+    match (&seen.mount, seen.held, seen.empty_folder) {
+        (Mount::Stranger(what), _, _) => Err(Refusal::OtherMount { what: what.clone() }),
+        (Mount::Ours | Mount::Gone, _, _) => Ok(Some(UnstageStep::Unmount)),
+        (Mount::None, true, _) => Ok(Some(UnstageStep::AwaitRelease)),
+        (Mount::None, false, true) => Ok(Some(UnstageStep::RemoveFolder)),
+        (Mount::None, false, false) => Ok(None),
+    }
+}
+
+/// The next step of publishing; `None`: it is published.
+///
+/// # Errors
+/// What must not be done, and why.
+pub fn next_publish_step(want: &PublishRequest, seen: &PublishSeen) -> Result<Option<PublishStep>, Refusal> {
+    match &seen.target {
+        Target::Shows { read_only } if *read_only == want.read_only => return Ok(None),
+        Target::Shows { read_only } => return Err(Refusal::OtherMode { read_only: *read_only }),
+        Target::ShowsGone => return Err(Refusal::DiskGone),
+        Target::Other(what) => return Err(Refusal::TargetTaken { what: what.clone() }),
+        Target::Absent | Target::Folder | Target::File => (),
+    }
+    if let (true, Some(at)) = (want.single_target, seen.other_targets.first()) {
+        return Err(Refusal::SecondTarget { at: at.clone() });
+    }
+    match &seen.source {
+        Source::Staged(Mount::None) => return Err(Refusal::NotStaged),
+        Source::Staged(Mount::Gone) => return Err(Refusal::DiskGone),
+        Source::Staged(Mount::Stranger(what)) => return Err(Refusal::OtherMount { what: what.clone() }),
+        Source::Device(Disk::NotYet) => return Ok(Some(PublishStep::FindDisk)),
+        Source::Device(Disk::Offline) => return Ok(Some(PublishStep::SetRunning)),
+        Source::Staged(Mount::Ours) | Source::Device(Disk::Ready { .. }) => (),
+    }
+    match (&want.source, &seen.target) {
+        (PublishSource::Staging(_), Target::Absent) => Ok(Some(PublishStep::MakeFolder)),
+        (PublishSource::Device(_), Target::Absent) => Ok(Some(PublishStep::MakeFile)),
+        (PublishSource::Staging(_), Target::Folder) | (PublishSource::Device(_), Target::File) => Ok(Some(PublishStep::Bind)),
+        (PublishSource::Staging(_), Target::File) => Err(Refusal::TargetTaken { what: "a file, where a folder is wanted".into() }),
+        (PublishSource::Device(_), Target::Folder) => Err(Refusal::TargetTaken { what: "a folder, where a file is wanted".into() }),
+        (PublishSource::Staging(_) | PublishSource::Device(_), Target::Shows { .. } | Target::ShowsGone | Target::Other(_)) => Ok(None),
+    }
+}
+
+/// The next step of unpublishing; `None`: nothing is left at the target path.
+///
+/// # Errors
+/// The path shows something that is not this volume.
+pub fn next_unpublish_step(seen: &Target) -> Result<Option<UnpublishStep>, Refusal> {
+    match seen {
+        Target::Absent => Ok(None),
+        Target::Folder => Ok(Some(UnpublishStep::RemoveFolder)),
+        Target::File => Ok(Some(UnpublishStep::RemoveFile)),
+        Target::Shows { .. } | Target::ShowsGone => Ok(Some(UnpublishStep::Unmount)),
+        Target::Other(what) => Err(Refusal::TargetTaken { what: what.clone() }),
+    }
+}
+
+/// The next step of expanding; `None`: it has the size.
+///
+/// # Errors
+/// The volume is not there.
+pub fn next_expand_step(want: &ExpandRequest, seen: &ExpandSeen) -> Result<Option<ExpandStep>, Refusal> {
+    match (&seen.shown, want.required_bytes.filter(|required| *required > seen.size_bytes)) {
+        (Shown::NotOurs(what), _) => Err(Refusal::NotPublishedHere { what: what.clone() }),
+        (Shown::Filesystem(_) | Shown::Device, Some(required_bytes)) => Ok(Some(ExpandStep::AwaitSize { required_bytes })),
+        (Shown::Filesystem(Growth::Room), None) => Ok(Some(ExpandStep::Grow)),
+        (Shown::Filesystem(Growth::Full | Growth::Tried) | Shown::Device, None) => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,185 @@
+//! What is on a disk: nothing (proven), our own unfinished format, a filesystem, or something else (decision 3).
+//!
+//! Three witnesses: our mark in sector 0, libblkid, and zeros where zeros must be. A look that fails is an error and never
+//! an absence. It reads 3 to 4 MiB at most, plus one block per place where a backup superblock would be.
+
+use std::fmt;
+
+use disk::ext4;
+use disk::ext4::superblock::{self, NotAsuperblock, Superblock};
+use disk::mark::{Mark, Marked, SECTOR_BYTES};
+use rustix::io::Errno;
+
+use crate::plan::Surface;
+use crate::request::{Volume, Zeroed};
+use crate::sys;
+use crate::sys::blkid::{self, Found, Signature, Usage};
+use crate::sys::block::Device;
+
+/// Zero in front and at the end of a new volume, where the storage promises zeros.
+const EDGE_BYTES: u64 = 1 << 20;
+/// Zero in front of a new volume on recycled storage: Proxmox wipes so much of a thick LV.
+const RECYCLED_EDGE_BYTES: u64 = 4 << 10;
+/// One read.
+const CHUNK_BYTES: u64 = 128 << 10;
+/// Where an ext superblock has its UUID (docs/formats.md).
+const EXT_UUID: std::ops::Range<usize> = 0x68..0x78;
+/// The kernel changes a mounted superblock and then its checksum: one that is read between the two is read again.
+const SUPERBLOCK_READS: u32 = 5;
+/// mkfs.xfs' block size, and the allocation group sizes that it takes by itself: a half to a 32nd of the disk (docs/formats.md).
+/// Coarse on purpose: a third witness behind libblkid and the zero edges, and a grown xfs has groups of its old size.
+const XFS_BLOCK_BYTES: u64 = 4096;
+const XFS_GROUP_SHIFTS: std::ops::RangeInclusive<u32> = 1..=5;
+/// The largest allocation group (mkfs.xfs, `XFS_AG_MAX_BYTES`).
+const XFS_MAX_GROUP_BYTES: u64 = 1 << 40;
+/// `sb_magicnum`, and `sb_uuid` at byte 32 (xfs_format.h).
+const XFS_MAGIC: &[u8] = b"XFSB";
+
+/// A look that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error(pub sys::Error);
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; what cannot be read is not taken for blank", self.0)
+    }
+}
+
+impl From<sys::Error> for Error {
+    fn from(error: sys::Error) -> Self {
+        Self(error)
+    }
+}
+
+/// What is on the disk.
+///
+/// # Errors
+/// Any part that had to be read could not be.
+pub fn probe(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface, Error> {
+    let mut sector = [0; SECTOR_BYTES];
+    device.read_at(0, &mut sector)?;
+    match mark(volume)?.judge(&sector) {
+        Marked::Ours => return Ok(Surface::Unfinished),
+        Marked::Others => return Ok(Surface::Other("an unfinished format of another volume".into())),
+        Marked::Damaged => return Ok(Surface::Other("a damaged mark of an unfinished format".into())),
+        Marked::No => (),
+    }
+    let size_bytes = device.size_bytes()?;
+    match blkid::probe(std::os::fd::AsFd::as_fd(device), device.path(), size_bytes)? {
+        Found::Signature(signature) => return Ok(recognised(&signature)),
+        Found::Ambivalent(signatures) => {
+            let all: Vec<String> = signatures.iter().map(ToString::to_string).collect();
+            return Ok(Surface::Other(format!("several things at once: {}", all.join("; "))));
+        }
+        Found::Nothing => (),
+    }
+    let read = |offset: u64, buffer: &mut [u8]| device.read_at(offset, buffer);
+    Ok(match remains(read, size_bytes, volume, zeroed)? {
+        Some(what) => Surface::Other(what),
+        None => Surface::Blank,
+    })
+}
+
+/// The mark of this volume's unfinished format.
+///
+/// # Errors
+/// EINVAL: a serial that fits in no mark; ours all do.
+pub fn mark(volume: &Volume) -> Result<Mark, sys::Error> {
+    Mark::new(&volume.serial).map_err(|_| sys::Error { call: "mark", subject: volume.serial.clone().into(), errno: Errno::INVAL })
+}
+
+fn recognised(signature: &Signature) -> Surface {
+    match (signature.usage, signature.kind.as_str()) {
+        (Usage::Filesystem, kind @ ("ext2" | "ext3" | "ext4")) if !signature.is_checksum_bad => Surface::Ext(kind.to_string()),
+        _ => Surface::Other(signature.to_string()),
+    }
+}
+
+/// What speaks against "blank" where libblkid knows nothing; `None`: nothing does.
+fn remains(
+    read: impl Fn(u64, &mut [u8]) -> Result<(), sys::Error>,
+    size_bytes: u64,
+    volume: &Volume,
+    zeroed: Zeroed,
+) -> Result<Option<String>, sys::Error> {
+    let recycled = zeroed == Zeroed::No;
+    // Backups first: what they say is more use to a person than where the first stray byte is.
+    let mut block = [0; superblock::BYTES];
+    for offset in ext4::backup_offsets(size_bytes) {
+        read(offset, &mut block)?;
+        let own = block.get(EXT_UUID).unwrap_or_default() == volume.handle.uuid("ext4");
+        let there = match superblock::parse(&block) {
+            Ok(_) | Err(NotAsuperblock::BadChecksum | NotAsuperblock::Senseless) => true,
+            Err(NotAsuperblock::NoMagic | NotAsuperblock::Short) => false,
+        };
+        if there && (!recycled || own) {
+            return Ok(Some(lost("ext4", offset, own)));
+        }
+    }
+    for offset in xfs_backup_offsets(size_bytes) {
+        read(offset, &mut block)?;
+        let uuid = block.get(32..48).unwrap_or_default();
+        let own = uuid == volume.handle.uuid("xfs");
+        if block.starts_with(XFS_MAGIC) && (!recycled || own) {
+            return Ok(Some(lost("xfs", offset, own)));
+        }
+    }
+    let front = if recycled { RECYCLED_EDGE_BYTES } else { EDGE_BYTES }.min(size_bytes);
+    if let Some(at) = first_nonzero(&read, 0, front)? {
+        return Ok(Some(format!("data of an unknown kind in its first {front} bytes (at byte {at})")));
+    }
+    let end = size_bytes.saturating_sub(EDGE_BYTES);
+    if !recycled && let Some(at) = first_nonzero(&read, end, size_bytes)? {
+        return Ok(Some(format!("data of an unknown kind in its last {EDGE_BYTES} bytes (at byte {at})")));
+    }
+    Ok(None)
+}
+
+fn lost(kind: &str, offset: u64, own: bool) -> String {
+    let whose = if own { "this volume's own" } else { "an" };
+    let tool = if kind == "ext4" { "e2fsck -b" } else { "xfs_repair" };
+    format!("{whose} {kind} without its first superblock (a backup is at byte {offset}): repair it with {tool}, or wipe the disk")
+}
+
+/// The first byte of `from..to` that is not zero.
+fn first_nonzero(read: &impl Fn(u64, &mut [u8]) -> Result<(), sys::Error>, from: u64, to: u64) -> Result<Option<u64>, sys::Error> {
+    let mut buffer = vec![0; usize::try_from(CHUNK_BYTES.min(to.saturating_sub(from))).unwrap_or_default()];
+    let mut at = from;
+    while at < to {
+        let now = usize::try_from(to - at).unwrap_or(usize::MAX).min(buffer.len());
+        let chunk = buffer.get_mut(..now).unwrap_or_default();
+        read(at, chunk)?;
+        if let Some(index) = chunk.iter().position(|byte| *byte != 0) {
+            return Ok(Some(at + index as u64));
+        }
+        at += now as u64;
+    }
+    Ok(None)
+}
+
+/// Where the second allocation group's superblock would be.
+fn xfs_backup_offsets(size_bytes: u64) -> Vec<u64> {
+    let blocks = size_bytes / XFS_BLOCK_BYTES;
+    let mut offsets: Vec<u64> = XFS_GROUP_SHIFTS.map(|shift| blocks.div_ceil(1 << shift) * XFS_BLOCK_BYTES).collect();
+    offsets.extend([XFS_MAX_GROUP_BYTES - XFS_BLOCK_BYTES, XFS_MAX_GROUP_BYTES]);
+    offsets.retain(|offset| *offset > 0 && offset.saturating_add(XFS_BLOCK_BYTES) <= size_bytes);
+    offsets
+}
+
+/// The first superblock of the ext filesystem on the device: the kernel keeps it there up to date while it is mounted.
+///
+/// # Errors
+/// The device cannot be read, or what is there is no superblock (EBADMSG).
+pub fn ext_superblock(device: &Device) -> Result<Superblock, sys::Error> {
+    let mut block = [0; superblock::BYTES];
+    for _ in 0..SUPERBLOCK_READS {
+        device.read_at(superblock::OFFSET, &mut block)?;
+        if let Ok(superblock) = superblock::parse(&block) {
+            return Ok(superblock);
+        }
+    }
+    Err(sys::Error { call: "parse ext superblock", subject: device.path().into(), errno: Errno::BADMSG })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,217 @@
+use disk::Write;
+use proptest::prelude::*;
+
+use super::*;
+use crate::format;
+use crate::request::FormatOptions;
+use crate::sys::scsi::Topology;
+use crate::testing::{Folder, volume};
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 200 * MIB;
+const OURS: &str = "r/z/lvm/vm-9999-pvc-1";
+const EACH: [Zeroed; 3] = [Zeroed::Yes, Zeroed::No, Zeroed::Unknown];
+
+/// A sparse image in a folder that goes away with it.
+struct Image {
+    /// Removed with the image.
+    _folder: Folder,
+    device: Device,
+}
+
+impl Image {
+    fn new(size_bytes: u64) -> Self {
+        let folder = Folder::new();
+        let path = folder.path().join("sda");
+        std::fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
+        let device = Device::of_file(&path);
+        Self { _folder: folder, device }
+    }
+
+    fn with(size_bytes: u64, offset: u64, bytes: &[u8]) -> Self {
+        let image = Self::new(size_bytes);
+        image.device.write_at(offset, bytes).unwrap();
+        image
+    }
+
+    fn probe(&self, zeroed: Zeroed) -> Surface {
+        probe(&self.device, &volume(OURS), zeroed).unwrap()
+    }
+
+    /// Made by us, of 4 KiB blocks so that backups begin at 128 MiB.
+    fn formatted(handle: &str) -> Self {
+        let image = Self::new(SIZE);
+        let options = FormatOptions { block_size: Some(4096), inode_size: None };
+        let topology = Topology { logical_block_size: 512, physical_block_size: 512, minimum_io_size: 512, ..Topology::default() };
+        format::make_ext4(&image.device, &volume(handle), options, &topology, true).unwrap();
+        image
+    }
+
+    /// The first superblock lost, and with it all of the first MiB.
+    fn beheaded(handle: &str) -> Self {
+        let image = Self::formatted(handle);
+        image.device.zero(0, 16 * MIB).unwrap();
+        image
+    }
+}
+
+fn other(surface: Surface) -> String {
+    let Surface::Other(what) = surface else { panic!("{surface:?}") };
+    what
+}
+
+#[test]
+fn zeros_are_blank_in_every_mode() {
+    for zeroed in EACH {
+        assert_eq!(Image::new(SIZE).probe(zeroed), Surface::Blank);
+        assert_eq!(Image::new(2 * MIB - 4096).probe(zeroed), Surface::Blank, "edges that overlap");
+    }
+}
+
+#[test]
+fn one_byte_of_data_at_an_edge_is_not_blank_where_zeros_were_promised() {
+    for offset in [0, 511, 4096, MIB - 1, SIZE - MIB, SIZE - 1] {
+        let image = Image::with(SIZE, offset, b"x");
+        assert!(other(image.probe(Zeroed::Yes)).contains(&offset.to_string()));
+        assert_eq!(image.probe(Zeroed::Unknown), image.probe(Zeroed::Yes), "unknown is as strict");
+    }
+}
+
+#[test]
+fn on_recycled_storage_only_the_first_4_kib_must_be_zero() {
+    for (offset, blank) in [(0, false), (4095, false), (4096, true), (MIB, true), (SIZE - 1, true)] {
+        let surface = Image::with(SIZE, offset, b"x").probe(Zeroed::No);
+        assert_eq!(surface == Surface::Blank, blank, "{offset}: {surface:?}");
+    }
+}
+
+#[test]
+fn what_we_made_is_an_ext4() {
+    for zeroed in EACH {
+        assert_eq!(Image::formatted(OURS).probe(zeroed), Surface::Ext("ext4".into()));
+    }
+    let superblock = ext_superblock(&Image::formatted(OURS).device).unwrap();
+    assert_eq!((superblock.blocks, superblock.uuid), (SIZE / 4096, volume(OURS).handle.uuid("ext4")));
+}
+
+#[test]
+fn a_damaged_volume_of_ours_is_never_blank() {
+    let image = Image::beheaded(OURS);
+    image.device.zero(SIZE - MIB, MIB).unwrap();
+    for zeroed in EACH {
+        let what = other(image.probe(zeroed));
+        assert!(what.contains("this volume's own ext4") && what.contains(&(128 * MIB).to_string()), "{what}");
+    }
+}
+
+#[test]
+fn a_strangers_backup_counts_only_where_zeros_were_promised() {
+    let image = Image::beheaded("r/z/lvm/vm-9999-pvc-2");
+    assert!(other(image.probe(Zeroed::Yes)).contains("backup"));
+    assert!(other(image.probe(Zeroed::Unknown)).contains("backup"));
+    assert_eq!(image.probe(Zeroed::No), Surface::Blank);
+}
+
+#[test]
+fn a_backup_whose_checksum_is_wrong_still_speaks() {
+    let image = Image::beheaded(OURS);
+    image.device.write_at(128 * MIB + 0x200, b"damage").unwrap();
+    for zeroed in EACH {
+        assert!(other(image.probe(zeroed)).contains("this volume's own ext4"));
+    }
+}
+
+#[test]
+fn an_xfs_without_its_head_is_found_by_its_second_group() {
+    let second = |uuid: &[u8; 16]| {
+        let mut sector = [0; 512];
+        sector[..4].copy_from_slice(XFS_MAGIC);
+        sector[32..48].copy_from_slice(uuid);
+        Image::with(SIZE, SIZE / 4, &sector)
+    };
+    assert!(other(second(&[7; 16]).probe(Zeroed::Yes)).contains("xfs"));
+    assert_eq!(second(&[7; 16]).probe(Zeroed::No), Surface::Blank);
+    assert!(other(second(&volume(OURS).handle.uuid("xfs")).probe(Zeroed::No)).contains("this volume's own xfs"));
+}
+
+/// The crash at every single write: before the mark the disk is as it was, then unfinished, at the very end complete.
+#[test]
+fn a_format_cut_short_is_unfinished_for_this_volume_and_foreign_for_others() {
+    let plan = || {
+        let options = disk::ext4::Options::new(16 * MIB, volume(OURS).handle.uuid("ext4"), [1; 16], 1);
+        disk::Format::new(disk::ext4::plan(&options).unwrap(), &mark(&volume(OURS)).unwrap())
+    };
+    let total = plan().count();
+    let mut unfinished = 0;
+    for cut in (0..=total).step_by(total / 40 + 1).chain([1, 2, total - 1, total]) {
+        let image = Image::new(16 * MIB);
+        for write in plan().take(cut) {
+            match write {
+                Write::Data { offset, bytes } => image.device.write_at(offset, &bytes).unwrap(),
+                Write::Zeros { offset, length } => image.device.zero(offset, length).unwrap(),
+                Write::Flush => (),
+            }
+        }
+        match image.probe(Zeroed::Yes) {
+            Surface::Blank => assert_eq!(cut, 0),
+            Surface::Unfinished => {
+                unfinished += 1;
+                let foreign = probe(&image.device, &volume("r/z/lvm/vm-9999-pvc-2"), Zeroed::No).unwrap();
+                assert!(other(foreign).contains("another volume"));
+            }
+            Surface::Ext(_) => assert!(cut >= total - 2, "{cut} of {total}"),
+            surface => panic!("{cut} of {total}: {surface:?}"),
+        }
+    }
+    assert!(unfinished > 5, "{unfinished}");
+}
+
+#[test]
+fn a_damaged_mark_and_other_signatures_are_not_blank() {
+    let mut sector = *mark(&volume(OURS)).unwrap().sector();
+    sector[100] ^= 1;
+    assert!(other(Image::with(SIZE, 0, &sector).probe(Zeroed::No)).contains("damaged mark"));
+    let mut swap = vec![0; 4096];
+    swap[1024] = 1;
+    swap[1028..1032].copy_from_slice(&1000_u32.to_le_bytes());
+    swap[4086..].copy_from_slice(b"SWAPSPACE2");
+    assert!(other(Image::with(SIZE, 0, &swap).probe(Zeroed::No)).contains("swap"));
+}
+
+#[test]
+fn what_cannot_be_read_is_no_blank() {
+    let failing = |at: u64| {
+        move |offset: u64, buffer: &mut [u8]| {
+            let hit = (offset..offset + buffer.len() as u64).contains(&at);
+            if hit { Err(sys::Error { call: "pread", subject: "/dev/sda".into(), errno: Errno::IO }) } else { Ok(()) }
+        }
+    };
+    for at in [0, MIB - 1, SIZE - MIB, SIZE - 1, 128 * MIB, SIZE / 4] {
+        let error = remains(failing(at), SIZE, &volume(OURS), Zeroed::Yes).unwrap_err();
+        assert_eq!(error.errno, Errno::IO, "{at}");
+    }
+    let text = Error(remains(failing(0), SIZE, &volume(OURS), Zeroed::No).unwrap_err()).to_string();
+    assert!(text.contains("not taken for blank"), "{text}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Where zeros were promised, not one byte may be there in the first MiB, the last MiB or a backup's magic.
+    #[test]
+    fn any_byte_at_an_edge_speaks(at in 0_u64..MIB, end in any::<bool>(), byte in 1_u8..) {
+        let at = if end { SIZE - 1 - at } else { at };
+        let read = |offset: u64, buffer: &mut [u8]| {
+            if let Some(hit) = at.checked_sub(offset).and_then(|index| buffer.get_mut(usize::try_from(index).unwrap())) { *hit = byte; }
+            Ok(())
+        };
+        let clean = |zeroed| remains(read, SIZE, &volume(OURS), zeroed).unwrap().is_none();
+        prop_assert!(!clean(Zeroed::Yes) && !clean(Zeroed::Unknown));
+        prop_assert_eq!(clean(Zeroed::No), at >= RECYCLED_EDGE_BYTES);
+    }
+
+    #[test]
+    fn xfs_backups_lie_on_the_disk(size in 0_u64..(1 << 44)) {
+        prop_assert!(xfs_backup_offsets(size).iter().all(|offset| offset + 4096 <= size && offset % 4096 == 0));
+    }
+}

@@ -1,0 +1,223 @@
+//! The only actor: look → next step → do it → look again, bounded.
+//!
+//! Everything here blocks and runs on a thread of its own (`service.rs`); a caller that goes away stops nothing half-way.
+
+mod expand;
+mod look;
+mod publish;
+mod stage;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{AtStep, Cause, Error};
+use crate::identity::{self, Found, Want};
+use crate::request::{Folders, StatsRequest, Volume};
+use crate::sys::block::{Access, Device};
+use crate::sys::scsi::{self, Disk, State};
+use crate::sys::{self, mountinfo};
+
+pub use stage::kill_point;
+
+/// More steps than the longest honest way through any plan (8, see plan/tests.rs), with stacked mounts to take away.
+const MAX_TURNS: usize = 16;
+/// kubelet waits two minutes for a node call; a sentence from us within them is better than its "deadline exceeded".
+/// QEMU's hot-plug is seen in the guest after 26 to 450 ms (reference: performance.md, qemu-guest.md).
+const DISK_DEADLINE: Duration = Duration::from_secs(30);
+/// Time for the hot-plug event to do its work before hosts are asked to look, and between two such requests.
+const HOST_RESCAN_EVERY: Duration = Duration::from_secs(3);
+/// A resize is seen in the guest within 30 ms (qemu-guest.md); this is for the lost event and the slow host.
+const SIZE_DEADLINE: Duration = Duration::from_secs(20);
+/// Between two requests to read a disk's size again.
+const SIZE_RESCAN_EVERY: Duration = Duration::from_secs(1);
+/// For containers that end just now to let go of their mounts.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(10);
+/// Between two looks: short against a hot-plug, long against a scan of sysfs (under 1 ms).
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Probes and formats at one time: each reads and writes megabytes.
+const MAX_DISK_WORKERS: u32 = 2;
+
+/// The machine that we work on, and where to look.
+#[derive(Debug)]
+pub struct Node {
+    sysfs: PathBuf,
+    mountinfo: PathBuf,
+    devices: PathBuf,
+    folders: Folders,
+    workers: Slots,
+}
+
+/// What NodeGetVolumeStats tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Total, used and available bytes.
+    pub bytes: [u64; 3],
+    /// Total, used and available inodes; none on a raw block device.
+    pub inodes: Option<[u64; 3]>,
+}
+
+impl Node {
+    /// This machine.
+    #[must_use]
+    pub fn new(folders: Folders) -> Self {
+        Self {
+            sysfs: "/sys".into(),
+            mountinfo: "/proc/self/mountinfo".into(),
+            devices: "/dev".into(),
+            folders,
+            workers: Slots { free: Mutex::new(MAX_DISK_WORKERS), freed: Condvar::new() },
+        }
+    }
+
+    /// Where sysfs is.
+    #[must_use]
+    pub fn sysfs(&self) -> &Path {
+        &self.sysfs
+    }
+
+    /// Where kubelet's paths lie.
+    #[must_use]
+    pub fn folders(&self) -> &Folders {
+        &self.folders
+    }
+
+    /// How full the volume at that path is.
+    ///
+    /// # Errors
+    /// The path does not show this volume.
+    pub fn stats(&self, want: &StatsRequest) -> Result<Usage, Error> {
+        let at = |step| move |cause: Cause| Error { doing: "stats", volume: want.volume.to_string(), step, cause: Box::new(cause) };
+        let shown = self.look_shown(&want.volume, &want.path).map_err(at("look"))?;
+        match shown {
+            look::ShownAt::Nothing(what) => Err(at("")(crate::plan::Refusal::NotPublishedHere { what }.into())),
+            look::ShownAt::Device(disk) => Ok(Usage { bytes: [disk.size_bytes, 0, 0], inodes: None }),
+            look::ShownAt::Filesystem(..) => {
+                let seen =
+                    rustix::fs::statvfs(&want.path).map_err(sys::Error::at("statfs", &want.path)).at("stats", &want.volume, "statfs")?;
+                let bytes = |blocks: u64| blocks.saturating_mul(seen.f_frsize);
+                Ok(Usage {
+                    bytes: [bytes(seen.f_blocks), bytes(seen.f_blocks.saturating_sub(seen.f_bfree)), bytes(seen.f_bavail)],
+                    inodes: Some([seen.f_files, seen.f_files.saturating_sub(seen.f_ffree), seen.f_favail]),
+                })
+            }
+        }
+    }
+
+    /// Waits for the volume's disk, asking the hosts to look where the kernel has not seen it by itself.
+    fn await_disk(&self, want: &Want) -> Result<Disk, Cause> {
+        let mut asked = Instant::now();
+        let found = poll(DISK_DEADLINE, || {
+            let disks = scsi::scan(&self.sysfs)?;
+            let why = match identity::find(want, &disks, &self.mounted_devices()?)? {
+                Found::Disk(disk) => return Ok(Ok(disk.clone())),
+                Found::NotYet(why) => why,
+            };
+            if asked.elapsed() >= HOST_RESCAN_EVERY {
+                let hosts = scsi::rescan_hosts(&self.sysfs)?;
+                proto::info!("{}: asked {hosts} virtio-scsi hosts to look for new disks: {why}", want.serial);
+                asked = Instant::now();
+            }
+            Ok::<_, Cause>(Err(why))
+        })?;
+        found.map_err(|why| Cause::NoDisk { waited: DISK_DEADLINE, why })
+    }
+
+    /// Takes an offline disk up again: the reference driver leaves disks so when it unstages them.
+    fn set_running(&self, disk: &Disk) -> Result<(), Cause> {
+        scsi::set_running(&self.sysfs, disk.address)?;
+        proto::info!("{}: was offline, set running", identity::name(disk));
+        match scsi::disk(&self.sysfs, disk.address)? {
+            Some(now) if now.state == State::Running => Ok(()),
+            Some(_) => Err(Cause::StaysOffline { disk: identity::name(disk) }),
+            None => Err(Cause::OtherDiskNow { disk: identity::name(disk) }),
+        }
+    }
+
+    /// Opens a disk that was identified by what sysfs says of it, and asks again once it is open: from then on the kernel
+    /// gives its number to no other disk, so what is said of it stays true.
+    fn open(&self, disk: &Disk, access: Access) -> Result<Device, Cause> {
+        let device = Device::open(&self.node_of(disk), disk.dev, access)?;
+        let same = scsi::disk(&self.sysfs, disk.address)?
+            .is_some_and(|now| (&now.serial, &now.wwid, now.dev, &now.name) == (&disk.serial, &disk.wwid, disk.dev, &disk.name));
+        if same { Ok(device) } else { Err(Cause::OtherDiskNow { disk: identity::name(disk) }) }
+    }
+
+    /// `/dev/sda`.
+    fn node_of(&self, disk: &Disk) -> PathBuf {
+        self.devices.join(&disk.name)
+    }
+
+    fn mounts(&self) -> Result<Vec<mountinfo::Mount>, sys::Error> {
+        mountinfo::read(&self.mountinfo)
+    }
+
+    /// What is mounted from where, in kubelet's folders or elsewhere.
+    fn mounted_devices(&self) -> Result<Vec<(sys::Dev, PathBuf)>, sys::Error> {
+        Ok(self.mounts()?.into_iter().map(|mount| (mount.dev, mount.point)).collect())
+    }
+
+    /// The path with the links in its folder resolved; `None`: its folder is not there. Never outside kubelet's folders.
+    fn real(&self, path: &Path) -> Result<Option<PathBuf>, Cause> {
+        let real = match sys::mount::real(path) {
+            Ok(real) => real,
+            Err(error) if error.errno == rustix::io::Errno::NOENT => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if self.is_inside(&real) { Ok(Some(real)) } else { Err(Cause::Outside { real }) }
+    }
+
+    /// Whether a real path lies in kubelet's folders. Such a folder may itself be a link (`/var/lib/kubelet` → `/data/kubelet`).
+    fn is_inside(&self, real: &Path) -> bool {
+        self.folders.iter().filter_map(|folder| std::fs::canonicalize(folder).ok()).any(|folder| real != folder && real.starts_with(folder))
+    }
+}
+
+/// Looks until there is something, or the time is up: then the last reason why not. Looks once more at the end.
+fn poll<T, E>(deadline: Duration, mut look: impl FnMut() -> Result<Result<T, String>, E>) -> Result<Result<T, String>, E> {
+    let begun = Instant::now();
+    loop {
+        let late = begun.elapsed() >= deadline;
+        match look()? {
+            Ok(found) => return Ok(Ok(found)),
+            Err(why) if late => return Ok(Err(why)),
+            // Not a sleep in hope: what is waited for is looked at again, until the deadline.
+            Err(_) => std::thread::park_timeout(LOOK_EVERY),
+        }
+    }
+}
+
+/// So many at one time, the others wait.
+#[derive(Debug)]
+struct Slots {
+    free: Mutex<u32>,
+    freed: Condvar,
+}
+
+impl Slots {
+    fn take(&self) -> Slot<'_> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        while *free == 0 {
+            free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
+        *free -= 1;
+        Slot(self)
+    }
+}
+
+struct Slot<'a>(&'a Slots);
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.freed.notify_one();
+    }
+}
+
+/// For an error outside any `Result` chain.
+fn failed(doing: &'static str, volume: &Volume, step: &'static str, cause: impl Into<Cause>) -> Error {
+    Error { doing, volume: volume.to_string(), step, cause: Box::new(cause.into()) }
+}
+
+#[cfg(test)]
+mod tests;

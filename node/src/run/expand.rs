@@ -1,0 +1,91 @@
+//! Expand: the disk's new size seen by the kernel, then the filesystem grown while it is mounted.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::look::{Room, ShownAt};
+use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, kill_point, poll};
+use crate::error::{AtStep, Cause, Error};
+use crate::identity;
+use crate::plan::{self, ExpandSeen, ExpandStep, Growth, Shown};
+use crate::request::ExpandRequest;
+use crate::sys::block;
+use crate::sys::scsi::{self, Disk};
+
+impl Node {
+    /// Grows the volume that is shown at the path; answers the disk's size in bytes.
+    ///
+    /// # Errors
+    /// See [`Error`]; repeating the call goes on where it stopped.
+    pub fn expand(&self, want: &ExpandRequest) -> Result<u64, Error> {
+        const DOING: &str = "expand";
+        let mut tried = false;
+        for _ in 0..MAX_TURNS {
+            let (seen, disk, room) = self.look_expand(want, tried).at(DOING, &want.volume, "look")?;
+            let step = plan::next_expand_step(want, &seen).at(DOING, &want.volume, "")?;
+            let (Some(step), Some(disk)) = (step, disk) else { return Ok(seen.size_bytes) };
+            proto::debug!("{DOING} {}: {step:?}", want.volume);
+            kill_point(DOING, &format!("{step:?}"));
+            match (step, room) {
+                (ExpandStep::AwaitSize { required_bytes }, _) => {
+                    self.await_size(&disk, required_bytes).at(DOING, &want.volume, "wait for the disk's new size")?;
+                }
+                (ExpandStep::Grow, Some(room)) if tried => {
+                    return Err(failed(DOING, &want.volume, "grow the filesystem", room.not_grown()));
+                }
+                (ExpandStep::Grow, Some(room)) => {
+                    grow(&want.path, room).at(DOING, &want.volume, "grow the filesystem")?;
+                    tried = true;
+                }
+                (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
+            }
+        }
+        Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
+    }
+
+    fn look_expand(&self, want: &ExpandRequest, tried: bool) -> Result<(ExpandSeen, Option<Disk>, Option<Room>), Cause> {
+        Ok(match self.look_shown(&want.volume, &want.path)? {
+            ShownAt::Nothing(what) => (ExpandSeen { shown: Shown::NotOurs(what), size_bytes: 0 }, None, None),
+            ShownAt::Device(disk) => (ExpandSeen { shown: Shown::Device, size_bytes: disk.size_bytes }, Some(disk), None),
+            ShownAt::Filesystem(disk, mount) => {
+                let room = self.look_room(&disk, &mount)?;
+                let growth = room.map_or(Growth::Full, |room| room.growth(tried));
+                (ExpandSeen { shown: Shown::Filesystem(growth), size_bytes: disk.size_bytes }, Some(disk), room)
+            }
+        })
+    }
+
+    /// Until the kernel knows the disk to be so large.
+    fn await_size(&self, disk: &Disk, required_bytes: u64) -> Result<(), Cause> {
+        let mut size_bytes = disk.size_bytes;
+        let mut asked: Option<Instant> = None;
+        let seen = poll(SIZE_DEADLINE, || {
+            let Some(now) = scsi::disk(&self.sysfs, disk.address)?.filter(|now| (now.dev, &now.serial) == (disk.dev, &disk.serial)) else {
+                return Err(Cause::OtherDiskNow { disk: identity::name(disk) });
+            };
+            size_bytes = now.size_bytes;
+            if size_bytes >= required_bytes {
+                return Ok(Ok(()));
+            }
+            if asked.is_none_or(|asked| asked.elapsed() >= SIZE_RESCAN_EVERY) {
+                scsi::rescan_size(&self.sysfs, disk.address)?;
+                asked = Some(Instant::now());
+            }
+            Ok(Err(String::new()))
+        })?;
+        seen.map_err(|_| Cause::SizeNotSeen { waited: SIZE_DEADLINE, size_bytes, required_bytes })
+    }
+}
+
+/// Grows the ext4 that is mounted at `point` to its disk.
+pub(super) fn grow(point: &Path, room: Room) -> Result<(), Cause> {
+    block::ext4_grow(point, room.wanted_blocks)?;
+    proto::info!("{}: grown from {} to {} blocks of {} bytes", point.display(), room.blocks, room.wanted_blocks, room.block_size);
+    Ok(())
+}
+
+impl Room {
+    pub(super) fn not_grown(&self) -> Cause {
+        Cause::NotGrown { blocks: self.blocks, wanted_blocks: self.wanted_blocks, block_size: self.block_size }
+    }
+}

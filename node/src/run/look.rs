@@ -1,0 +1,196 @@
+//! Looks: what is mounted at a path, whose it is, and what could be grown.
+
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use disk::ext4::Superblock;
+use rustix::io::Errno;
+
+use super::Node;
+use crate::error::Cause;
+use crate::identity;
+use crate::plan::{Growth, Mount, Target};
+use crate::probe;
+use crate::request::Volume;
+use crate::sys::block::Access;
+use crate::sys::scsi::{self, Disk};
+use crate::sys::{self, Dev, mountinfo};
+
+/// kubelet's folder of binds for subPath mounts: they belong to a pod that the volume is published to, not to a target.
+const SUBPATHS: &str = "volume-subpaths";
+
+/// Whose a device number is.
+pub(super) enum Owner {
+    /// This volume's disk.
+    Ours(Disk),
+    /// No such device any more.
+    Gone,
+    /// Somebody else's; a sentence.
+    Stranger(String),
+}
+
+/// What is at a volume path.
+pub(super) enum ShownAt {
+    /// Not this volume; what instead.
+    Nothing(String),
+    /// Its filesystem, from this disk.
+    Filesystem(Disk, mountinfo::Mount),
+    /// Its block device.
+    Device(Disk),
+}
+
+/// A filesystem's size against its disk's, in filesystem blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    pub(super) blocks: u64,
+    pub(super) wanted_blocks: u64,
+    pub(super) block_size: u32,
+    pub(super) blocks_per_group: u32,
+}
+
+impl Node {
+    pub(super) fn owner(&self, volume: &Volume, dev: Dev, disks: &[Disk]) -> Result<Owner, Cause> {
+        if let Some(disk) = disks.iter().find(|disk| disk.dev == dev) {
+            return Ok(match identity::verify(&volume.serial, disk) {
+                Ok(()) => Owner::Ours(disk.clone()),
+                Err(refusal) => Owner::Stranger(refusal.to_string()),
+            });
+        }
+        // Major 0 is no block device at all; the number of a mounted disk is not given out again (see Node::open).
+        if dev.major != 0 && !sys::is_block_device_there(&self.sysfs, dev)? {
+            return Ok(Owner::Gone);
+        }
+        Ok(Owner::Stranger(format!("device {dev} is no SCSI disk")))
+    }
+
+    /// What is mounted at a staging path, and from which disk.
+    pub(super) fn look_staging(
+        &self,
+        volume: &Volume,
+        real: Option<&Path>,
+        disks: &[Disk],
+    ) -> Result<(Mount, Option<(Disk, mountinfo::Mount)>), Cause> {
+        let mounts = self.mounts()?;
+        let Some(mount) = real.and_then(|real| mountinfo::at(&mounts, real)) else { return Ok((Mount::None, None)) };
+        let described = format!("{} from {} ({})", mount.fstype, mount.source, mount.dev);
+        if mount.root != Path::new("/") {
+            return Ok((Mount::Stranger(format!("{} of {described}", mount.root.display())), None));
+        }
+        Ok(match self.owner(volume, mount.dev, disks)? {
+            Owner::Ours(disk) => (Mount::Ours, Some((disk, mount.clone()))),
+            Owner::Gone => (Mount::Gone, None),
+            Owner::Stranger(why) => (Mount::Stranger(format!("{described}: {why}")), None),
+        })
+    }
+
+    /// What is at a target path.
+    pub(super) fn look_target(&self, volume: &Volume, real: Option<&Path>, disks: &[Disk]) -> Result<Target, Cause> {
+        let Some(real) = real else { return Ok(Target::Absent) };
+        let mounts = self.mounts()?;
+        let Some(mount) = mountinfo::at(&mounts, real) else { return Ok(unmounted(real)?) };
+        let dev = if is_of_devices(mount) { rdev(real)?.unwrap_or(mount.dev) } else { mount.dev };
+        Ok(match self.owner(volume, dev, disks)? {
+            Owner::Ours(_) => Target::Shows { read_only: mount.read_only },
+            Owner::Gone => Target::ShowsGone,
+            Owner::Stranger(why) => Target::Other(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
+        })
+    }
+
+    /// Other targets of the same disk: whole, in kubelet's folders, and no subPath bind.
+    pub(super) fn look_other_targets(&self, disk: &Disk, not: &[&Path]) -> Result<Vec<PathBuf>, Cause> {
+        let mut others = Vec::new();
+        for mount in self.mounts()? {
+            let inside = self.is_inside(&mount.point) && !mount.point.components().any(|part| part.as_os_str() == SUBPATHS);
+            if !inside || not.contains(&mount.point.as_path()) {
+                continue;
+            }
+            let shown =
+                (mount.dev == disk.dev && mount.root == Path::new("/")) || (is_of_devices(&mount) && rdev(&mount.point)? == Some(disk.dev));
+            if shown {
+                others.push(mount.point);
+            }
+        }
+        Ok(others)
+    }
+
+    /// What of the volume is at a path that kubelet calls its own.
+    pub(super) fn look_shown(&self, volume: &Volume, path: &Path) -> Result<ShownAt, Cause> {
+        let Some(real) = self.real(path)? else { return Ok(ShownAt::Nothing("there is no such path".into())) };
+        let mounts = self.mounts()?;
+        let Some(mount) = mountinfo::at(&mounts, &real) else { return Ok(ShownAt::Nothing("nothing is mounted there".into())) };
+        let device = if is_of_devices(mount) { rdev(&real)? } else { None };
+        Ok(match (self.owner(volume, device.unwrap_or(mount.dev), &scsi::scan(&self.sysfs)?)?, device) {
+            (Owner::Ours(disk), None) => ShownAt::Filesystem(disk, mount.clone()),
+            (Owner::Ours(disk), Some(_)) => ShownAt::Device(disk),
+            (Owner::Gone, _) => ShownAt::Nothing("its disk is no longer there".into()),
+            (Owner::Stranger(why), _) => ShownAt::Nothing(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
+        })
+    }
+
+    /// How much the mounted filesystem could grow; `None`: it must not (read-only, or nothing that we grow).
+    pub(super) fn look_room(&self, disk: &Disk, mount: &mountinfo::Mount) -> Result<Option<Room>, Cause> {
+        if disk.read_only || mount.filesystem_read_only || mount.fstype != "ext4" {
+            return Ok(None);
+        }
+        let device = self.open(disk, Access::Shared)?;
+        Ok(Some(Room::new(&probe::ext_superblock(&device)?, device.size_bytes()?)))
+    }
+}
+
+impl Room {
+    pub(super) fn new(superblock: &Superblock, disk_bytes: u64) -> Self {
+        Self {
+            blocks: superblock.blocks,
+            wanted_blocks: superblock.blocks_to_grow_to(disk_bytes).unwrap_or(superblock.blocks),
+            block_size: superblock.block_size,
+            blocks_per_group: superblock.blocks_per_group,
+        }
+    }
+
+    /// `tried`: the kernel was asked to grow it. It drops a tail that is too small for a block group, and says nothing.
+    pub(super) fn growth(&self, tried: bool) -> Growth {
+        match self.wanted_blocks.checked_sub(self.blocks) {
+            None | Some(0) => Growth::Full,
+            Some(left) if tried && left < u64::from(self.blocks_per_group) => Growth::Tried,
+            Some(_) => Growth::Room,
+        }
+    }
+}
+
+/// A bind of a device node shows up as its filesystem: devtmpfs, or a container's tmpfs on /dev.
+fn is_of_devices(mount: &mountinfo::Mount) -> bool {
+    matches!(mount.fstype.as_str(), "devtmpfs" | "tmpfs") && mount.root != Path::new("/")
+}
+
+/// The number of the device that a node stands for; `None`: it is no block device, or nothing is there.
+fn rdev(path: &Path) -> Result<Option<Dev>, sys::Error> {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_block_device() => Ok(Some(Dev::from_raw(metadata.rdev()))),
+        Ok(_) => Ok(None),
+        Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(sys::Error::io("lstat", path)(cause)),
+    }
+}
+
+/// A target with nothing mounted on it.
+fn unmounted(path: &Path) -> Result<Target, sys::Error> {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => Ok(Target::Folder),
+        Ok(metadata) if metadata.is_file() && metadata.len() == 0 => Ok(Target::File),
+        Ok(metadata) if metadata.is_file() => Ok(Target::Other(format!("a file of {} bytes", metadata.len()))),
+        Ok(metadata) if metadata.is_symlink() => Ok(Target::Other("a symbolic link".into())),
+        Ok(_) => Ok(Target::Other("neither a folder nor a plain file".into())),
+        Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(Target::Absent),
+        Err(cause) => Err(sys::Error::io("lstat", path)(cause)),
+    }
+}
+
+/// Whether a folder is there and empty.
+pub(super) fn is_empty_folder(path: &Path) -> Result<bool, sys::Error> {
+    match std::fs::read_dir(path) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(cause) if matches!(Errno::from_io_error(&cause), Some(Errno::NOENT | Errno::NOTDIR)) => Ok(false),
+        Err(cause) => Err(sys::Error::io("read folder", path)(cause)),
+    }
+}

@@ -1,0 +1,240 @@
+//! CSI's Node service: one call at a time per volume, each on a thread of its own, its outcome as a gRPC code.
+
+#![warn(clippy::wildcard_enum_match_arm)]
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::csi::node_service_capability::{Rpc, Type, rpc};
+use proto::csi::{self, VolumeUsage, volume_usage::Unit};
+use tonic::{Code, Request, Response, Status};
+
+use crate::error::{Cause, Error};
+use crate::info::{self, Configured};
+use crate::plan;
+use crate::request::{self, ExpandRequest, PublishRequest, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume};
+use crate::run::{Node, Usage};
+
+/// The Node service.
+#[derive(Debug, Clone)]
+pub struct Service {
+    node: Arc<Node>,
+    configured: Arc<Configured>,
+    busy: Busy,
+}
+
+impl Service {
+    /// Serves `node` under the configured identity.
+    #[must_use]
+    pub fn new(node: Node, configured: Configured) -> Self {
+        Self { node: Arc::new(node), configured: Arc::new(configured), busy: Busy::default() }
+    }
+
+    /// Runs `work` on a thread that may block. It goes on to its end even if the caller goes away, and holds the volume until
+    /// then: a repeated call is answered ABORTED meanwhile.
+    async fn work<T: Send + 'static>(
+        &self,
+        volume: &Volume,
+        work: impl FnOnce(&Node) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Status> {
+        let held = self.busy.hold(volume)?;
+        let node = Arc::clone(&self.node);
+        let done = tokio::task::spawn_blocking(move || {
+            let _held = held;
+            work(&node)
+        });
+        done.await.map_err(|lost| Status::internal(format!("{volume}: the call was lost: {lost}")))?.map_err(|error| status(&error))
+    }
+}
+
+#[tonic::async_trait]
+impl csi::node_server::Node for Service {
+    async fn node_stage_volume(
+        &self,
+        request: Request<csi::NodeStageVolumeRequest>,
+    ) -> Result<Response<csi::NodeStageVolumeResponse>, Status> {
+        let want = StageRequest::new(request.get_ref(), self.node.folders())
+            .map_err(|refusal| refused("stage", &request.get_ref().volume_id, &refusal))?;
+        drop(request); // Its secrets with it.
+        self.work(&want.volume.clone(), move |node| node.stage(&want)).await?;
+        Ok(Response::new(csi::NodeStageVolumeResponse {}))
+    }
+
+    async fn node_unstage_volume(
+        &self,
+        request: Request<csi::NodeUnstageVolumeRequest>,
+    ) -> Result<Response<csi::NodeUnstageVolumeResponse>, Status> {
+        let want = UnstageRequest::new(request.get_ref(), self.node.folders())
+            .map_err(|refusal| refused("unstage", &request.get_ref().volume_id, &refusal))?;
+        self.work(&want.volume.clone(), move |node| node.unstage(&want)).await?;
+        Ok(Response::new(csi::NodeUnstageVolumeResponse {}))
+    }
+
+    async fn node_publish_volume(
+        &self,
+        request: Request<csi::NodePublishVolumeRequest>,
+    ) -> Result<Response<csi::NodePublishVolumeResponse>, Status> {
+        let want = PublishRequest::new(request.get_ref(), self.node.folders())
+            .map_err(|refusal| refused("publish", &request.get_ref().volume_id, &refusal))?;
+        drop(request); // Its secrets with it.
+        self.work(&want.volume.clone(), move |node| node.publish(&want)).await?;
+        Ok(Response::new(csi::NodePublishVolumeResponse {}))
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<csi::NodeUnpublishVolumeRequest>,
+    ) -> Result<Response<csi::NodeUnpublishVolumeResponse>, Status> {
+        let want = UnpublishRequest::new(request.get_ref(), self.node.folders())
+            .map_err(|refusal| refused("unpublish", &request.get_ref().volume_id, &refusal))?;
+        self.work(&want.volume.clone(), move |node| node.unpublish(&want)).await?;
+        Ok(Response::new(csi::NodeUnpublishVolumeResponse {}))
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        request: Request<csi::NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<csi::NodeGetVolumeStatsResponse>, Status> {
+        let want = StatsRequest::new(request.get_ref(), self.node.folders())
+            .map_err(|refusal| refused("stats", &request.get_ref().volume_id, &refusal))?;
+        // A look changes nothing, so it waits for nobody.
+        let node = Arc::clone(&self.node);
+        let done = tokio::task::spawn_blocking(move || node.stats(&want));
+        let seen = done.await.map_err(|lost| Status::internal(format!("stats: the call was lost: {lost}")))?;
+        Ok(Response::new(usage(&seen.map_err(|error| status(&error))?)))
+    }
+
+    async fn node_expand_volume(
+        &self,
+        request: Request<csi::NodeExpandVolumeRequest>,
+    ) -> Result<Response<csi::NodeExpandVolumeResponse>, Status> {
+        let want = ExpandRequest::new(request.get_ref(), self.node.folders())
+            .map_err(|refusal| refused("expand", &request.get_ref().volume_id, &refusal))?;
+        drop(request); // Its secrets with it.
+        let size_bytes = self.work(&want.volume.clone(), move |node| node.expand(&want)).await?;
+        Ok(Response::new(csi::NodeExpandVolumeResponse { capacity_bytes: signed(size_bytes) }))
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<csi::NodeGetCapabilitiesRequest>,
+    ) -> Result<Response<csi::NodeGetCapabilitiesResponse>, Status> {
+        let capability = |kind: rpc::Type| csi::NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })) };
+        Ok(Response::new(csi::NodeGetCapabilitiesResponse {
+            capabilities: vec![
+                capability(rpc::Type::StageUnstageVolume),
+                capability(rpc::Type::GetVolumeStats),
+                capability(rpc::Type::ExpandVolume),
+                capability(rpc::Type::SingleNodeMultiWriter),
+            ],
+        }))
+    }
+
+    async fn node_get_info(&self, _: Request<csi::NodeGetInfoRequest>) -> Result<Response<csi::NodeGetInfoResponse>, Status> {
+        let configured = Arc::clone(&self.configured);
+        let node = Arc::clone(&self.node);
+        let done = tokio::task::spawn_blocking(move || info::look(&configured, node.sysfs()));
+        let seen = done.await.map_err(|lost| Status::internal(format!("NodeGetInfo: the call was lost: {lost}")))?;
+        let info = seen.map_err(|unknown| Status::unavailable(unknown.to_string()))?;
+        let segments = [(proto::TOPOLOGY_REGION.to_string(), info.region), (proto::TOPOLOGY_ZONE.to_string(), info.zone)];
+        Ok(Response::new(csi::NodeGetInfoResponse {
+            node_id: info.node_id,
+            max_volumes_per_node: info.max_volumes,
+            accessible_topology: Some(csi::Topology { segments: segments.into_iter().collect() }),
+        }))
+    }
+}
+
+fn usage(seen: &Usage) -> csi::NodeGetVolumeStatsResponse {
+    let of = |unit: Unit, [total, used, available]: [u64; 3]| VolumeUsage {
+        available: signed(available),
+        total: signed(total),
+        used: signed(used),
+        unit: unit.into(),
+    };
+    let bytes = of(Unit::Bytes, seen.bytes);
+    let usage = std::iter::once(bytes).chain(seen.inodes.map(|inodes| of(Unit::Inodes, inodes))).collect();
+    csi::NodeGetVolumeStatsResponse { usage, volume_condition: None }
+}
+
+/// CSI counts in signed numbers; nothing that we measure needs the last bit.
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn refused(doing: &str, volume_id: &str, refusal: &request::Refusal) -> Status {
+    let code = match refusal {
+        request::Refusal::Missing { .. }
+        | request::Refusal::Handle(_)
+        | request::Refusal::Path { .. }
+        | request::Refusal::AccessMode { .. }
+        | request::Refusal::NoAccessType
+        | request::Refusal::Filesystem { .. }
+        | request::Refusal::Context { .. }
+        | request::Refusal::NoDiskNamed
+        | request::Refusal::OtherSerial { .. } => Code::InvalidArgument,
+        request::Refusal::NoSuchVolume(_) | request::Refusal::NotAPublishedPath { .. } => Code::NotFound,
+        request::Refusal::Range { .. } => Code::OutOfRange,
+    };
+    let volume: String = volume_id.chars().take(200).collect();
+    Status::new(code, format!("{doing} {volume}: {refusal}"))
+}
+
+/// The code of an outcome. kubelet repeats all of these calls whatever the code; what differs is how it counts: for stage,
+/// UNAVAILABLE leaves it open whether something was done, so that unstage is called before the disk is given up.
+fn status(error: &Error) -> Status {
+    Status::new(code(&error.cause), error.to_string())
+}
+
+fn code(cause: &Cause) -> Code {
+    match cause {
+        Cause::Refused(refusal) => match refusal {
+            plan::Refusal::NotPublishedHere { .. } => Code::NotFound,
+            plan::Refusal::OtherMode { .. } | plan::Refusal::StagedAsFilesystem => Code::AlreadyExists,
+            plan::Refusal::OtherMount { .. }
+            | plan::Refusal::DiskGone
+            | plan::Refusal::HoldsOther { .. }
+            | plan::Refusal::NeverFormat { .. }
+            | plan::Refusal::NeverFinish { .. }
+            | plan::Refusal::ReadOnlyBlank
+            | plan::Refusal::NotStaged
+            | plan::Refusal::TargetTaken { .. }
+            | plan::Refusal::SecondTarget { .. } => Code::FailedPrecondition,
+        },
+        Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } => Code::FailedPrecondition,
+        Cause::Outside { .. } | Cause::Geometry(_) => Code::InvalidArgument,
+        Cause::NoDisk { .. } | Cause::SizeNotSeen { .. } | Cause::OtherDiskNow { .. } | Cause::StaysOffline { .. } => Code::Unavailable,
+        Cause::Sys(_) | Cause::Mount(_) | Cause::Probe(_) | Cause::NotGrown { .. } | Cause::NoEnd { .. } => Code::Internal,
+    }
+}
+
+/// Volumes that a call works on now.
+#[derive(Debug, Clone, Default)]
+struct Busy(Arc<Mutex<HashSet<String>>>);
+
+impl Busy {
+    fn hold(&self, volume: &Volume) -> Result<Held, Status> {
+        let id = volume.to_string();
+        if self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone()) {
+            Ok(Held { busy: self.clone(), id })
+        } else {
+            Err(Status::aborted(format!("{id}: another call is working on this volume; repeat this one later")))
+        }
+    }
+}
+
+/// Until it is dropped, the volume is this call's.
+#[derive(Debug)]
+struct Held {
+    busy: Busy,
+    id: String,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+use std::time::Duration;
+
+use proto::csi::node_server::Node as _;
+
+use super::*;
+use crate::request::Folders;
+use crate::testing::volume;
+use crate::{identity, probe, sys};
+
+fn service() -> Service {
+    let folders = Folders::new(vec!["/nowhere/kubelet".into()]).unwrap();
+    Service::new(Node::new(folders), Configured { node_id: "worker-1/107".into(), region: Some("r".into()), ..Configured::default() })
+}
+
+/// Runs one future without I/O.
+fn run<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+}
+
+#[test]
+fn every_cause_has_its_code() {
+    let sys_error = || sys::Error { call: "open", subject: "/dev/sda".into(), errno: rustix::io::Errno::IO };
+    let refused = |refusal| Cause::Refused(refusal);
+    let what = String::new;
+    let waited = Duration::from_secs(1);
+    for (cause, expected) in [
+        (refused(plan::Refusal::NotPublishedHere { what: what() }), Code::NotFound),
+        (refused(plan::Refusal::OtherMode { read_only: true }), Code::AlreadyExists),
+        (refused(plan::Refusal::StagedAsFilesystem), Code::AlreadyExists),
+        (refused(plan::Refusal::SecondTarget { at: "/t".into() }), Code::FailedPrecondition),
+        (refused(plan::Refusal::HoldsOther { what: what() }), Code::FailedPrecondition),
+        (Cause::Disk(identity::Refusal::InUse { disk: what(), at: "/t".into() }), Code::FailedPrecondition),
+        (Cause::StillHeld { waited, disk: what(), by: what() }, Code::FailedPrecondition),
+        (Cause::Outside { real: "/etc".into() }, Code::InvalidArgument),
+        (Cause::Geometry(what()), Code::InvalidArgument),
+        (Cause::NoDisk { waited, why: what() }, Code::Unavailable),
+        (Cause::SizeNotSeen { waited, size_bytes: 1, required_bytes: 2 }, Code::Unavailable),
+        (Cause::Sys(sys_error()), Code::Internal),
+        (Cause::Probe(probe::Error(sys_error())), Code::Internal),
+        (Cause::NoEnd { turns: 1 }, Code::Internal),
+    ] {
+        assert_eq!(code(&cause), expected, "{cause:?}");
+    }
+}
+
+#[test]
+fn requests_are_answered_as_csi_sanity_asks() {
+    let service = service();
+    let stage = csi::NodeStageVolumeRequest { volume_id: "fake-vol-id".into(), ..Default::default() };
+    let stage = run(service.node_stage_volume(Request::new(stage))).unwrap_err();
+    assert_eq!((stage.code(), stage.message()), (Code::InvalidArgument, "stage fake-vol-id: staging_target_path is missing"));
+    let stats = csi::NodeGetVolumeStatsRequest { volume_id: "fake-vol-id".into(), volume_path: "some/path".into(), ..Default::default() };
+    assert_eq!(run(service.node_get_volume_stats(Request::new(stats))).unwrap_err().code(), Code::NotFound);
+    let expand = csi::NodeExpandVolumeRequest { volume_id: "fake-vol-id".into(), volume_path: "some/path".into(), ..Default::default() };
+    assert_eq!(run(service.node_expand_volume(Request::new(expand))).unwrap_err().code(), Code::NotFound);
+    let id = "r/z/s/vm-9999-pvc-1".to_string();
+    let stats = csi::NodeGetVolumeStatsRequest { volume_id: id.clone(), volume_path: "/nowhere/kubelet/t".into(), ..Default::default() };
+    assert_eq!(run(service.node_get_volume_stats(Request::new(stats))).unwrap_err().code(), Code::NotFound);
+    let unpublish = csi::NodeUnpublishVolumeRequest { volume_id: id.clone(), target_path: "/nowhere/kubelet/t".into() };
+    assert!(run(service.node_unpublish_volume(Request::new(unpublish))).is_ok(), "never published: nothing is left to do");
+    let unstage = csi::NodeUnstageVolumeRequest { volume_id: id, staging_target_path: "/nowhere/kubelet/s".into() };
+    assert!(run(service.node_unstage_volume(Request::new(unstage))).is_ok(), "never staged: nothing is left to do");
+}
+
+#[test]
+fn without_a_zone_info_says_what_to_set_and_a_later_call_may_succeed() {
+    let unknown = run(service().node_get_info(Request::new(csi::NodeGetInfoRequest {}))).unwrap_err();
+    assert_eq!(unknown.code(), Code::Unavailable);
+    assert!(unknown.message().contains("--zone"), "{unknown:?}");
+}
+
+#[test]
+fn a_second_call_on_a_busy_volume_is_aborted_until_the_first_has_ended() {
+    let service = service();
+    let (first, second) = (volume("r/z/s/vm-9999-pvc-1"), volume("r/z/s/vm-9999-pvc-2"));
+    run(async {
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let begun = Arc::new(tokio::sync::Notify::new());
+        let (there, asked) = (service.clone(), first.clone());
+        let working = Arc::clone(&begun);
+        let call = tokio::spawn(async move {
+            there
+                .work(&asked, move |_| {
+                    working.notify_one();
+                    wait.recv().unwrap();
+                    Ok(())
+                })
+                .await
+        });
+        begun.notified().await;
+        let status = service.work(&first, |_| Ok(())).await.unwrap_err();
+        assert_eq!(status.code(), Code::Aborted);
+        assert!(status.message().starts_with("r/z/s/vm-9999-pvc-1: another call"), "{status:?}");
+        assert!(service.work(&second, |_| Ok(())).await.is_ok(), "another volume is free");
+        // The caller goes away; the work goes on and keeps the volume.
+        call.abort();
+        assert!(call.await.unwrap_err().is_cancelled());
+        assert_eq!(service.work(&first, |_| Ok(())).await.unwrap_err().code(), Code::Aborted);
+        go.send(()).unwrap();
+    });
+    // The runtime has waited for the thread.
+    assert!(service.busy.hold(&first).is_ok());
+}
+
+#[test]
+fn usage_counts_are_total_used_available() {
+    let answer = usage(&Usage { bytes: [10, 7, 2], inodes: Some([5, 4, 1]) });
+    let counts: Vec<_> = answer.usage.iter().map(|usage| (usage.unit, usage.total, usage.used, usage.available)).collect();
+    assert_eq!(counts, [(Unit::Bytes.into(), 10, 7, 2), (Unit::Inodes.into(), 5, 4, 1)]);
+    assert_eq!(usage(&Usage { bytes: [u64::MAX, 0, 0], inodes: None }).usage[0].total, i64::MAX);
+}

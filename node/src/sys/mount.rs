@@ -1,0 +1,296 @@
+//! Mounting by descriptor, with the kernel's own words when it refuses.
+//!
+//! A mount appears at its place complete or not at all: flags are set while it is still detached.
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
+};
+
+use super::{Error, kmsg};
+
+/// Messages read from a filesystem context; each is at most a line.
+const MAX_MESSAGES: usize = 16;
+/// Longest single message that the kernel's fs context gives (fs/fs_context.c formats into its own allocation).
+const MAX_MESSAGE_BYTES: usize = 4096;
+
+/// The kernel refused to mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// The call that failed, on what, and the errno.
+    pub error: Error,
+    /// The mount option that it was about, if any.
+    pub option: Option<String>,
+    /// The context's own messages, else the new lines of the kernel log that name the device.
+    pub said: Vec<String>,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.error)?;
+        if let Some(option) = &self.option {
+            write!(f, ", option {option:?}")?;
+        }
+        if !self.said.is_empty() {
+            write!(f, "; the kernel says: {}", self.said.join(" / "))?;
+        }
+        Ok(())
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self { error, option: None, said: Vec::new() }
+    }
+}
+
+/// Mount options, sorted into the kernel's three kinds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Options {
+    attributes: u32,
+    /// Key and, where there is one, value: for the filesystem.
+    filesystem: Vec<(String, Option<String>)>,
+}
+
+impl Options {
+    /// From mount flags as CSI carries them: each may be one option or several with commas, as on mount(8)'s command line.
+    /// What mount(8) keeps to itself (`defaults`, `nofail`, `x-…`) is passed over; unknown ones are for the kernel to judge.
+    pub fn parse<'a>(flags: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut options = Self::default();
+        for option in flags.into_iter().flat_map(split) {
+            options.add(option);
+        }
+        options
+    }
+
+    /// Adds `ro` as if it had been given.
+    #[must_use]
+    pub fn read_only(mut self) -> Self {
+        self.add("ro");
+        self
+    }
+
+    fn add(&mut self, option: &str) {
+        let (set, clear) = match option {
+            "nosuid" => (MountAttrFlags::MOUNT_ATTR_NOSUID, MountAttrFlags::empty()),
+            "suid" => (MountAttrFlags::empty(), MountAttrFlags::MOUNT_ATTR_NOSUID),
+            "nodev" => (MountAttrFlags::MOUNT_ATTR_NODEV, MountAttrFlags::empty()),
+            "dev" => (MountAttrFlags::empty(), MountAttrFlags::MOUNT_ATTR_NODEV),
+            "noexec" => (MountAttrFlags::MOUNT_ATTR_NOEXEC, MountAttrFlags::empty()),
+            "exec" => (MountAttrFlags::empty(), MountAttrFlags::MOUNT_ATTR_NOEXEC),
+            "nodiratime" => (MountAttrFlags::MOUNT_ATTR_NODIRATIME, MountAttrFlags::empty()),
+            "diratime" => (MountAttrFlags::empty(), MountAttrFlags::MOUNT_ATTR_NODIRATIME),
+            "noatime" => (MountAttrFlags::MOUNT_ATTR_NOATIME, MountAttrFlags::MOUNT_ATTR_STRICTATIME),
+            "strictatime" => (MountAttrFlags::MOUNT_ATTR_STRICTATIME, MountAttrFlags::MOUNT_ATTR_NOATIME),
+            "atime" | "relatime" => (MountAttrFlags::empty(), MountAttrFlags::MOUNT_ATTR_NOATIME | MountAttrFlags::MOUNT_ATTR_STRICTATIME),
+            "nosymfollow" => (MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW, MountAttrFlags::empty()),
+            "" | "defaults" | "auto" | "noauto" | "nofail" | "_netdev" | "user" | "nouser" | "users" | "owner" | "group" => return,
+            _ if ["x-", "X-", "comment="].iter().any(|own| option.starts_with(own)) => return,
+            _ => {
+                let (key, value) = match option.split_once('=') {
+                    Some((key, value)) => (key, Some(value.trim_matches('"').to_string())),
+                    None => (option, None),
+                };
+                // "ro" is both the filesystem's and the mount's.
+                match key {
+                    "ro" => self.attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY.bits(),
+                    "rw" => self.attributes &= !MountAttrFlags::MOUNT_ATTR_RDONLY.bits(),
+                    _ => (),
+                }
+                self.filesystem.push((key.to_string(), value));
+                return;
+            }
+        };
+        self.attributes = (self.attributes & !clear.bits()) | set.bits();
+    }
+}
+
+/// At commas, but not inside double quotes: an SELinux label may contain some.
+fn split(flags: &str) -> Vec<&str> {
+    let mut quoted = false;
+    flags
+        .split(move |c: char| {
+            quoted ^= c == '"';
+            c == ',' && !quoted
+        })
+        .map(str::trim)
+        .collect()
+}
+
+/// Mounts the filesystem on `source` (a device node) at `target`.
+///
+/// # Errors
+/// With the option at fault and the kernel's words.
+pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options) -> Result<(), Refused> {
+    let device = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut log = kmsg::Log::from_now();
+    let context =
+        fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Refused::from(Error::at("fsopen", Path::new(fstype))(errno)))?;
+    let mut refuse = |call: &'static str, option: Option<String>, errno: Errno| {
+        let mut said = messages(&context);
+        if said.is_empty() {
+            said = log.lines_about(&device);
+        }
+        Refused { error: Error { call, subject: source.into(), errno }, option, said }
+    };
+    fsconfig_set_string(&context, "source", source).map_err(|errno| refuse("fsconfig(source)", None, errno))?;
+    for (key, value) in &options.filesystem {
+        match value {
+            Some(value) => fsconfig_set_string(&context, key.as_str(), value.as_str()),
+            None => fsconfig_set_flag(&context, key.as_str()),
+        }
+        .map_err(|errno| refuse("fsconfig", Some(key.clone()), errno))?;
+    }
+    fsconfig_create(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_CREATE)", None, errno))?;
+    let attributes = MountAttrFlags::from_bits_retain(options.attributes);
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
+    attach(&mount, target)?;
+    Ok(())
+}
+
+/// Shows the mount (or file) at `source` at `target` too. Read-only from its first moment, where that is asked.
+///
+/// # Errors
+/// As the kernel says.
+pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
+    let tree = open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
+        .map_err(Error::at("open_tree", source))?;
+    if read_only {
+        set_read_only(&tree).map_err(Error::at("mount_setattr(MOUNT_ATTR_RDONLY)", source))?;
+    }
+    attach(&tree, target)
+}
+
+fn attach(mount: &OwnedFd, target: &Path) -> Result<(), Error> {
+    move_mount(mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(Error::at("move_mount", target))
+}
+
+/// Takes the newest mount at `target` away.
+///
+/// # Errors
+/// EBUSY: a process works in it. EINVAL: nothing is mounted there.
+pub fn take_away(target: &Path) -> Result<(), Error> {
+    unmount(target, UnmountFlags::NOFOLLOW).map_err(Error::at("umount2", target))
+}
+
+/// What the kernel wrote into a filesystem context: `e ext4: Unknown parameter 'foo'`, one message per read.
+fn messages(context: &OwnedFd) -> Vec<String> {
+    let mut said = Vec::new();
+    let mut buffer = [0; MAX_MESSAGE_BYTES];
+    for _ in 0..MAX_MESSAGES {
+        // ENODATA: no more.
+        let Ok(length) = rustix::io::read(context, &mut buffer) else { break };
+        let Some(text) = buffer.get(..length).filter(|text| !text.is_empty()) else { break };
+        let text = String::from_utf8_lossy(text);
+        let text = text.trim();
+        // "e ", "w ", "i ": how bad it is.
+        said.push(text.get(2..).filter(|_| text.get(1..2) == Some(" ")).unwrap_or(text).to_string());
+    }
+    said
+}
+
+/// `struct mount_attr` of mount_setattr(2), size 32 (MOUNT_ATTR_SIZE_VER0).
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// Kernel 5.12 and up; rustix has no such call. Number 442 on every architecture (asm-generic/unistd.h).
+#[allow(unsafe_code, reason = "a system call that rustix lacks")]
+fn set_read_only(tree: &OwnedFd) -> Result<(), Errno> {
+    use std::ffi::{c_char, c_int, c_long, c_uint};
+    use std::os::fd::AsRawFd;
+    unsafe extern "C" {
+        fn syscall(number: c_long, ...) -> c_long;
+    }
+    const SYS_MOUNT_SETATTR: c_long = 442;
+    const AT_EMPTY_PATH: c_uint = 0x1000;
+    let attr = MountAttr { attr_set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits().into(), attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let fd: c_int = tree.as_fd().as_raw_fd();
+    let path: *const c_char = c"".as_ptr();
+    // SAFETY: mount_setattr(dfd, path, flags, uattr, size): the kernel reads the empty C string and `size` bytes of `attr`,
+    // writes neither and keeps nothing; both live until the call returns, and `fd` is open since `tree` is borrowed.
+    let answer = unsafe { syscall(SYS_MOUNT_SETATTR, fd, path, AT_EMPTY_PATH, &raw const attr, size_of::<MountAttr>()) };
+    if answer == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)) }
+}
+
+/// Where a path really is: its folder with links resolved, its last part as given. mountinfo knows real paths only.
+///
+/// # Errors
+/// The folder is not there (ENOENT), or the path has no last part.
+pub fn real(path: &Path) -> Result<PathBuf, Error> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Error { call: "realpath", subject: path.into(), errno: Errno::INVAL });
+    };
+    let folder = std::fs::canonicalize(folder).map_err(Error::io("realpath", folder))?;
+    Ok(folder.join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Folder;
+    use proptest::prelude::*;
+
+    fn filesystem_options(options: &Options) -> Vec<String> {
+        options.filesystem.iter().map(|(key, value)| value.as_ref().map_or(key.clone(), |value| format!("{key}={value}"))).collect()
+    }
+
+    #[test]
+    fn options_are_sorted_by_who_takes_them() {
+        let options = Options::parse(["noatime", "discard,data=ordered", "defaults", "x-systemd.automount", "nodev"]);
+        assert_eq!(options.attributes, (MountAttrFlags::MOUNT_ATTR_NOATIME | MountAttrFlags::MOUNT_ATTR_NODEV).bits());
+        assert_eq!(filesystem_options(&options), ["discard", "data=ordered"]);
+    }
+
+    #[test]
+    fn the_last_of_two_contraries_wins() {
+        let last = |flags: &[&str]| Options::parse(flags.iter().copied()).attributes;
+        assert_eq!(last(&["noatime", "relatime"]), 0);
+        assert_eq!(last(&["noatime", "strictatime"]), MountAttrFlags::MOUNT_ATTR_STRICTATIME.bits());
+        assert_eq!(last(&["ro", "rw"]), 0);
+        assert_eq!(Options::default().read_only().attributes, MountAttrFlags::MOUNT_ATTR_RDONLY.bits());
+    }
+
+    #[test]
+    fn a_quoted_label_keeps_its_commas() {
+        let options = Options::parse(["context=\"system_u:object_r:container_file_t:s0:c1,c2\",noexec"]);
+        assert_eq!(filesystem_options(&options), ["context=system_u:object_r:container_file_t:s0:c1,c2"]);
+        assert_eq!(options.attributes, MountAttrFlags::MOUNT_ATTR_NOEXEC.bits());
+    }
+
+    #[test]
+    fn a_refusal_reads_as_a_sentence() {
+        let error = Error { call: "fsconfig", subject: "/dev/sda".into(), errno: Errno::INVAL };
+        let refused = Refused { error, option: Some("foo".into()), said: vec!["ext4: Unknown parameter 'foo'".into()] };
+        let text = refused.to_string();
+        assert!(text.starts_with("fsconfig on /dev/sda: EINVAL ("), "{text}");
+        assert!(text.ends_with(", option \"foo\"; the kernel says: ext4: Unknown parameter 'foo'"), "{text}");
+    }
+
+    #[test]
+    fn a_real_path_keeps_its_last_part() {
+        let folder = Folder::new();
+        let real_folder = std::fs::canonicalize(folder.path()).unwrap();
+        std::os::unix::fs::symlink(&real_folder, real_folder.join("link")).unwrap();
+        assert_eq!(real(&real_folder.join("link/x")).unwrap(), real_folder.join("x"));
+        assert_eq!(real(&real_folder.join("no/x")).unwrap_err().errno, Errno::NOENT);
+        assert_eq!(real(Path::new("/")).unwrap_err().errno, Errno::INVAL);
+    }
+
+    proptest! {
+        #[test]
+        fn no_flags_panic(flags in proptest::collection::vec("\\PC{0,20}", 0..4)) {
+            let _ = Options::parse(flags.iter().map(String::as_str)).read_only();
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! The cluster's state, and the context that every handler gets.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::machine::Machine;
+
+use super::access::{Access, Caller};
+use super::answer::ApiError;
+use super::clock::{Busy, Clock, Held};
+use super::config::VmConfig;
+use super::describe::{Description, Node};
+use super::faults::Faults;
+use super::storage::{Name, Storage};
+use super::tasks::{Log, Tasks};
+use super::version::Version;
+
+/// How long the config flock and a local storage's flock are waited for.
+const FLOCK_WAIT: Duration = Duration::from_secs(10);
+/// cfs locks are polled; the recording shows nine tries in 10 s.
+const CFS_TRIES: usize = 9;
+
+/// How long things take, beside what they really take. In virtual time this orders them; in real time it is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Latency {
+    /// Each request.
+    pub request: Duration,
+    /// Plugging a drive.
+    pub plug: Duration,
+    /// Waiting for a disk to leave; a controller of its own takes as long again.
+    pub unplug: Duration,
+    /// Allocating or deleting a volume, growing one.
+    pub storage: Duration,
+}
+
+impl Latency {
+    /// No added waits.
+    pub const NONE: Latency = Latency { request: Duration::ZERO, plug: Duration::ZERO, unplug: Duration::ZERO, storage: Duration::ZERO };
+    /// As measured on the recorded host.
+    pub const RECORDED: Latency = Latency {
+        request: Duration::from_millis(15),
+        plug: Duration::from_millis(250),
+        unplug: Duration::from_millis(1000),
+        storage: Duration::from_millis(60),
+    };
+}
+
+/// A drive that QEMU really has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plugged {
+    pub volid: String,
+    /// The image that was opened; it may have been deleted since.
+    pub file: PathBuf,
+    /// Inode: a file made later under the same name is another one.
+    pub(crate) inode: u64,
+    pub read_only: bool,
+    pub wwn: Option<String>,
+    pub serial: Option<String>,
+    pub size_bytes: u64,
+}
+
+/// A virtual machine.
+#[derive(Debug, Default)]
+pub(crate) struct Vm {
+    pub(crate) node: String,
+    pub(crate) config: VmConfig,
+    pub(crate) running: bool,
+    pub(crate) paused: bool,
+    /// QEMU does not answer (SIGSTOP).
+    pub(crate) hung: bool,
+    /// Created this moment: pvestatd has not seen it.
+    pub(crate) fresh: bool,
+    pub(crate) plugged: BTreeMap<String, Plugged>,
+    /// Indexes whose block node is left over: nothing can be plugged there until the VM restarts.
+    pub(crate) leaked: BTreeSet<String>,
+    pub(crate) machine: Option<Arc<dyn Machine>>,
+}
+
+/// Everything that changes.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) nodes: BTreeMap<String, Node>,
+    pub(crate) storages: BTreeMap<String, Storage>,
+    pub(crate) vms: BTreeMap<u32, Vm>,
+    pub(crate) access: Access,
+    pub(crate) tasks: Tasks,
+    pub(crate) faults: Faults,
+    pub(crate) without_statistics: bool,
+    pub(crate) without_resolver: bool,
+    /// pvedaemon is stopped.
+    pub(crate) daemon_down: bool,
+    /// Corosync lost its majority.
+    pub(crate) without_quorum: bool,
+    /// In which order the keys of one config call are worked on, when not by name (Perl's hash order is random).
+    pub(crate) key_order: Vec<String>,
+    /// Extra time that creating an image takes.
+    pub(crate) slow_allocation: Duration,
+}
+
+/// What every handler works with; clones share it.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    pub(crate) name: String,
+    /// The node whose pveproxy answers.
+    pub(crate) entry_node: String,
+    pub(crate) version: Version,
+    pub(crate) latency: Latency,
+    pub(crate) clock: Clock,
+    pub(crate) state: Mutex<State>,
+}
+
+impl Cluster {
+    pub(crate) fn new(
+        description: &Description,
+        root: &std::path::Path,
+        version: Version,
+        latency: Latency,
+        clock: Clock,
+    ) -> anyhow::Result<Cluster> {
+        let mut storages = BTreeMap::new();
+        for about in &description.storages {
+            storages.insert(about.id.clone(), Storage::new(about, root)?);
+        }
+        let entry_node = description.nodes.first().ok_or_else(|| anyhow::anyhow!("the description names no node"))?.name.clone();
+        let vms = description.vms.iter().map(|vm| {
+            let config = VmConfig { current: vm.config.clone(), ..VmConfig::default() };
+            (vm.vmid, Vm { node: vm.node.clone(), config, ..Vm::default() })
+        });
+        let state = State {
+            nodes: description.nodes.iter().map(|node| (node.name.clone(), node.clone())).collect(),
+            storages,
+            vms: vms.collect(),
+            access: Access::new(description),
+            tasks: Tasks::default(),
+            faults: Faults::default(),
+            without_statistics: description.without_statistics,
+            without_resolver: description.without_resolver,
+            daemon_down: false,
+            without_quorum: false,
+            key_order: Vec::new(),
+            slow_allocation: Duration::ZERO,
+        };
+        Ok(Cluster { name: description.cluster.clone(), entry_node, version, latency, clock, state: Mutex::new(state) })
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a task and gives its UPID.
+    pub(crate) fn fork<F, W>(self: &Arc<Self>, node: &str, kind: &str, id: &str, caller: &Caller, work: F) -> String
+    where
+        F: FnOnce(Arc<Cluster>, Log) -> W,
+        W: Future<Output = Result<(), ApiError>> + Send + 'static,
+    {
+        let task = self.state().tasks.begin(node, kind, id, caller, self.clock.unix_seconds());
+        let future = work(Arc::clone(self), task.log.clone());
+        let (cluster, upid, busy): (_, _, Busy) = (Arc::clone(self), task.upid.clone(), self.clock.busy());
+        let kind = kind.to_owned();
+        tokio::spawn(async move {
+            let planned = cluster.state().faults.task_end(&kind);
+            let exit = match planned {
+                Some(text) => text,
+                None => future.await.map_or_else(|error| error.exit_status(), |()| "OK".to_owned()),
+            };
+            cluster.state().tasks.end(&upid, exit, cluster.clock.unix_seconds());
+            cluster.clock.open(&task.done);
+            drop(busy);
+        });
+        task.upid
+    }
+
+    /// The per-VM flock.
+    pub(crate) async fn lock_config(&self, vmid: u32) -> Result<Held, ApiError> {
+        let file = format!("/var/lock/qemu-server/lock-{vmid}.conf");
+        self.flock(&file, None).await
+    }
+
+    /// The lock under which a storage allocates and frees.
+    pub(crate) async fn lock_storage(&self, id: &str, shared: bool, log: Option<&Log>) -> Result<Held, ApiError> {
+        if !shared {
+            return self.flock(&format!("/var/lock/pve-manager/pve-storage-{id}"), log).await;
+        }
+        if self.state().without_quorum {
+            return Err(ApiError::die(format!("cfs-lock 'storage-{id}' error: no quorum!")));
+        }
+        let key = format!("cfs-{id}");
+        if let Some(held) = self.clock.try_lock(&key, 1) {
+            return Ok(held);
+        }
+        let Some(held) = self.clock.lock(&key, 1, Some(FLOCK_WAIT)).await else {
+            for _ in 0..CFS_TRIES {
+                log.inspect(|log| log.print(format!("trying to acquire cfs lock 'storage-{id}' ...")));
+            }
+            return Err(ApiError::die(format!("cfs-lock 'storage-{id}' error: got lock request timeout")));
+        };
+        log.inspect(|log| log.print(format!("trying to acquire cfs lock 'storage-{id}' ...")));
+        Ok(held)
+    }
+
+    async fn flock(&self, file: &str, log: Option<&Log>) -> Result<Held, ApiError> {
+        if let Some(held) = self.clock.try_lock(file, 1) {
+            return Ok(held);
+        }
+        log.inspect(|log| log.print("trying to acquire lock..."));
+        let Some(held) = self.clock.lock(file, 1, Some(FLOCK_WAIT)).await else {
+            return Err(ApiError::die(format!("can't lock file '{file}' - got timeout")));
+        };
+        log.inspect(|log| log.append(" OK"));
+        Ok(held)
+    }
+}
+
+impl State {
+    pub(crate) fn storage(&self, id: &str) -> Result<&Storage, ApiError> {
+        self.storages.get(id).ok_or_else(|| ApiError::die(format!("storage '{id}' does not exist")))
+    }
+
+    /// A volid's storage and name.
+    pub(crate) fn volume(&self, volid: &str) -> Result<(&Storage, Name), ApiError> {
+        let (storage, volname) = volid.split_once(':').ok_or_else(|| ApiError::die(format!("unable to parse volume ID '{volid}'")))?;
+        let storage = self.storage(storage)?;
+        let name = storage.parse(volname)?;
+        Ok((storage, name))
+    }
+
+    pub(crate) fn vm(&self, node: &str, vmid: u32) -> Result<&Vm, ApiError> {
+        self.vms.get(&vmid).filter(|vm| vm.node == node).ok_or_else(|| missing_vm(node, vmid))
+    }
+
+    pub(crate) fn vm_mut(&mut self, node: &str, vmid: u32) -> Result<&mut Vm, ApiError> {
+        self.vms.get_mut(&vmid).filter(|vm| vm.node == node).ok_or_else(|| missing_vm(node, vmid))
+    }
+
+    /// Whether a running VM of `node` holds the image, so that another writer is refused.
+    pub(crate) fn is_held(&self, node: &str, inode: u64, read_only: bool) -> bool {
+        self.vms
+            .values()
+            .filter(|vm| vm.node == node && vm.running)
+            .flat_map(|vm| vm.plugged.values())
+            .any(|plugged| plugged.inode == inode && !(read_only && plugged.read_only))
+    }
+}
+
+fn missing_vm(node: &str, vmid: u32) -> ApiError {
+    ApiError::die(format!("Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"))
+}
+
+impl Vm {
+    /// Refused while the config's `lock:` is set.
+    pub(crate) fn check_lock(&self) -> Result<(), ApiError> {
+        match self.config.get("lock") {
+            Some(lock) => Err(ApiError::die(format!("VM is locked ({lock})"))),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn check_digest(&self, digest: Option<&str>) -> Result<(), ApiError> {
+        if digest.is_none_or(|digest| digest == self.config.digest()) {
+            return Ok(());
+        }
+        Err(ApiError::die("checksum mismatch (file change by other user?)"))
+    }
+}

@@ -1,0 +1,17 @@
+//! Every controller RPC against the Proxmox simulator, in one process: the same code as the binary, without its socket.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
+
+#[path = "controller/attach.rs"]
+mod attach;
+#[path = "controller/bed.rs"]
+mod bed;
+#[path = "controller/create.rs"]
+mod create;
+#[path = "controller/detach.rs"]
+mod detach;
+#[path = "controller/expand.rs"]
+mod expand;
+#[path = "controller/life.rs"]
+mod life;
+#[path = "controller/trouble.rs"]
+mod trouble;

@@ -1,0 +1,17 @@
+//! The node agent's release binary on a real kernel, with disks hot-plugged as Proxmox does it.
+//!
+//! `guest_…`: QEMU and the guest's kernel are needed; without them a test says SKIPPED, under CI it fails.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
+
+#[path = "node/crash.rs"]
+mod crash;
+#[path = "node/harness.rs"]
+mod harness;
+#[path = "node/life.rs"]
+mod life;
+#[path = "node/plug.rs"]
+mod plug;
+#[path = "node/surfaces.rs"]
+mod surfaces;
+#[path = "node/together.rs"]
+mod together;

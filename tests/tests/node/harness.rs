@@ -1,0 +1,191 @@
+//! What the tests of this binary share: guests, disks, and waiting for what the guest sees.
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use proto::VolumeHandle;
+use testbed::calls::{Calls, NodeVolume};
+use testbed::guest::{self, Guest, GuestOptions, Job, wait};
+use testbed::machine::PluggedDrive;
+use testbed::tools;
+
+pub(crate) const MIB: u64 = 1 << 20;
+/// A plug or a resize is seen in the guest within half a second; TCG on a loaded machine is slower.
+pub(crate) const SEEN_LIMIT: Duration = Duration::from_secs(20);
+
+/// `None`, after saying so, where guests cannot run.
+pub(crate) fn boot(options: &GuestOptions) -> Option<Guest> {
+    match guest::unavailable() {
+        Some(why) => {
+            tools::skipped(&why);
+            None
+        }
+        None => Some(Guest::boot(options).unwrap()),
+    }
+}
+
+/// A disk image on this host, gone with its value.
+#[derive(Debug)]
+pub(crate) struct Image(pub(crate) PathBuf);
+
+impl Image {
+    pub(crate) fn new(size_bytes: u64) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("csi-disk-{}-{number}.raw", std::process::id()));
+        std::fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
+        Self(path)
+    }
+
+    pub(crate) fn resize(&self, size_bytes: u64) {
+        std::fs::File::options().write(true).open(&self.0).unwrap().set_len(size_bytes).unwrap();
+    }
+
+    pub(crate) fn size_bytes(&self) -> u64 {
+        std::fs::metadata(&self.0).unwrap().len()
+    }
+
+    /// What is really on the host's disk of it.
+    pub(crate) fn allocated_bytes(&self) -> u64 {
+        std::fs::metadata(&self.0).unwrap().blocks() * 512
+    }
+
+    pub(crate) fn write_at(&self, offset: u64, bytes: &[u8]) {
+        std::fs::File::options().write(true).open(&self.0).unwrap().write_all_at(bytes, offset).unwrap();
+    }
+
+    pub(crate) fn read_at(&self, offset: u64, size: usize) -> Vec<u8> {
+        let mut bytes = vec![0; size];
+        std::fs::File::open(&self.0).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    }
+
+    /// All of it, to see whether anything was written.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        std::fs::read(&self.0).unwrap()
+    }
+
+    /// As the controller has it plugged at slot `lun`.
+    pub(crate) fn drive(&self, lun: u8, serial: Option<&str>) -> PluggedDrive {
+        PluggedDrive {
+            index: lun,
+            volid: format!("local:9999/{}", self.0.file_name().unwrap().display()),
+            file: self.0.clone(),
+            format: "raw".into(),
+            wwn: Some(proto::wwn_of_lun(lun)),
+            serial: serial.map(str::to_owned),
+            ssd: false,
+            read_only: false,
+            discard: true,
+            iothread: true,
+        }
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Waits until the guest's kernel shows disk `lun` with this size; `None`: no such disk.
+pub(crate) fn wait_for_size(guest: &Guest, lun: u8, size_bytes: Option<u64>) {
+    let mut last = None;
+    let seen = wait::until(SEEN_LIMIT, || {
+        last = guest.disk_size_bytes(lun)?;
+        Ok::<_, anyhow::Error>((last == size_bytes).then_some(()))
+    });
+    assert!(seen.unwrap().is_some(), "LUN {lun}: {last:?} bytes instead of {size_bytes:?}; {}", guest.quote());
+}
+
+/// A guest with the node agent running in it.
+pub(crate) struct Agent {
+    pub(crate) guest: Guest,
+    pub(crate) calls: Calls,
+    pub(crate) job: Job,
+}
+
+pub(crate) const NODE_ID: &str = "guest-1/101";
+
+impl Agent {
+    /// `None`, after saying so, where guests cannot run.
+    pub(crate) fn start(name: &str) -> Option<Self> {
+        let guest = boot(&GuestOptions::named(name).with_node())?;
+        let job = start_node(&guest);
+        let calls = guest.node().unwrap();
+        Some(Self { guest, calls, job })
+    }
+
+    /// SIGKILL, and a new one.
+    pub(crate) fn restart(&mut self) {
+        self.guest.signal(self.job, 9).unwrap();
+        self.guest.wait(self.job, SEEN_LIMIT).unwrap();
+        self.job = start_node(&self.guest);
+    }
+
+    /// Plugs the volume's disk at `lun` and makes kubelet's folders for it.
+    pub(crate) fn attach(&self, handle: &VolumeHandle, image: &Image, lun: u8) -> NodeVolume {
+        self.guest.machine().plug(&image.drive(lun, Some(&handle.serial()))).unwrap();
+        self.volume(handle, image, lun)
+    }
+
+    /// The same without the plugging.
+    pub(crate) fn volume(&self, handle: &VolumeHandle, image: &Image, lun: u8) -> NodeVolume {
+        let name = handle.disk.rsplit('/').next().unwrap().trim_end_matches(".raw");
+        let volume = NodeVolume::attached(handle, name, lun, image.size_bytes());
+        self.guest.make_folder(&volume.staging).unwrap();
+        self.guest.make_folder(volume.target.rsplit_once('/').unwrap().0).unwrap();
+        volume
+    }
+
+    pub(crate) fn detach(&self, lun: u8) {
+        self.guest.machine().unplug(lun).unwrap();
+        wait_for_size(&self.guest, lun, None);
+    }
+
+    pub(crate) fn stage(&self, volume: &NodeVolume) {
+        self.calls.node_stage_volume(volume.stage()).unwrap_or_else(|status| panic!("stage: {status:?}; {}", self.guest.quote()));
+    }
+
+    pub(crate) fn publish(&self, volume: &NodeVolume) {
+        self.calls.node_publish_volume(volume.publish()).unwrap_or_else(|status| panic!("publish: {status:?}; {}", self.guest.quote()));
+    }
+
+    /// Unpublish and unstage.
+    pub(crate) fn put_away(&self, volume: &NodeVolume) {
+        self.calls
+            .node_unpublish_volume(volume.unpublish())
+            .unwrap_or_else(|status| panic!("unpublish: {status:?}; {}", self.guest.quote()));
+        self.calls.node_unstage_volume(volume.unstage()).unwrap_or_else(|status| panic!("unstage: {status:?}; {}", self.guest.quote()));
+    }
+
+    /// What is mounted at exactly this path: filesystem types, the lowest first.
+    pub(crate) fn mounted_at(&self, path: &str) -> Vec<String> {
+        let path = format!("/node{path}");
+        let mounts = self.guest.mounts_below(&path).unwrap();
+        mounts.into_iter().filter(|(point, _)| *point == path).map(|(_, kind)| kind).collect()
+    }
+}
+
+fn start_node(guest: &Guest) -> Job {
+    let args =
+        ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
+    guest.start_node(&args, &[("LOG_LEVEL", "info")]).unwrap()
+}
+
+pub(crate) fn handle(name: &str) -> VolumeHandle {
+    format!("region-1/pve-1/local/9999/vm-9999-pvc-{name}.raw").parse().unwrap()
+}
+
+/// e2fsck's word on an image that no guest has: 0 is clean.
+pub(crate) fn assert_clean(image: &Image) {
+    assert_clean_file(&image.0);
+}
+
+pub(crate) fn assert_clean_file(image: &Path) {
+    let Some(e2fsck) = tools::program("e2fsck") else { return tools::skipped("e2fsck is missing: the image is not judged") };
+    let output = std::process::Command::new(e2fsck).arg("-fn").arg(image).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+}

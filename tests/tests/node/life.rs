@@ -1,0 +1,160 @@
+//! One volume's life on a node, over the socket of the release binary, in a root that holds no program.
+
+use std::time::Duration;
+
+use proto::csi;
+use testbed::calls::block_capability;
+use tonic::Code;
+
+use crate::harness::{Agent, Image, MIB, NODE_ID, assert_clean, handle, wait_for_size};
+
+#[test]
+fn guest_life_of_a_volume() {
+    let Some(agent) = Agent::start("life") else { return };
+    let (handle, image) = (handle("life"), Image::new(256 * MIB));
+    let volume = agent.attach(&handle, &image, 1);
+
+    // Every call twice: the second finds all done.
+    agent.stage(&volume);
+    agent.stage(&volume);
+    assert_eq!(agent.mounted_at(&volume.staging), ["ext4"]);
+    agent.publish(&volume);
+    agent.publish(&volume);
+    assert_eq!(agent.mounted_at(&volume.target), ["ext4"]);
+
+    let file = format!("/node{}/file", volume.target);
+    let written = agent.guest.fill(&file, 1, 20 * MIB).unwrap();
+    assert_stats(&agent, &volume);
+
+    image.resize(512 * MIB);
+    agent.guest.machine().resize(1, 512 * MIB).unwrap();
+    wait_for_size(&agent.guest, 1, Some(512 * MIB));
+    let before = agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
+    for _ in 0..2 {
+        let answer = agent.calls.node_expand_volume(volume.expand(512 * MIB)).unwrap();
+        assert!(answer.capacity_bytes >= i64::try_from(512 * MIB).unwrap(), "{answer:?}");
+    }
+    let after = agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
+    assert!(after.blocks > before.blocks * 19 / 10, "{before:?} {after:?}");
+    assert_stats(&agent, &volume);
+
+    agent.put_away(&volume);
+    agent.put_away(&volume);
+    assert!(agent.mounted_at(&volume.staging).is_empty() && agent.mounted_at(&volume.target).is_empty());
+    assert_eq!(agent.guest.stat(&format!("/node{}", volume.target)).unwrap(), None, "the target is the driver's to remove");
+    agent.detach(1);
+    assert_clean(&image);
+
+    // Another slot, as after a move to another VM: the data is there, and read from the disk.
+    let volume = agent.attach(&handle, &image, 4);
+    agent.stage(&volume);
+    agent.publish(&volume);
+    agent.guest.drop_caches().unwrap();
+    assert_eq!(agent.guest.sha256(&file).unwrap(), written);
+    agent.put_away(&volume);
+    agent.detach(4);
+    assert_clean(&image);
+    agent.guest.power_off().unwrap();
+}
+
+fn assert_stats(agent: &Agent, volume: &testbed::calls::NodeVolume) {
+    let seen = agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
+    let answer = agent.calls.node_get_volume_stats(volume.stats()).unwrap();
+    let usage = |unit: csi::volume_usage::Unit| *answer.usage.iter().find(|usage| usage.unit == i32::from(unit)).unwrap();
+    let bytes = usage(csi::volume_usage::Unit::Bytes);
+    let expected =
+        [seen.blocks, seen.blocks_available, seen.blocks - seen.blocks_free].map(|blocks| (blocks * seen.block_bytes).cast_signed());
+    assert_eq!([bytes.total, bytes.available, bytes.used], expected);
+    let inodes = usage(csi::volume_usage::Unit::Inodes);
+    let expected = [seen.inodes, seen.inodes_free, seen.inodes - seen.inodes_free].map(u64::cast_signed);
+    assert_eq!([inodes.total, inodes.available, inodes.used], expected);
+}
+
+#[test]
+fn guest_node_is_alone_and_small() {
+    let Some(agent) = Agent::start("alone") else { return };
+    let info = agent.calls.node_get_info(csi::NodeGetInfoRequest {}).unwrap();
+    assert_eq!(info.node_id, NODE_ID);
+    let segments = info.accessible_topology.unwrap().segments;
+    assert_eq!(segments.get(proto::TOPOLOGY_REGION).map(String::as_str), Some("region-1"));
+    assert_eq!(segments.get(proto::TOPOLOGY_ZONE).map(String::as_str), Some("pve-1"));
+
+    // Nothing else is there to be started: neither a program nor a library.
+    assert_eq!(agent.guest.list("/node").unwrap(), ["csi", "dev", "proc", "proxmox-csi-node", "sys", "var"]);
+    assert_eq!(agent.guest.list("/node/var").unwrap(), ["lib"]);
+    assert_eq!(agent.guest.list("/node/var/lib").unwrap(), ["kubelet"]);
+    assert_eq!(agent.guest.list("/node/csi").unwrap(), ["csi.sock"]);
+    let socket = agent.guest.stat("/node/csi/csi.sock").unwrap().unwrap();
+    assert_eq!(socket.mode, 0o600, "the socket is its owner's alone");
+
+    let idle_kib = agent.guest.resident_kib(agent.job.pid).unwrap();
+    let (handle, image) = (handle("alone"), Image::new(64 * MIB));
+    let volume = agent.attach(&handle, &image, 1);
+    agent.stage(&volume);
+    agent.put_away(&volume);
+    let worked_kib = agent.guest.resident_kib(agent.job.pid).unwrap();
+    println!("node: resident {idle_kib} KiB when idle, {worked_kib} KiB after staging a volume");
+    assert!(idle_kib <= 2560, "idle RSS is {idle_kib} KiB: 2.5 MB at most");
+    // It has never had a child.
+    let children = agent.guest.read(&format!("/proc/{0}/task/{0}/children", agent.job.pid)).unwrap_or_default();
+    assert_eq!(children.trim(), "");
+
+    agent.guest.signal(agent.job, 15).unwrap();
+    let ended = agent.guest.wait(agent.job, Duration::from_secs(30)).unwrap();
+    assert_eq!(ended.exit.code, Some(0), "SIGTERM ends it well: {}", ended.output);
+    agent.guest.power_off().unwrap();
+}
+
+#[test]
+fn guest_block_volume() {
+    let Some(agent) = Agent::start("block") else { return };
+    let (handle, image) = (handle("block"), Image::new(64 * MIB));
+    let mut volume = agent.attach(&handle, &image, 2);
+    volume.capability = block_capability();
+    agent.stage(&volume);
+    agent.publish(&volume);
+    agent.publish(&volume);
+    let target = format!("/node{}", volume.target);
+    agent.guest.write_at(&target, 33 * MIB, b"block").unwrap();
+    assert_eq!(image.read_at(33 * MIB, 5), b"block");
+    image.resize(96 * MIB);
+    agent.guest.machine().resize(2, 96 * MIB).unwrap();
+    let answer = agent.calls.node_expand_volume(volume.expand(96 * MIB)).unwrap();
+    assert_eq!(answer.capacity_bytes, (96 * MIB).cast_signed());
+    let stats = agent.calls.node_get_volume_stats(volume.stats()).unwrap();
+    assert_eq!(stats.usage[0].total, (96 * MIB).cast_signed());
+    agent.put_away(&volume);
+    agent.put_away(&volume);
+    assert_eq!(agent.guest.stat(&target).unwrap(), None);
+    agent.detach(2);
+    agent.guest.power_off().unwrap();
+}
+
+#[test]
+fn guest_requests_that_are_wrong() {
+    let Some(agent) = Agent::start("wrong") else { return };
+    let (handle, image) = (handle("wrong"), Image::new(64 * MIB));
+    let volume = agent.volume(&handle, &image, 1);
+    let stage = |change: fn(&mut csi::NodeStageVolumeRequest)| {
+        let mut request = volume.stage();
+        change(&mut request);
+        let status = agent.calls.node_stage_volume(request).unwrap_err();
+        (status.code(), status.message().to_string())
+    };
+    type Change = fn(&mut csi::NodeStageVolumeRequest);
+    let wrong: [(Code, &str, Change); 5] = [
+        (Code::InvalidArgument, "staging_target_path", |request| request.staging_target_path = "/etc".into()),
+        (Code::InvalidArgument, "staging_target_path", |request| request.staging_target_path = "/var/lib/kubelet/../x".into()),
+        (Code::InvalidArgument, "volume_capability", |request| request.volume_capability = None),
+        (Code::InvalidArgument, "serial", |request| drop(request.publish_context.insert("serial".into(), "csi-0000000000000000".into()))),
+        (Code::InvalidArgument, "region-1", |request| request.volume_id = "region-1".into()),
+    ];
+    for (code, word, change) in wrong {
+        let (got, message) = stage(change);
+        assert!(got == code && message.contains(word), "{got:?} {message:?} should be {code:?} and name {word}");
+    }
+    // Never attached: the deadline passes, and the sentence names the volume and what was looked for.
+    let (code, message) = stage(|_| ());
+    assert!(code != Code::Ok && message.contains(&volume.id) && message.contains(&handle.serial()), "{code:?} {message}");
+    agent.guest.power_off().unwrap();
+}
