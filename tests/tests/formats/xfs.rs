@@ -389,7 +389,10 @@ fn judge_xfs_equals_mkfs_xfs() {
 }
 
 #[test]
-#[ignore = "needs root and loop devices"]
 fn judge_xfs_on_devices_of_any_topology_equals_mkfs_xfs() {
+    if std::env::var_os("PROXMOX_CSI_LONG").is_none() {
+        println!("only with scripts/test --long: it needs root, loop devices and a minute");
+        return;
+    }
     compare("xfs-topology", Case::device_by_chance);
 }
