@@ -203,6 +203,7 @@ fn code(cause: &Cause) -> Code {
         },
         Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } => Code::FailedPrecondition,
         Cause::Outside { .. } | Cause::Geometry(_) => Code::InvalidArgument,
+        Cause::TooSmall(_) => Code::OutOfRange,
         Cause::NoDisk { .. } | Cause::SizeNotSeen { .. } | Cause::OtherDiskNow { .. } | Cause::StaysOffline { .. } => Code::Unavailable,
         Cause::Sys(_) | Cause::Mount(_) | Cause::Probe(_) | Cause::NotGrown { .. } | Cause::NoEnd { .. } => Code::Internal,
     }

@@ -8,7 +8,7 @@ use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, kill_poin
 use crate::error::{AtStep, Cause, Error};
 use crate::identity;
 use crate::plan::{self, ExpandSeen, ExpandStep, Growth, Shown};
-use crate::request::ExpandRequest;
+use crate::request::{ExpandRequest, Filesystem};
 use crate::sys::block;
 use crate::sys::scsi::{self, Disk};
 
@@ -77,9 +77,12 @@ impl Node {
     }
 }
 
-/// Grows the ext4 that is mounted at `point` to its disk.
+/// Grows the filesystem that is mounted at `point` to its disk.
 pub(super) fn grow(point: &Path, room: Room) -> Result<(), Cause> {
-    block::ext4_grow(point, room.wanted_blocks)?;
+    match room.filesystem {
+        Filesystem::Ext4 => block::ext4_grow(point, room.wanted_blocks)?,
+        Filesystem::Xfs => block::xfs_grow(point, room.wanted_blocks)?,
+    }
     proto::info!("{}: grown from {} to {} blocks of {} bytes", point.display(), room.blocks, room.wanted_blocks, room.block_size);
     Ok(())
 }
