@@ -396,3 +396,53 @@ fn judge_xfs_on_devices_of_any_topology_equals_mkfs_xfs() {
     }
     compare("xfs-topology", Case::device_by_chance);
 }
+
+/// The command that a person would type, over a file that holds something else: the same file as mkfs.xfs makes of it.
+#[test]
+fn judge_the_mkfs_example_makes_what_mkfs_xfs_makes() {
+    let folder = Folder::new("xfs-example");
+    let Some(tools) = tools(&folder.0) else { return };
+    let Some(upstream) = &tools.mkfs else { return };
+    let uuid = dashed(&[0xAB; 16]);
+    let example = |target: &Path, rest: &[&str]| {
+        let mut command = Command::new(env!("CARGO"));
+        command.args([
+            "run",
+            "-q",
+            "-p",
+            "proxmox-csi-disk",
+            "--example",
+            "mkfs",
+            "--",
+            "xfs",
+            "--uuid",
+            &uuid,
+            "--time",
+            &NOW.to_string(),
+        ]);
+        command.args(rest).arg(target).output().unwrap()
+    };
+    let (ours, theirs) = (folder.0.join("ours"), folder.0.join("theirs"));
+    let size_bytes = 300 * MIB + 512;
+    for path in [&ours, &theirs] {
+        let file = image(path, size_bytes);
+        for offset in [0, 64 << 20, size_bytes - MIB] {
+            file.write_all_at(&vec![0xA5; usize::try_from(MIB).unwrap()], offset).unwrap();
+        }
+    }
+    let made = example(&ours, &["-b", "2048", "-i", "1024"]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let m = format!("uuid={uuid}");
+    let mut command = Command::new(upstream);
+    command.args(["-q", "-f", "-m", &m, "-b", "size=2048", "-i", "size=1024"]).arg(&theirs).env("LD_PRELOAD", &tools.preload);
+    output(command.env("TOPOLOGY", "512 512 0 512 0"));
+    let different = differences(&File::open(&theirs).unwrap(), &File::open(&ours).unwrap(), size_bytes);
+    assert!(different.is_empty(), "(offset, upstream, ours): {different:x?}");
+
+    let small = folder.0.join("small");
+    fs::write(&small, vec![0xA5; usize::try_from(MIB).unwrap()]).unwrap();
+    let refused = example(&small, &[]);
+    let sentence = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && sentence.contains("314572800 bytes (300 MiB), there are 1048576"), "{sentence}");
+    assert!(fs::read(&small).unwrap().iter().all(|byte| *byte == 0xA5), "refused before anything is touched");
+}
