@@ -112,20 +112,23 @@ pub fn next_attach(volid: &str, readonly: bool, seen: Seen<'_>, avoid: &BTreeSet
 /// The next step of detaching `volid`.
 ///
 /// # Errors
-/// The drive is plugged and the VM does not hot-plug disks.
+/// The VM runs and does not hot-plug disks: Proxmox would only plan the removal.
 pub fn next_detach(volid: &str, seen: Seen<'_>) -> Result<DetachStep, Refusal> {
     let Some((key, line)) = seen.config.naming(volid).find(|(key, _)| !key.starts_with("unused")) else { return Ok(DetachStep::Gone) };
     if line.value.as_deref().is_none_or(|text| volume_of(text) != volid) {
         return Ok(DetachStep::Revert(key.into()));
     }
-    if seen.running && seen.plugged.is_none_or(|plugged| plugged.contains(key)) {
+    if seen.running {
         can_hotplug(seen.config)?;
     }
     Ok(DetachStep::Detach(key.into()))
 }
 
 /// qemu-server: absent or `1` means `network,disk,usb`; `0` none.
-fn can_hotplug(config: &VmConfig) -> Result<(), Refusal> {
+///
+/// # Errors
+/// Its value.
+pub fn can_hotplug(config: &VmConfig) -> Result<(), Refusal> {
     let hotplug = config.configured("hotplug").unwrap_or("1");
     if hotplug == "1" || hotplug.split([',', ';', ' ']).any(|word| word == "disk") {
         return Ok(());

@@ -220,7 +220,9 @@ fn cluster(value: &Value, index: usize, lines: &Lines<'_>) -> Result<ClusterText
         Some(_) => return Err(format!("{}{place}: insecure should be true or false", lines.of_key("insecure", index))),
     };
     let url = text("url")?.ok_or_else(|| format!("{place} has no url; write https://HOST:8006/api2/json"))?;
-    let url = base_url(&url).map_err(|why| format!("{}{place}: url {url:?} {why}", lines.of_key("url", index)))?;
+    // What stands before an `@` may be a password: then the url is not shown.
+    let shown = if url.contains('@') { "(with a user or password in it)".into() } else { format!("{url:?}") };
+    let url = base_url(&url).map_err(|why| format!("{}{place}: url {shown} {why}", lines.of_key("url", index)))?;
     let credentials = credentials(&place, &text)?;
     Ok(ClusterText { region, url, insecure, credentials })
 }
@@ -365,6 +367,7 @@ mod tests {
             ("    insecure: true", "    insecure: maybe", &["line 6", "true or false"]),
             ("provider: default", "provider: capmox", &["line 2", "capmox", "default"]),
             ("https://pve:8006/api2/json", "ftp://pve", &["line 5", "https://"]),
+            ("https://pve:8006/api2/json", "https://root:1234@pve:8006", &["line 5", "no plain host"]),
             ("https://pve:8006/api2/json", "https://pve:8006/other", &["line 5", "api2/json"]),
             ("    region: r1", "    region: a/b", &["line 9", "slash"]),
             ("    region: r1\n", "", &["no region"]),

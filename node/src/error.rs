@@ -65,6 +65,9 @@ pub enum Cause {
     NotBlankAnyMore {
         surface: String,
     },
+    Crowded {
+        waited: Duration,
+    },
     NoEnd {
         turns: usize,
     },
@@ -108,6 +111,12 @@ impl fmt::Display for Cause {
                 write!(f, "{disk} is still in use after {} s, {by}: detaching it now would lose data", waited.as_secs())
             }
             Self::NotBlankAnyMore { surface } => write!(f, "the disk was blank when probed, and holds {surface} now; it was not formatted"),
+            Self::Crowded { waited } => write!(
+                f,
+                "other volumes' disks have been probed, formatted or mounted for {} s, and so many at one time are allowed; this call \
+                 may be repeated; if it stays so, look in the kernel log for a disk that does not answer",
+                waited.as_secs()
+            ),
             Self::NoEnd { turns } => write!(f, "still not done after {turns} steps"),
         }
     }

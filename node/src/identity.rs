@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::sys::Dev;
-use crate::sys::scsi::{Disk, State};
+use crate::sys::scsi::{Disk, State, UNREADABLE_SERIAL};
 
 /// Serials that are ours begin so.
 const OUR_SERIALS: &str = "csi-";
@@ -146,6 +146,14 @@ fn is_in_slot(want: &Want, disk: &Disk) -> bool {
     disk.vendor == "QEMU" && lun_fits && named
 }
 
+/// Whether a disk that shows this volume already is the one that the publish context describes: by its serial, or, where
+/// none is promised, by its slot. A legacy disk of another slot is what an older attachment left behind.
+#[must_use]
+pub fn fits(want: &Want, disk: &Disk) -> bool {
+    disk.serial.as_deref() == Some(&want.serial)
+        || (!want.serial_promised && other_volume(&want.serial, disk).is_none() && is_in_slot(want, disk))
+}
+
 /// Is the disk behind a mount or a device node this volume's? For publish, unpublish, unstage, expand and stats, where no
 /// publish context is at hand.
 ///
@@ -170,7 +178,8 @@ pub fn is_of_this_driver(disk: &Disk) -> bool {
 }
 
 fn other_volume<'a>(serial: &str, disk: &'a Disk) -> Option<&'a str> {
-    disk.serial.as_deref().filter(|given| given.starts_with(OUR_SERIALS) && *given != serial)
+    let may_be_ours = |given: &&str| given.starts_with(OUR_SERIALS) || *given == UNREADABLE_SERIAL;
+    disk.serial.as_deref().filter(may_be_ours).filter(|given| *given != serial)
 }
 
 /// As the reference driver attaches: the WWN that its own LUN has, or no WWN and QEMU's name of that slot.

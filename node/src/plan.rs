@@ -132,6 +132,8 @@ pub enum Source {
 pub struct PublishSeen {
     /// What is to be shown.
     pub source: Source,
+    /// What is to be shown is read-only itself (mount option `ro`, a drive that refuses writes): so is what shows it.
+    pub is_source_read_only: bool,
     /// What is at the target path.
     pub target: Target,
     /// Where else this volume is published on this node.
@@ -234,6 +236,7 @@ pub enum Refusal {
     OtherMode { read_only: bool },
     SecondTarget { at: PathBuf },
     NotPublishedHere { what: String },
+    NoGrowing { fstype: String },
 }
 
 impl fmt::Display for Refusal {
@@ -261,6 +264,12 @@ impl fmt::Display for Refusal {
             ),
             Self::SecondTarget { at } => {
                 write!(f, "the volume is for a single writer (SINGLE_NODE_SINGLE_WRITER) and already published at {}", at.display())
+            }
+            Self::NoGrowing { fstype } => {
+                write!(
+                    f,
+                    "the volume holds {fstype}, and this version grows ext4 (and ext2 and ext3) and xfs only; its disk has its new size, grow the filesystem by hand"
+                )
             }
             Self::NotPublishedHere { what } => write!(f, "the volume is not at volume_path: {what}"),
         }
@@ -329,7 +338,7 @@ pub fn next_unstage_step(seen: &UnstageSeen) -> Result<Option<UnstageStep>, Refu
 /// What must not be done, and why.
 pub fn next_publish_step(want: &PublishRequest, seen: &PublishSeen) -> Result<Option<PublishStep>, Refusal> {
     match &seen.target {
-        Target::Shows { read_only } if *read_only == want.read_only => return Ok(None),
+        Target::Shows { read_only } if *read_only == want.read_only || (*read_only && seen.is_source_read_only) => return Ok(None),
         Target::Shows { read_only } => return Err(Refusal::OtherMode { read_only: *read_only }),
         Target::ShowsGone => return Err(Refusal::DiskGone),
         Target::Other(what) => return Err(Refusal::TargetTaken { what: what.clone() }),

@@ -19,6 +19,8 @@ use crate::sys::mount;
 
 /// What this node mounts.
 const MOUNTED: [&str; 4] = ["ext2", "ext3", "ext4", "xfs"];
+/// The stage secret that makes a volume an encrypted one (reference driver, §3.4): its key, never its value.
+const ENCRYPTION_PASSPHRASE: &str = "encryption-passphrase";
 
 /// A volume: its handle, and the serial that its drive carries.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -195,6 +197,8 @@ pub enum Refusal {
         given: i32,
     },
     NoAccessType,
+    /// An encrypted volume must not be put on its disk in plain.
+    Encrypted,
     Filesystem {
         given: String,
     },
@@ -227,6 +231,11 @@ impl fmt::Display for Refusal {
                 write!(f, "access mode {name} ({given}) is not supported: a Proxmox disk is for one node (SINGLE_NODE_…)")
             }
             Self::NoAccessType => write!(f, "volume_capability has neither mount nor block"),
+            Self::Encrypted => write!(
+                f,
+                "secrets carry {ENCRYPTION_PASSPHRASE}: this is an encrypted volume, and this version does not encrypt; \
+                 nothing was written; use a StorageClass without node-stage-secret for now"
+            ),
             Self::Filesystem { given } => {
                 write!(f, "fs_type {given:?} is not supported: this node makes ext4 and xfs, and mounts ext2 and ext3 too")
             }
@@ -318,6 +327,10 @@ impl StageRequest {
         mode(capability)?;
         let access = access(capability, &given.volume_context)?;
         let fstype = fstype(capability)?;
+        // As a filesystem and as a raw block device: the reference driver wrote the latter in plain.
+        if given.secrets.contains_key(ENCRYPTION_PASSPHRASE) {
+            return Err(Refusal::Encrypted);
+        }
         let disk = disk(&volume, &given.publish_context)?;
         let grow_required = is_true(&given.publish_context, publish_context::RESIZE_REQUIRED)
             || is_true(&given.volume_context, volume_context::RESIZE_REQUIRED);
@@ -416,7 +429,7 @@ fn required(range: &csi::CapacityRange) -> Result<Option<u64>, Refusal> {
 }
 
 fn mode(capability: &VolumeCapability) -> Result<Mode, Refusal> {
-    let given = capability.access_mode.as_ref().map(|mode| mode.mode).unwrap_or_default();
+    let given = capability.access_mode.as_ref().ok_or(Refusal::Missing { field: "volume_capability.access_mode" })?.mode;
     match Mode::try_from(given) {
         Ok(mode @ (Mode::SingleNodeWriter | Mode::SingleNodeReaderOnly | Mode::SingleNodeSingleWriter | Mode::SingleNodeMultiWriter)) => {
             Ok(mode)

@@ -42,6 +42,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Probes and formats at one time: each reads and writes megabytes.
 const MAX_DISK_WORKERS: u32 = 2;
 
+/// For one of them to end. A disk that takes no I/O holds its place for ever; the others are told so, within kubelet's two minutes.
+const SLOT_DEADLINE: Duration = Duration::from_secs(60);
+
 /// The machine that we work on, and where to look.
 #[derive(Debug)]
 pub struct Node {
@@ -50,6 +53,8 @@ pub struct Node {
     devices: PathBuf,
     folders: Folders,
     workers: Slots,
+    /// One at a time; see `stage.rs`.
+    legacy_mounts: Slots,
 }
 
 /// What NodeGetVolumeStats tells.
@@ -70,7 +75,8 @@ impl Node {
             mountinfo: "/proc/self/mountinfo".into(),
             devices: "/dev".into(),
             folders,
-            workers: Slots { free: Mutex::new(MAX_DISK_WORKERS), freed: Condvar::new() },
+            workers: Slots::new(MAX_DISK_WORKERS),
+            legacy_mounts: Slots::new(1),
         }
     }
 
@@ -96,9 +102,8 @@ impl Node {
         match shown {
             look::ShownAt::Nothing(what) => Err(at("")(crate::plan::Refusal::NotPublishedHere { what }.into())),
             look::ShownAt::Device(disk) => Ok(Usage { bytes: [disk.size_bytes, 0, 0], inodes: None }),
-            look::ShownAt::Filesystem(..) => {
-                let seen =
-                    rustix::fs::statvfs(&want.path).map_err(sys::Error::at("statfs", &want.path)).at("stats", &want.volume, "statfs")?;
+            look::ShownAt::Filesystem(disk, _) => {
+                let seen = sys::mount::usage(&want.path, disk.dev).at("stats", &want.volume, "statfs")?;
                 let bytes = |blocks: u64| blocks.saturating_mul(seen.f_frsize);
                 Ok(Usage {
                     bytes: [bytes(seen.f_blocks), bytes(seen.f_blocks.saturating_sub(seen.f_bfree)), bytes(seen.f_bavail)],
@@ -142,8 +147,10 @@ impl Node {
     /// gives its number to no other disk, so what is said of it stays true.
     fn open(&self, disk: &Disk, access: Access) -> Result<Device, Cause> {
         let device = Device::open(&self.node_of(disk), disk.dev, access)?;
-        let same = scsi::disk(&self.sysfs, disk.address)?
-            .is_some_and(|now| (&now.serial, &now.wwid, now.dev, &now.name) == (&disk.serial, &disk.wwid, disk.dev, &disk.name));
+        let said = |disk: &Disk| {
+            (disk.serial.clone(), disk.wwid.clone(), disk.designators.clone(), disk.vendor.clone(), disk.dev, disk.name.clone())
+        };
+        let same = scsi::disk(&self.sysfs, disk.address)?.is_some_and(|now| said(&now) == said(disk));
         if same { Ok(device) } else { Err(Cause::OtherDiskNow { disk: identity::name(disk) }) }
     }
 
@@ -175,10 +182,24 @@ impl Node {
     fn real(&self, path: &Path) -> Result<Option<PathBuf>, Cause> {
         let real = match sys::mount::real(path) {
             Ok(real) => real,
-            Err(error) if error.errno == Errno::NOENT => return Ok(None),
+            Err(error) if error.errno == Errno::NOENT => return self.real_below(path).map(|()| None),
             Err(error) => return Err(error.into()),
         };
         if self.is_inside(&real) { Ok(Some(real)) } else { Err(Cause::Outside { real }) }
+    }
+
+    /// For a path whose folder is not there, and would be made: what is there of it must not lead outside either.
+    fn real_below(&self, path: &Path) -> Result<(), Cause> {
+        let ours = |folder: &&Path| self.folders.contain(folder);
+        for folder in path.ancestors().skip(1).take_while(ours) {
+            match std::fs::canonicalize(folder) {
+                Ok(real) if self.is_inside(&real) => return Ok(()),
+                Ok(real) => return Err(Cause::Outside { real }),
+                Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => (),
+                Err(cause) => return Err(sys::Error::io("realpath", folder)(cause).into()),
+            }
+        }
+        Ok(())
     }
 
     /// Whether a real path lies in kubelet's folders. Such a folder may itself be a link (`/var/lib/kubelet` → `/data/kubelet`).
@@ -209,13 +230,19 @@ struct Slots {
 }
 
 impl Slots {
-    fn take(&self) -> Slot<'_> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        while *free == 0 {
-            free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
-        }
-        *free -= 1;
-        Slot(self)
+    const fn new(free: u32) -> Self {
+        Self { free: Mutex::new(free), freed: Condvar::new() }
+    }
+
+    fn take(&self) -> Result<Slot<'_>, Cause> {
+        self.take_within(SLOT_DEADLINE)
+    }
+
+    fn take_within(&self, deadline: Duration) -> Result<Slot<'_>, Cause> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut free, _) = self.freed.wait_timeout_while(free, deadline, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
+        *free = free.checked_sub(1).ok_or(Cause::Crowded { waited: deadline })?;
+        Ok(Slot(self))
     }
 }
 

@@ -173,6 +173,7 @@ fn refused(doing: &str, volume_id: &str, refusal: &request::Refusal) -> Status {
         | request::Refusal::Context { .. }
         | request::Refusal::NoDiskNamed
         | request::Refusal::OtherSerial { .. } => Code::InvalidArgument,
+        request::Refusal::Encrypted => Code::FailedPrecondition,
         request::Refusal::NoSuchVolume(_) | request::Refusal::NotAPublishedPath { .. } => Code::NotFound,
         request::Refusal::Range { .. } => Code::OutOfRange,
     };
@@ -198,13 +199,18 @@ fn code(cause: &Cause) -> Code {
             | plan::Refusal::NeverFinish { .. }
             | plan::Refusal::ReadOnlyBlank
             | plan::Refusal::NotStaged
+            | plan::Refusal::NoGrowing { .. }
             | plan::Refusal::TargetTaken { .. }
             | plan::Refusal::SecondTarget { .. } => Code::FailedPrecondition,
         },
         Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } => Code::FailedPrecondition,
         Cause::Outside { .. } | Cause::Geometry(_) => Code::InvalidArgument,
         Cause::TooSmall(_) => Code::OutOfRange,
-        Cause::NoDisk { .. } | Cause::SizeNotSeen { .. } | Cause::OtherDiskNow { .. } | Cause::StaysOffline { .. } => Code::Unavailable,
+        Cause::Crowded { .. }
+        | Cause::NoDisk { .. }
+        | Cause::SizeNotSeen { .. }
+        | Cause::OtherDiskNow { .. }
+        | Cause::StaysOffline { .. } => Code::Unavailable,
         Cause::Sys(_) | Cause::Mount(_) | Cause::Probe(_) | Cause::NotGrown { .. } | Cause::NoEnd { .. } => Code::Internal,
     }
 }

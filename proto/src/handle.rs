@@ -71,6 +71,10 @@ impl FromStr for VolumeHandle {
         if disk.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
             return refuse("has a disk with an empty, '.' or '..' part");
         }
+        // qemu-server reads `storage:100` as "make a disk of 100 GiB", and `storage:cloudinit` as "make such an image".
+        if disk == "cloudinit" || disk.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
+            return refuse("has a disk that Proxmox would take for an order to make a new one");
+        }
         Ok(Self { region: region.into(), zone: zone.into(), storage: storage.into(), disk: disk.into() })
     }
 }

@@ -65,14 +65,9 @@ fn left_out(fact: &str) -> bool {
 
 #[test]
 fn our_proto_is_the_official_contract() {
-    let cache = std::env::var_os("PROXMOX_CSI_CACHE").map_or_else(
-        || {
-            std::env::var_os("XDG_CACHE_HOME")
-                .map_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache"), PathBuf::from)
-                .join("proxmox-csi")
-        },
-        PathBuf::from,
-    );
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = set("PROXMOX_CSI_CACHE")
+        .unwrap_or_else(|| set("XDG_CACHE_HOME").unwrap_or_else(|| set("HOME").unwrap().join(".cache")).join("proxmox-csi"));
     let official = cache.join("csi-v1.12.0.proto");
     if !official.exists() {
         assert!(std::env::var_os("CI").is_none(), "{} is missing: run scripts/tools test", official.display());

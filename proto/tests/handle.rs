@@ -41,6 +41,9 @@ fn malformed_handles_are_refused_with_what_is_wrong() {
         ("region/zone/storage/x\ny", "character"),
         ("region/zone/storage/x%2fy", "character"),
         ("region/zone/sto:rage/x", "no Proxmox name"),
+        ("region/zone/storage/100", "make a new one"),
+        ("region/zone/storage/0.5", "make a new one"),
+        ("region/zone/storage/cloudinit", "make a new one"),
     ] {
         let refused = given.parse::<VolumeHandle>().unwrap_err().to_string();
         assert!(refused.contains(wrong) && refused.contains("region/zone/storage/disk"), "{given:?}: {refused}");

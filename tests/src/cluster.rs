@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use proto::csi;
@@ -185,17 +184,14 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new() -> Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let folder = std::env::temp_dir().join(format!("csi-cluster-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&folder).with_context(|| format!("mkdir {}", folder.display()))?;
-        Ok(Self(folder))
+        crate::folder::new("csi-cluster-", "").map(Self)
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
         if std::thread::panicking() || std::env::var_os("PROXMOX_CSI_KEEP_LOGS").is_some() {
+            crate::folder::keep(&self.0);
             eprintln!("the controller's log is kept in {}", self.0.display());
         } else {
             let _ = std::fs::remove_dir_all(&self.0);

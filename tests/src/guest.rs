@@ -15,7 +15,6 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -27,6 +26,7 @@ pub use initramfs::with_libraries;
 
 use crate::calls::Calls;
 use crate::console::Console;
+use crate::folder;
 use crate::machine::Machine;
 use crate::process::Process;
 use crate::tools;
@@ -112,9 +112,10 @@ pub struct Guest {
 impl Guest {
     /// Boots a guest and waits until its PID 1 answers.
     pub fn boot(options: &GuestOptions) -> Result<Self> {
-        let folder = new_folder(&options.name)?;
+        let folder = folder::new("csi-guest-", &format!("-{}", options.name))?;
         Self::boot_in(&folder, options).inspect_err(|_| {
             // Else the guest's own end does it.
+            folder::keep(&folder);
             eprintln!("guest {}: its log is kept in {}", options.name, folder.display());
         })
     }
@@ -221,19 +222,12 @@ impl Drop for Guest {
         let died = self.console.fatal().is_some();
         self.process.kill();
         if died || std::thread::panicking() || std::env::var_os("PROXMOX_CSI_KEEP_LOGS").is_some() {
+            folder::keep(&self.folder);
             eprintln!("guest {}: its log is kept in {}", self.name, self.folder.display());
         } else {
             let _ = std::fs::remove_dir_all(&self.folder);
         }
     }
-}
-
-fn new_folder(name: &str) -> Result<PathBuf> {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let folder = std::env::temp_dir().join(format!("csi-guest-{}-{number}-{name}", std::process::id()));
-    std::fs::create_dir_all(&folder).with_context(|| format!("mkdir {}", folder.display()))?;
-    Ok(folder)
 }
 
 /// Whether an HTTP/2 server is behind the port: QEMU accepts before the guest listens, and the guest before the node does.

@@ -5,6 +5,7 @@ pub mod calls;
 pub mod cluster;
 mod console;
 pub mod controller;
+mod folder;
 pub mod guest;
 pub mod machine;
 mod process;

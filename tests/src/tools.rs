@@ -6,14 +6,11 @@ use std::path::PathBuf;
 /// The cache folder: `$PROXMOX_CSI_CACHE`, else `$XDG_CACHE_HOME/proxmox-csi`, else `~/.cache/proxmox-csi`.
 #[must_use]
 pub fn cache() -> PathBuf {
-    if let Some(given) = std::env::var_os("PROXMOX_CSI_CACHE") {
-        return given.into();
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(given) = set("PROXMOX_CSI_CACHE") {
+        return given;
     }
-    std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
-        .unwrap_or_else(std::env::temp_dir)
-        .join("proxmox-csi")
+    set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).unwrap_or_else(std::env::temp_dir).join("proxmox-csi")
 }
 
 /// A release binary for x86_64: in `$PROXMOX_CSI_BIN`, else where `scripts/build` puts it.

@@ -5,6 +5,8 @@
 mod attach;
 #[path = "controller/bed.rs"]
 mod bed;
+#[path = "controller/claims.rs"]
+mod claims;
 #[path = "controller/create.rs"]
 mod create;
 #[path = "controller/detach.rs"]

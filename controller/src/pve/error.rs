@@ -226,12 +226,14 @@ const TEXTS: &[(&[&str], Meaning)] = &[
     (&["cfs-lock '", "got lock request timeout"], Meaning::Busy),
     (&["can't lock file '", "got timeout"], Meaning::Busy),
     (&["-locked command timed out"], Meaning::OutcomeUnknown),
+    // Before what its reason may contain: a directory that does not exist is no missing volume, nor a missing storage.
+    (&["unable to activate storage"], Meaning::StorageOffline),
     (&["volume_size_info on '", "no format"], Meaning::NoSuchVolume),
     (&["Failed to find logical volume"], Meaning::NoSuchVolume),
     (&["no such logical volume"], Meaning::NoSuchVolume),
     (&["zvol device link for '", "found after"], Meaning::NoSuchVolume),
     (&["dataset does not exist"], Meaning::NoSuchVolume),
-    (&["(2) No such file or directory"], Meaning::NoSuchVolume),
+    (&["error opening image", "(2) No such file or directory"], Meaning::NoSuchVolume),
     (&["volume '", "' does not exist"], Meaning::NoSuchVolume),
     (&["volume rbd:", "does not exist"], Meaning::NoSuchVolume),
     (&["No such storage."], Meaning::NoSuchStorage),
@@ -239,7 +241,6 @@ const TEXTS: &[(&[&str], Meaning)] = &[
     (&["storage '", "' is disabled"], Meaning::StorageNotHere),
     (&["storage '", "' is not available on node"], Meaning::StorageNotHere),
     (&["storage '", "' is not online"], Meaning::StorageOffline),
-    (&["unable to activate storage"], Meaning::StorageOffline),
     (&["Configuration file '", "' does not exist"], Meaning::NoSuchVm),
     (&["hostname lookup '", "failed"], Meaning::NoSuchHost),
     (&["no such cluster node"], Meaning::NoSuchHost),
@@ -452,5 +453,16 @@ mod tests {
         // The message is used where there is one; the reason is its first line.
         let cause = Cause::Answer { status: 500, reason: "first".into(), message: "first\nsecond\n".into(), errors: BTreeMap::new() };
         assert_eq!(Error { call: "GET /x".into(), cause }.to_string(), "GET /x: 500 first second");
+    }
+
+    /// ceph's client says "(2) No such file or directory" of its keyring and config, too: that is no look at the image.
+    #[test]
+    fn only_a_look_at_the_volume_itself_says_that_it_is_not_there() {
+        let keyring = "rbd error: rbd: couldn't connect to the cluster! unable to find a keyring on /etc/pve/priv/ceph/rbd.keyring: (2) No such \
+                       file or directory";
+        assert_eq!(task(keyring).meaning(), Meaning::Other);
+        assert_eq!(task("rbd error: rbd: error opening image vm-9999-a: (2) No such file or directory").meaning(), Meaning::NoSuchVolume);
+        let gone = "unable to activate storage 'x' - directory '/mnt/x' does not exist or is unreachable";
+        assert_eq!(task(gone).meaning(), Meaning::StorageOffline);
     }
 }

@@ -63,20 +63,26 @@ impl Controller {
         let want = &request.want;
         let tried = self.tried().get(&request.name).cloned();
         let mut found = self.candidates(clusters, want, ago(EVIDENCE_AGE)).await?;
+        let is_of = |one: &Candidate, tried: &VolumeHandle| (&one.region, &one.zone) == (&tried.region, &tried.zone);
+        let lacks_tried = |found: &[Candidate]| tried.as_ref().is_some_and(|tried| !found.iter().any(|one| is_of(one, tried)));
         let refused = |found: &Result<Vec<Candidate>, Refusal>| match found {
-            Ok(found) => with_room(want, found).is_err(),
+            Ok(found) => with_room(want, found).is_err() || lacks_tried(found),
             Err(_) => true,
         };
         if refused(&found) {
             found = self.candidates(clusters, want, Instant::now()).await?;
         }
-        let found = found?;
-        if let Some((region, zone)) = tried.filter(|tried| !found.iter().any(|one| (&one.region, &one.zone) == (&tried.0, &tried.1))) {
-            return Err(Error::unavailable(format!(
-                "an earlier try to create {} on {region}/{zone} had no answer, and storage {} cannot be looked at there now; waiting for it, \
-                 so that no second volume is made",
-                request.name, want.storage
-            )));
+        let mut found = found?;
+        if let Some(tried) = &tried {
+            if lacks_tried(&found) {
+                return Err(Error::unavailable(format!(
+                    "an earlier try to create {} was sent to {}/{}, and storage {} cannot be looked at there now; waiting for it, so that no \
+                     second volume is made",
+                    request.name, tried.region, tried.zone, tried.storage
+                )));
+            }
+            // It may still be on its way there: not seen yet is not "not made". A stable sort keeps the rest as it was.
+            found.sort_by_key(|one| !is_of(one, tried));
         }
         let format = request.parameters.format.as_deref().unwrap_or("raw");
         let place = |candidate: Candidate| {
@@ -121,10 +127,12 @@ impl Controller {
             };
         }
         let step = format!("create {}", place.handle);
+        let was_tried = self.note_tried(request, place);
         let mut answer = place.allocate(clusters.controller_vmid).await;
+        let mut is_lost = was_tried;
         if answer.as_ref().is_err_and(|error| error.meaning() == Meaning::OutcomeUnknown) {
             // Asking again is the look: it waits for the storage's lock, and finds the name taken if it was done.
-            self.note_tried(request, place);
+            is_lost = true;
             answer = place.allocate(clusters.controller_vmid).await;
         }
         let made = match answer {
@@ -140,22 +148,34 @@ impl Controller {
                 let size_bytes = place.size().await.map_err(|error| Error::from(error).during(&step))?;
                 (place.clone(), fitting(&request.want, size_bytes).map_err(|error| error.during(&step))?)
             }
-            Err(error) => return Err(Error::from(error).during(&step)),
+            Err(error) => {
+                if !is_lost {
+                    // Refused, and nothing else is on its way: any zone may be tried next.
+                    self.tried().remove(&request.name);
+                }
+                return Err(Error::from(error).during(&step));
+            }
         };
-        self.tried().remove(&request.name);
+        // Kept: while its zone is away, a repeat must not make a second one elsewhere.
         Ok(made)
     }
 
-    fn tried(&self) -> MutexGuard<'_, HashMap<String, (String, String)>> {
+    fn tried(&self) -> MutexGuard<'_, HashMap<String, VolumeHandle>> {
         self.tried.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note_tried(&self, request: &Create, place: &Place) {
+    /// Whether it was noted before.
+    fn note_tried(&self, request: &Create, place: &Place) -> bool {
         let mut tried = self.tried();
         if tried.len() >= MAX_TRIED {
             tried.clear();
         }
-        tried.insert(request.name.clone(), (place.candidate.region.clone(), place.candidate.zone.clone()));
+        tried.insert(request.name.clone(), place.handle.clone()).is_some()
+    }
+
+    /// A volume that is gone binds its name to no zone.
+    pub(super) fn forget_tried(&self, gone: &VolumeHandle) {
+        self.tried().retain(|_, handle| handle != gone);
     }
 }
 

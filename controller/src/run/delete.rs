@@ -36,12 +36,12 @@ impl Controller {
             freed = region.free(&host, &handle.storage, &handle.volid()).await;
         }
         match freed {
-            Ok(()) => {
+            Err(error) if error.meaning() != Meaning::NoSuchVolume => Err(Error::from(error).during(&step)),
+            _ => {
                 proto::info!("{step}: done");
+                self.forget_tried(handle);
                 Ok(())
             }
-            Err(error) if error.meaning() == Meaning::NoSuchVolume => Ok(()),
-            Err(error) => Err(Error::from(error).during(&step)),
         }
     }
 }

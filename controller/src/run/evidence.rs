@@ -157,20 +157,19 @@ impl Region {
 
     /// VMID → host and state.
     async fn who_could_hold(&self, handle: &VolumeHandle, since: Instant, depth: Depth) -> Result<BTreeMap<u32, (String, VmState)>, Error> {
-        // A look for another's claim after our own write needs no new list: a VM that came since cannot have been chosen.
-        let listed_since = if depth == Depth::Config { ago(EVIDENCE_AGE) } else { since };
-        let resources = self.resources(listed_since).await?;
+        let resources = self.resources(since).await?;
         let hosts: Vec<String> =
             if self.is_shared(handle).await? { resources.hosts.keys().cloned().collect() } else { vec![handle.zone.clone()] };
         let mut all = BTreeMap::new();
         for host in hosts {
-            if resources.hosts.get(&host).is_some_and(|status| status == "offline") {
+            // Where what is plugged does not matter, the cluster's list says it all, and knows the newest VM.
+            if depth == Depth::Config || resources.hosts.get(&host).is_some_and(|status| status == "offline") {
                 for vm in resources.vms.values().filter(|vm| vm.host == host) {
                     all.insert(vm.vmid, (host.clone(), VmState::default()));
                 }
                 continue;
             }
-            let states = self.states(&host, listed_since).await.map_err(|error| {
+            let states = self.states(&host, since).await.map_err(|error| {
                 Error::from(error).during(&format!("which VMs of Proxmox node {host} hold {} cannot be told", handle.volid()))
             })?;
             all.extend(states.into_iter().map(|(vmid, state)| (vmid, (host.clone(), state))));

@@ -31,7 +31,7 @@ use region::{EVIDENCE_AGE, Region, ago};
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
-/// Names of creations with unknown outcome that are kept; beyond it the oldest knowledge goes.
+/// Names of creations that are remembered; beyond it all of them are forgotten.
 const MAX_TRIED: usize = 1024;
 
 /// All clusters of the config file.
@@ -58,8 +58,8 @@ pub struct Controller {
     path: PathBuf,
     ca_bundle: Option<PathBuf>,
     loaded: Mutex<Loaded>,
-    /// Volume name → zone of a creation whose outcome is not known.
-    tried: Mutex<HashMap<String, (String, String)>>,
+    /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
+    tried: Mutex<HashMap<String, VolumeHandle>>,
 }
 
 impl Controller {

@@ -69,7 +69,7 @@ impl Region {
         for _ in 0..MAX_TURNS {
             self.check_reach(&request.handle, &mut vm).await?;
             self.check_nobody_else(&request.handle, vm.vmid).await?;
-            let Some((known, state)) = self.look(&vm).await? else {
+            let Some((known, state)) = self.look(&request.handle, &vm).await? else {
                 // It moved since the cluster was last read, or is gone.
                 let resources = self.resources(Instant::now()).await?;
                 let gone = || Error::not_found(format!("VM {} is gone", vm.vmid));
@@ -86,7 +86,13 @@ impl Region {
             let next = next_attach(&request.handle.volid(), request.readonly, seen, &attempt.avoid).map_err(refused)?;
             let digest = &known.config.digest;
             match next {
-                AttachStep::Attached(lun, drive) => return self.published(request, lun, &drive).await,
+                AttachStep::Attached(lun, drive) => {
+                    // Ours, and never looked after: its answer was lost, or that look failed.
+                    if self.doubted_vm(&request.handle.volid()) == Some(vm.vmid) {
+                        self.settle_rivals(&request.handle, &vm).await?;
+                    }
+                    return self.published(request, lun, &drive).await;
+                }
                 AttachStep::Revert(key) => self.undo(&vm, Change::Revert(key), Some(digest)).await?,
                 AttachStep::Detach(key) => {
                     self.undo(&vm, Change::Delete(key.clone()), Some(digest)).await?;
@@ -144,7 +150,7 @@ impl Region {
     }
 
     /// Config now, state some seconds old at most; nothing where the VM is not on that node.
-    async fn look(&self, vm: &Vm) -> Result<Option<(Known, VmState)>, Error> {
+    async fn look(&self, handle: &VolumeHandle, vm: &Vm) -> Result<Option<(Known, VmState)>, Error> {
         let Some(mut state) = self.states(&vm.host, ago(STATE_AGE)).await?.remove(&vm.vmid) else { return Ok(None) };
         if !state.running || state.plugged.is_none() {
             // Started since, or the list does not say what is plugged: ask the VM itself before it is refused.
@@ -157,6 +163,13 @@ impl Region {
             Err(error) if error.meaning() == Meaning::NoSuchVm => Ok(None),
             known => {
                 let mut known = known?;
+                let volid = handle.volid();
+                let is_new =
+                    |(key, _): (&str, _)| !key.starts_with("unused") && state.plugged.as_ref().is_some_and(|all| !all.contains(key));
+                if state.running && known.config.naming(&volid).any(is_new) {
+                    // Attached since by another controller, perhaps: a live disk is not pulled because a list is old.
+                    state = self.state_now(&vm.host, vm.vmid).await?;
+                }
                 self.remember(vm.vmid, &mut known, &state).await;
                 Ok(Some((known, state)))
             }
@@ -180,8 +193,10 @@ impl Region {
                 vm.vmid
             )));
         }
+        // Until it is verified, whatever way this call ends.
+        self.doubt(&drive.volid, vm.vmid, digest);
         if let Err(error) = self.change(&vm.host, vm.vmid, &Change::Set(key.clone(), drive.to_string()), digest).await {
-            return self.failed_plug(request, vm, lun, error, digest, attempt).await.map(|()| false);
+            return self.failed_plug(request, vm, lun, error, attempt).await.map(|()| false);
         }
         let state = self.state_now(&vm.host, vm.vmid).await?;
         match &state.plugged {
@@ -218,10 +233,14 @@ impl Region {
         vm: &Vm,
         lun: u8,
         error: pve::Error,
-        digest: &str,
         attempt: &mut Attempt,
     ) -> Result<(), Error> {
         let (meaning, key, volid) = (error.meaning(), slot(lun), request.handle.volid());
+        let is_lost = matches!(meaning, Meaning::OutcomeUnknown | Meaning::TaskKilled);
+        if !is_lost {
+            // What it left, if anything, is in the config already.
+            self.settle(&volid);
+        }
         match meaning {
             Meaning::DigestChanged | Meaning::NoSuchVm => {
                 attempt.last = Some(error.into());
@@ -233,7 +252,6 @@ impl Region {
                 attempt.last = Some(error.into());
                 return Ok(());
             }
-            Meaning::OutcomeUnknown | Meaning::TaskKilled => self.doubt(&volid, vm.vmid, digest),
             _ => (),
         }
         // What is left: nothing, a plan, or the drive itself.
@@ -244,9 +262,8 @@ impl Region {
                 _ => Err(error.into()),
             };
         };
-        if matches!(meaning, Meaning::OutcomeUnknown | Meaning::TaskKilled) && line.value.is_some() {
-            // It was carried out: the next look says whether QEMU has it.
-            self.settle(&volid);
+        if is_lost && line.value.is_some() {
+            // It was carried out: the next look says whether QEMU has it, and whether a rival has it, too.
             self.state_now(&vm.host, vm.vmid).await?;
             return Ok(());
         }

@@ -20,8 +20,8 @@ use crate::request::NodeId;
 pub(crate) const EVIDENCE_AGE: Duration = Duration::from_secs(60);
 /// Whether a VM runs must be known better: a VM that was stopped since would take the drive into its config only.
 pub(crate) const STATE_AGE: Duration = Duration::from_secs(5);
-/// Our privileges change by a person's hand; a 403 tells us of it in any case.
-const PERMISSIONS_AGE: Duration = Duration::from_secs(600);
+/// A lost privilege makes lists shorter and nothing else: as old as the lists may be, no older.
+const PERMISSIONS_AGE: Duration = EVIDENCE_AGE;
 /// VMs read at a time: each call holds a thread, and one of the node's three API workers for some milliseconds.
 pub(crate) const PARALLEL_READS: usize = 8;
 /// Calls per Proxmox node that may wait for their task inside the server: each holds one of its three API workers.
@@ -423,33 +423,38 @@ impl Region {
         }
     }
 
-    /// Notes a write of `volid` into a VM whose answer was lost.
+    /// Notes a write of `volid` into a VM whose answer may be lost, and which is not verified yet.
     pub(crate) fn doubt(&self, volid: &str, vmid: u32, digest: &str) {
         let doubt = Doubt { vmid, digest: digest.into(), since: Instant::now() };
         locked(&self.doubts).insert(volid.into(), doubt);
     }
 
-    /// Whether such a write can still be carried out: Proxmox does it only onto the config of its digest.
+    /// Whether such a write can still be carried out, or was: Proxmox does it only onto the config of its digest. Time alone
+    /// settles nothing: the VM is looked at again, after the last moment at which it could have come.
     ///
     /// # Errors
-    /// It can.
+    /// It can, it was, or the VM cannot be looked at.
     pub(crate) async fn check_no_doubt(&self, volid: &str) -> Result<(), Error> {
         let Some(doubt) = locked(&self.doubts).get(volid).cloned() else { return Ok(()) };
-        let host = self.resources(ago(EVIDENCE_AGE)).await?.vms.get(&doubt.vmid).map(|vm| vm.host.clone());
-        let open = match host {
-            Some(host) if doubt.since.elapsed() < DOUBT_AGE => {
-                self.config(&host, doubt.vmid, Instant::now()).await?.config.digest == doubt.digest
-            }
-            _ => false,
+        let host = self.resources(Instant::now()).await?.vms.get(&doubt.vmid).map(|vm| vm.host.clone());
+        let Some(host) = host else {
+            self.check_absence_counts().await?;
+            self.settle(volid);
+            return Ok(());
         };
-        if open {
+        let may_come = doubt.since.elapsed() < DOUBT_AGE;
+        let config = self.config(&host, doubt.vmid, Instant::now()).await?.config;
+        if config.naming(volid).any(|(key, _)| !key.starts_with("unused")) {
+            return Err(Error::unavailable(format!("volume {volid}: VM {} got it after all; repeated", doubt.vmid)));
+        }
+        if may_come && config.digest == doubt.digest {
             return Err(Error::unavailable(format!(
                 "volume {volid}: the answer to its attachment to VM {} was lost, and Proxmox may still carry it out; decided within {} s",
                 doubt.vmid,
                 DOUBT_AGE.as_secs()
             )));
         }
-        locked(&self.doubts).remove(volid);
+        self.settle(volid);
         Ok(())
     }
 
@@ -462,5 +467,28 @@ impl Region {
     /// The outcome of such a write is known.
     pub(crate) fn settle(&self, volid: &str) {
         locked(&self.doubts).remove(volid);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ClusterConfig, Credentials};
+    use crate::secret::Secret;
+
+    /// The host went away during an attach: what was sent may be in the VM's config, and nobody has looked.
+    #[tokio::test]
+    async fn a_lost_write_is_not_forgotten_before_its_vm_was_looked_at() {
+        let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
+        let url = "http://127.0.0.1:1/api2/json".into();
+        let cluster = ClusterConfig { region: "r".into(), url, insecure: false, credentials };
+        let region = Region::new("r".into(), Client::new(&cluster, None));
+        let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };
+        let resources = Resources { vms: BTreeMap::from([(101, vm)]), ..Resources::default() };
+        *region.resources.lock().await = Some((Instant::now() + Duration::from_secs(60), Arc::new(resources)));
+        let long_ago = Doubt { vmid: 101, digest: "d".into(), since: ago(DOUBT_AGE + Duration::from_secs(1)) };
+        locked(&region.doubts).insert("ds:vm-9999-a".into(), long_ago);
+        assert_eq!(region.check_no_doubt("ds:vm-9999-a").await.unwrap_err().code, tonic::Code::Unavailable);
+        assert_eq!(region.doubted_vm("ds:vm-9999-a"), Some(101));
     }
 }

@@ -8,7 +8,7 @@ use proto::VolumeHandle;
 use super::Controller;
 use super::evidence::Depth;
 use super::region::{EVIDENCE_AGE, Known, Region, STATE_AGE, ago};
-use crate::attach::{DetachStep, Refusal, Seen, next_detach};
+use crate::attach::{DetachStep, Refusal, Seen, can_hotplug, next_detach, unexplained};
 use crate::error::Error;
 use crate::pve::Meaning;
 use crate::pve::api::{Change, Vm, VmState};
@@ -87,6 +87,10 @@ impl Region {
                 Ok(()) => {
                     let Change::Delete(key) = &change else { continue };
                     let state = self.state_now(&vm.host, vm.vmid).await?;
+                    if state.running {
+                        // Without hot-plug Proxmox says OK and only plans the removal.
+                        can_hotplug(&known.config).map_err(|refusal| words(&refusal, vm.vmid))?;
+                    }
                     if !state.plugged.as_ref().is_none_or(|plugged| plugged.contains(key)) {
                         proto::info!("detach {volid} from VM {}: {key} is free", vm.vmid);
                         // Another line of the same VM may name it, too; the last reading knows.
@@ -113,11 +117,25 @@ impl Region {
     async fn check_not_left_in_qemu(&self, volid: &str, vm: &Vm, known: &Known, state: &VmState) -> Result<(), Error> {
         let slot_in =
             |state: &VmState| state.plugged.iter().flatten().find(|key| known.held.get(*key).is_some_and(|held| held == volid)).cloned();
-        if slot_in(state).is_none() {
+        let unknown_in = |state: &VmState| {
+            let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
+            unexplained(seen).find(|key| !known.held.contains_key(*key)).map(String::from)
+        };
+        if state.plugged.is_some() && slot_in(state).is_none() && unknown_in(state).is_none() {
             return Ok(());
         }
         // Asked of the VM itself: the list may be some seconds old.
-        let Some(key) = slot_in(&self.state_now(&vm.host, vm.vmid).await?) else { return Ok(()) };
+        let now = self.state_now(&vm.host, vm.vmid).await?;
+        if now.plugged.is_none() {
+            return Err(words(&Refusal::QemuSilent, vm.vmid));
+        }
+        let Some(key) = slot_in(&now) else {
+            let Some(key) = unknown_in(&now) else { return Ok(()) };
+            return Err(Error::unavailable(format!(
+                "QEMU has a drive as {key} of which the config says nothing, so it could be this one; restart VM {} to let go of it",
+                vm.vmid
+            )));
+        };
         if known.config.configured(&key).is_some_and(|line| volume_of(line) != volid) {
             return Ok(());
         }

@@ -174,3 +174,18 @@ fn wwns_become_wwids() {
         assert_eq!(wwid(odd), None, "{odd}");
     }
 }
+
+#[test]
+fn a_legacy_disk_of_another_slot_does_not_fit() {
+    let promised = Want { serial_promised: true, ..want() };
+    for (disk, fits_legacy, fits_promised) in [
+        (disk(0, 1, Some(OURS), None), true, true),
+        (disk(0, 1, None, Some(WWID1)), true, false),
+        (disk(0, 1, None, None), true, false),
+        (disk(0, 2, None, Some(WWID2)), false, false),
+        (disk(0, 2, None, None), false, false),
+        (disk(0, 1, Some(OTHER), Some(WWID1)), false, false),
+    ] {
+        assert_eq!((fits(&want(), &disk), fits(&promised, &disk)), (fits_legacy, fits_promised), "{disk:?}");
+    }
+}

@@ -283,3 +283,24 @@ proptest! {
         let _ = StageRequest::new(&request, &folders()).map_err(|refused| refused.to_string());
     }
 }
+
+#[test]
+fn an_encrypted_volume_is_never_staged_in_plain() {
+    for access_type in [AccessType::Mount(MountVolume::default()), AccessType::Block(BlockVolume {})] {
+        let refused = staged(|request| {
+            request.secrets = map(&[("encryption-passphrase", "hunter2")]);
+            request.volume_capability.as_mut().unwrap().access_type = Some(access_type.clone());
+        })
+        .unwrap_err();
+        assert_eq!(refused, Refusal::Encrypted);
+        let sentence = refused.to_string();
+        assert!(sentence.contains("encryption-passphrase") && !sentence.contains("hunter2"), "{sentence}");
+    }
+    assert!(staged(|request| request.secrets = map(&[("else", "x")])).is_ok());
+}
+
+#[test]
+fn a_missing_access_mode_is_missing_and_not_unsupported() {
+    let refused = staged(|request| request.volume_capability.as_mut().unwrap().access_mode = None).unwrap_err();
+    assert_eq!(refused, Refusal::Missing { field: "volume_capability.access_mode" });
+}

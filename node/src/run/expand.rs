@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use super::look::{Room, ShownAt};
+use super::look::{Room, ShownAt, grown_as};
 use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, kill_point, poll};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity;
@@ -34,7 +34,7 @@ impl Node {
                     return Err(failed(DOING, &want.volume, "grow the filesystem", room.not_grown()));
                 }
                 (ExpandStep::Grow, Some(room)) => {
-                    grow(&want.path, room).at(DOING, &want.volume, "grow the filesystem")?;
+                    grow(&want.path, &disk, room).at(DOING, &want.volume, "grow the filesystem")?;
                     tried = true;
                 }
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
@@ -47,6 +47,10 @@ impl Node {
         Ok(match self.look_shown(&want.volume, &want.path)? {
             ShownAt::Nothing(what) => (ExpandSeen { shown: Shown::NotOurs(what), size_bytes: 0 }, None, None),
             ShownAt::Device(disk) => (ExpandSeen { shown: Shown::Device, size_bytes: disk.size_bytes }, Some(disk), None),
+            // OK would mean that the pod has the room.
+            ShownAt::Filesystem(_, mount) if grown_as(&mount.fstype).is_none() => {
+                return Err(plan::Refusal::NoGrowing { fstype: mount.fstype }.into());
+            }
             ShownAt::Filesystem(disk, mount) => {
                 let room = self.look_room(&disk, &mount)?;
                 let growth = room.map_or(Growth::Full, |room| room.growth(tried));
@@ -78,10 +82,10 @@ impl Node {
 }
 
 /// Grows the filesystem that is mounted at `point` to its disk.
-pub(super) fn grow(point: &Path, room: Room) -> Result<(), Cause> {
+pub(super) fn grow(point: &Path, disk: &Disk, room: Room) -> Result<(), Cause> {
     match room.filesystem {
-        Filesystem::Ext4 => block::ext4_grow(point, room.wanted_blocks)?,
-        Filesystem::Xfs => block::xfs_grow(point, room.wanted_blocks)?,
+        Filesystem::Ext4 => block::ext4_grow(point, disk.dev, room.wanted_blocks)?,
+        Filesystem::Xfs => block::xfs_grow(point, disk.dev, room.wanted_blocks)?,
     }
     proto::info!("{}: grown from {} to {} blocks of {} bytes", point.display(), room.blocks, room.wanted_blocks, room.block_size);
     Ok(())

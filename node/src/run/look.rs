@@ -13,7 +13,7 @@ use crate::error::Cause;
 use crate::identity;
 use crate::plan::{self, Growth, Mount, Target};
 use crate::probe;
-use crate::request::{Filesystem, Volume};
+use crate::request::{self, Filesystem, Volume};
 use crate::sys::block::{self, Access, XfsGeometry};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, Dev, mountinfo};
@@ -87,13 +87,41 @@ impl Node {
         })
     }
 
-    /// What is at a target path.
-    pub(super) fn look_target(&self, volume: &Volume, real: Option<&Path>, disks: &[Disk]) -> Result<Target, Cause> {
+    /// What is mounted from where, for the search of a legacy disk. For a filesystem volume a raw block volume's device node
+    /// counts too: that is another volume's, or this one's in another mode.
+    pub(super) fn in_use(&self, access: &request::Access) -> Result<Vec<(Dev, PathBuf)>, Cause> {
+        let mut used = self.mounted_devices()?;
+        if matches!(access, request::Access::Filesystem(_)) {
+            used.extend(self.shown_devices(rdev)?);
+        }
+        Ok(used)
+    }
+
+    /// The device nodes that are shown in kubelet's folders; `rdev` says whose a node is.
+    pub(super) fn shown_devices(&self, rdev: impl Fn(&Path) -> Result<Option<Dev>, sys::Error>) -> Result<Vec<(Dev, PathBuf)>, sys::Error> {
+        let mut shown = Vec::new();
+        for mount in self.mounts()?.into_iter().filter(|mount| is_of_devices(mount) && self.is_inside(&mount.point)) {
+            shown.extend(rdev(&mount.point)?.map(|dev| (dev, mount.point)));
+        }
+        Ok(shown)
+    }
+
+    /// What is at a target path. `is_it`: whether a disk that may be this volume's is the very one that is meant.
+    pub(super) fn look_target(
+        &self,
+        volume: &Volume,
+        real: Option<&Path>,
+        disks: &[Disk],
+        is_it: impl Fn(&Disk) -> bool,
+    ) -> Result<Target, Cause> {
         let Some(real) = real else { return Ok(Target::Absent) };
         let mounts = self.mounts()?;
         let Some(mount) = mountinfo::at(&mounts, real) else { return Ok(unmounted(real)?) };
         let dev = if is_of_devices(mount) { rdev(real)?.unwrap_or(mount.dev) } else { mount.dev };
         Ok(match self.owner(volume, dev, disks)? {
+            Owner::Ours(disk) if !is_it(&disk) => {
+                Target::Other(format!("{} is shown there, which is not the disk that is to be shown", identity::name(&disk)))
+            }
             Owner::Ours(_) => Target::Shows { read_only: mount.read_only },
             Owner::Gone => Target::ShowsGone,
             Owner::Stranger(why) => Target::Other(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
@@ -133,19 +161,13 @@ impl Node {
 
     /// How much the mounted filesystem could grow; `None`: it must not (read-only, or nothing that we grow).
     pub(super) fn look_room(&self, disk: &Disk, mount: &mountinfo::Mount) -> Result<Option<Room>, Cause> {
-        let filesystem = match mount.fstype.as_str() {
-            _ if disk.read_only || mount.filesystem_read_only => return Ok(None),
-            // As the reference driver mounts them; by us they are all mounted as ext4.
-            "ext2" | "ext3" | "ext4" => Filesystem::Ext4,
-            "xfs" => Filesystem::Xfs,
-            _ => return Ok(None),
-        };
+        let Some(filesystem) = grown_as(&mount.fstype).filter(|_| !disk.read_only && !mount.filesystem_read_only) else { return Ok(None) };
         let device = self.open(disk, Access::Shared)?;
         let disk_bytes = device.size_bytes()?;
         Ok(Some(match filesystem {
             Filesystem::Ext4 => Room::of_ext(&probe::ext_superblock(&device)?, disk_bytes),
             // Its superblock on the disk lags behind while it is mounted.
-            Filesystem::Xfs => Room::of_xfs(block::xfs_geometry(&mount.point)?, disk_bytes),
+            Filesystem::Xfs => Room::of_xfs(block::xfs_geometry(&mount.point, disk.dev)?, disk_bytes),
         }))
     }
 }
@@ -179,6 +201,27 @@ impl Room {
             Some(left) if tried && left < u64::from(self.blocks_per_group) => Growth::Tried,
             Some(_) => Growth::Room,
         }
+    }
+}
+
+/// For a disk that shows the volume, but is not the one that the publish context describes.
+pub(super) fn not_named(disk: &Disk, want: &identity::Want) -> String {
+    if want.serial_promised {
+        format!("{} without the serial {} that the publish context promises", disk.name, want.serial)
+    } else {
+        format!(
+            "{}, which is not in the slot that the publish context names: an older attachment's; unstage it first",
+            identity::name(disk)
+        )
+    }
+}
+
+/// How a mounted filesystem grows; `None`: not by us. The reference driver mounts ext2 and ext3 by their names, we as ext4.
+pub(super) fn grown_as(fstype: &str) -> Option<Filesystem> {
+    match fstype {
+        "ext2" | "ext3" | "ext4" => Some(Filesystem::Ext4),
+        "xfs" => Some(Filesystem::Xfs),
+        _ => None,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::look::usable;
+use super::look::{ShownAt, usable};
 use super::{MAX_TURNS, Node, failed, kill_point};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
@@ -41,12 +41,12 @@ impl Node {
     fn look_publish(&self, want: &PublishRequest) -> Result<(PublishSeen, Option<Disk>), Cause> {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.target)?;
-        let target = self.look_target(&want.volume, real.as_deref(), &disks)?;
-        let (source, disk, staging) = match &want.source {
+        let (source, disk, staging, is_source_read_only) = match &want.source {
             PublishSource::Staging(staging) => {
                 let staging = self.real(staging)?;
                 let (mount, from) = self.look_staging(&want.volume, staging.as_deref(), &disks)?;
-                (Source::Staged(mount), from.map(|(disk, _)| disk), staging)
+                let is_read_only = from.as_ref().is_some_and(|(_, mounted)| mounted.read_only);
+                (Source::Staged(mount), from.map(|(disk, _)| disk), staging, is_read_only)
             }
             PublishSource::Device(wanted) => {
                 // A legacy disk that is published already shows up as "in use" only where a filesystem is on it.
@@ -54,15 +54,20 @@ impl Node {
                     Found::NotYet(_) => None,
                     Found::Disk(disk) => Some(disk.clone()),
                 };
-                (Source::Device(disk.as_ref().map_or(plan::Disk::NotYet, usable)), disk, None)
+                (Source::Device(disk.as_ref().map_or(plan::Disk::NotYet, usable)), disk, None, false)
             }
         };
+        let target = self.look_target(&want.volume, real.as_deref(), &disks, |shown| match (&want.source, &disk) {
+            (PublishSource::Device(wanted), _) => identity::fits(wanted, shown),
+            (PublishSource::Staging(_), Some(staged)) => shown.dev == staged.dev,
+            (PublishSource::Staging(_), None) => true,
+        })?;
         let not: Vec<&Path> = real.iter().chain(&staging).map(PathBuf::as_path).collect();
         let other_targets = match &disk {
             Some(disk) if want.single_target => self.look_other_targets(disk, &not)?,
             _ => Vec::new(),
         };
-        Ok((PublishSeen { source, target, other_targets }, disk))
+        Ok((PublishSeen { source, is_source_read_only, target, other_targets }, disk))
     }
 
     fn perform_publish(&self, want: &PublishRequest, step: PublishStep, disk: Option<&Disk>) -> Result<(), Cause> {
@@ -73,12 +78,15 @@ impl Node {
             (PublishStep::SetRunning, _) => self.set_running(disk.ok_or_else(gone)?),
             (PublishStep::MakeFolder, _) => Ok(make_folder(&want.target)?),
             (PublishStep::MakeFile, _) => Ok(make_file(&want.target)?),
-            (PublishStep::Bind, PublishSource::Staging(staging)) => Ok(mount::bind(staging, &want.target, want.read_only)?),
+            (PublishStep::Bind, PublishSource::Staging(staging)) => {
+                let leads = mount::Leads::Into(disk.ok_or_else(gone)?.dev);
+                Ok(mount::bind(staging, leads, &want.target, want.read_only)?)
+            }
             (PublishStep::Bind, PublishSource::Device(_)) => {
                 let disk = disk.ok_or_else(gone)?;
                 // Held open, so that the name stays this disk's until the bind is done.
                 let device = self.open(disk, sys::block::Access::Shared)?;
-                Ok(mount::bind(device.path(), &want.target, want.read_only)?)
+                Ok(mount::bind(device.path(), mount::Leads::To(disk.dev), &want.target, want.read_only)?)
             }
             // The plan asks for the disk of a device source only.
             (PublishStep::FindDisk, PublishSource::Staging(_)) => Err(gone()),
@@ -94,7 +102,7 @@ impl Node {
         for _ in 0..MAX_TURNS {
             let looked = || -> Result<_, Cause> {
                 let real = self.real(&want.target)?;
-                self.look_target(&want.volume, real.as_deref(), &scsi::scan(&self.sysfs)?)
+                self.look_target(&want.volume, real.as_deref(), &scsi::scan(&self.sysfs)?, |_| true)
             };
             let seen = looked().at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_unpublish_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
@@ -103,6 +111,10 @@ impl Node {
             let target = &want.target;
             match step {
                 UnpublishStep::Unmount => {
+                    // Unstage cannot find a legacy disk again that only a device node shows.
+                    if let ShownAt::Device(disk) = self.look_shown(&want.volume, target).at(DOING, &want.volume, "look")? {
+                        self.write_out(&disk).at(DOING, &want.volume, "write out")?;
+                    }
                     mount::take_away(target).at(DOING, &want.volume, "unmount")?;
                     proto::info!("{DOING} {}: unmounted {}", want.volume, target.display());
                 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use rustix::io::Errno;
 
 use super::expand::grow;
-use super::look::{Room, is_empty_folder, usable};
+use super::look::{Room, is_empty_folder, not_named, usable};
 use super::publish::make_folder;
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
 use crate::error::{AtStep, Cause, Error};
@@ -63,18 +63,15 @@ impl Node {
         let (mut mount, from) = self.look_staging(&want.volume, real.as_deref(), &disks)?;
         let mut room = None;
         let disk = match &from {
-            Some((disk, _)) if want.disk.serial_promised && disk.serial.as_deref() != Some(&want.disk.serial) => {
-                mount = plan::Mount::Stranger(format!(
-                    "{} without the serial {} that the publish context promises",
-                    disk.name, want.disk.serial
-                ));
+            Some((disk, _)) if !identity::fits(&want.disk, disk) => {
+                mount = plan::Mount::Stranger(not_named(disk, &want.disk));
                 None
             }
             Some((disk, mounted)) => {
                 room = self.look_room(disk, mounted)?;
                 Some(disk.clone())
             }
-            None => match identity::find(&want.disk, &disks, &self.mounted_devices()?)? {
+            None => match identity::find(&want.disk, &disks, &self.in_use(&want.access)?)? {
                 Found::Disk(disk) => Some(disk.clone()),
                 Found::NotYet(_) => None,
             },
@@ -95,7 +92,7 @@ impl Node {
             StageStep::FindDisk => self.await_disk(&want.disk).map(|_| ()),
             StageStep::SetRunning => self.set_running(disk()?),
             StageStep::Probe => {
-                let _one_of_few = self.workers.take();
+                let _one_of_few = self.workers.take()?;
                 let device = self.open_new(disk()?, block::Access::Shared)?;
                 memory.surface = probe::probe(&device, &want.volume, want.zeroed)?;
                 Ok(())
@@ -113,7 +110,7 @@ impl Node {
                 if memory.grow_tried && want.grow_required {
                     return Err(room.not_grown());
                 }
-                let grown = if memory.grow_tried { Err(room.not_grown()) } else { grow(&want.staging, room) };
+                let grown = if memory.grow_tried { Err(room.not_grown()) } else { grow(&want.staging, disk()?, room) };
                 memory.grow_tried = true;
                 match grown {
                     Err(cause) if !want.grow_required => {
@@ -130,7 +127,7 @@ impl Node {
 
     /// The only place that destroys anything. The disk is probed once more when nobody else can hold it.
     fn make_filesystem(&self, want: &StageRequest, disk: &Disk, options: FormatOptions, unfinished: bool) -> Result<(), Cause> {
-        let _one_of_few = self.workers.take();
+        let _one_of_few = self.workers.take()?;
         let device = self.open(disk, block::Access::Exclusive)?;
         let expected = if unfinished { Surface::Unfinished } else { Surface::Blank };
         let surface = probe::probe(&device, &want.volume, want.zeroed)?;
@@ -146,6 +143,16 @@ impl Node {
         let options = if disk.read_only { options.clone().read_only() } else { options.clone() };
         let options = if by == Filesystem::Xfs { options.any_uuid() } else { options };
         make_folder(&want.staging)?;
+        // Two volumes may claim one legacy disk (stale attachments). So those are mounted one after the other, each after a
+        // look whether another volume has come first.
+        let is_legacy = disk.serial.as_deref() != Some(&want.disk.serial);
+        let _alone = if is_legacy { Some(self.legacy_mounts.take()?) } else { None };
+        if is_legacy {
+            match identity::find(&want.disk, &scsi::scan(&self.sysfs)?, &self.in_use(&want.access)?)? {
+                Found::Disk(now) if now.dev == disk.dev => (),
+                Found::Disk(_) | Found::NotYet(_) => return Err(Cause::OtherDiskNow { disk: identity::name(disk) }),
+            }
+        }
         // Held open, so that the name stays this disk's until the mount holds it.
         let device = self.open(disk, block::Access::Shared)?;
         mount::filesystem(by.name(), device.path(), &want.staging, &options)?;
@@ -210,14 +217,15 @@ impl Node {
     /// mount of it lives in any mount namespace, and a filesystem is written out only when its last mount goes.
     fn is_held(&self, disk: &Disk) -> Result<Option<String>, Cause> {
         match self.open(disk, block::Access::ExclusiveRead) {
-            Ok(_) => Ok(None),
+            // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
+            Ok(_) => self.write_out(disk).map(|()| None),
             Err(Cause::OtherDiskNow { .. }) => Ok(None),
             Err(Cause::Sys(error)) if error.errno == Errno::BUSY => {
                 let holders = scsi::holders(&self.sysfs, &disk.name)?;
                 if !holders.is_empty() {
                     // The guest's own LVM or md sits on what a raw block volume holds: no data of a pod is in it.
                     proto::warn!("{} is held by {}", identity::name(disk), holders.join(", "));
-                    return Ok(None);
+                    return self.write_out(disk).map(|()| None);
                 }
                 let at: Vec<PathBuf> = self.mounted_devices()?.into_iter().filter(|(dev, _)| *dev == disk.dev).map(|(_, at)| at).collect();
                 Ok(Some(match at.first() {
@@ -228,6 +236,18 @@ impl Node {
             // The disk is gone, or takes no I/O: nothing can be lost by detaching it.
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(None),
             Err(cause) => Err(cause),
+        }
+    }
+
+    /// What was written to the disk itself, not through a filesystem, reaches it. A disk that is gone has lost it.
+    pub(super) fn write_out(&self, disk: &Disk) -> Result<(), Cause> {
+        if disk.read_only {
+            return Ok(());
+        }
+        match self.open(disk, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
+            Err(Cause::OtherDiskNow { .. }) => Ok(()),
+            Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
+            done => done,
         }
     }
 

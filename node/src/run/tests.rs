@@ -5,7 +5,9 @@ use std::os::unix::fs::symlink;
 
 use super::*;
 use crate::plan::{Mount, Target};
-use crate::request::{ExpandRequest, UnpublishRequest, UnstageRequest};
+use crate::request::{
+    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, UnpublishRequest, UnstageRequest, Zeroed,
+};
 use crate::testing::{FakeDisk, Folder, volume};
 
 const HANDLE: &str = "r/z/s/vm-9999-pvc-1";
@@ -33,7 +35,8 @@ impl Bench {
             mountinfo: path.join("mountinfo"),
             devices: path.join("dev"),
             folders: Folders::new(vec![kubelet]).unwrap(),
-            workers: Slots { free: Mutex::new(1), freed: Condvar::new() },
+            workers: Slots::new(1),
+            legacy_mounts: Slots::new(1),
         };
         Self { root, node }
     }
@@ -54,7 +57,7 @@ impl Bench {
     fn target(&self, name: &str) -> Target {
         let disks = scsi::scan(&self.node.sysfs).unwrap();
         let real = self.node.real(&self.path(name)).unwrap();
-        self.node.look_target(&volume(HANDLE), real.as_deref(), &disks).unwrap()
+        self.node.look_target(&volume(HANDLE), real.as_deref(), &disks, |_| true).unwrap()
     }
 }
 
@@ -113,7 +116,12 @@ fn a_path_that_leads_outside_is_refused() {
     let bench = Bench::new(&[]);
     symlink("/etc", bench.path("out")).unwrap();
     assert_eq!(bench.node.real(&bench.path("out/x")), Err(Cause::Outside { real: "/etc/x".into() }));
+    for absent in ["out/no/x", "out/no/such/folder"] {
+        assert_eq!(bench.node.real(&bench.path(absent)), Err(Cause::Outside { real: "/etc".into() }), "it would be made there");
+    }
+    assert_eq!(bench.node.real(&bench.path("no/such/folder")), Ok(None));
     fs::create_dir(bench.path("in")).unwrap();
+    assert_eq!(bench.node.real(&bench.path("in/no/x")), Ok(None));
     symlink(bench.path("in"), bench.path("link")).unwrap();
     assert_eq!(bench.node.real(&bench.path("link/x")), Ok(Some(bench.path("in/x"))));
 }
@@ -191,4 +199,78 @@ fn a_poll_looks_once_more_when_the_time_is_up() {
     });
     assert_eq!(found, Ok(Ok(3)));
     assert_eq!(poll(Duration::from_secs(60), || Err::<Result<(), String>, _>("a failed look")), Err("a failed look"));
+}
+
+/// A context of the reference driver: slot 1, no serial.
+fn legacy_want() -> crate::identity::Want {
+    let wwid = crate::identity::wwid(&proto::wwn_of_lun(1));
+    crate::identity::Want { serial: volume(HANDLE).serial, serial_promised: false, wwid, lun: Some(1), size_bytes: None }
+}
+
+fn legacy_disk(lun: u8, name: &str, minor: u32) -> FakeDisk {
+    FakeDisk::new(0, lun.into()).named(name, minor).wwid(&crate::identity::wwid(&proto::wwn_of_lun(lun)).unwrap())
+}
+
+fn legacy_stage(bench: &Bench) -> StageRequest {
+    StageRequest {
+        volume: volume(HANDLE),
+        staging: bench.path("staging"),
+        access: Access::Filesystem(crate::sys::mount::Options::default()),
+        fstype: None,
+        disk: legacy_want(),
+        format: Format::Never("a test".into()),
+        zeroed: Zeroed::Unknown,
+        grow_required: false,
+    }
+}
+
+#[test]
+fn a_staged_legacy_disk_of_another_slot_is_not_taken_for_this_attachment() {
+    let bench = Bench::new(&[("8:16", "staging", "ext4")]);
+    bench.plug(&legacy_disk(2, "sdb", 16));
+    let error = bench.node.stage(&legacy_stage(&bench)).unwrap_err();
+    assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::OtherMount { .. })), "{error}");
+    assert!(error.to_string().contains("not in the slot"), "{error}");
+}
+
+#[test]
+fn a_target_that_shows_another_legacy_disk_is_not_published() {
+    let bench = Bench::new(&[("8:16", "target", "ext4")]);
+    bench.plug(&legacy_disk(1, "sda", 0));
+    bench.plug(&legacy_disk(2, "sdb", 16));
+    let publish = |source| {
+        let want = PublishRequest { volume: volume(HANDLE), target: bench.path("target"), source, read_only: false, single_target: false };
+        bench.node.publish(&want)
+    };
+    let error = publish(PublishSource::Device(legacy_want())).unwrap_err();
+    assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::TargetTaken { .. })), "{error}");
+}
+
+#[test]
+fn a_raw_block_volumes_legacy_disk_is_in_use() {
+    let bench = Bench::new(&[("0:5", "block", "devtmpfs"), ("0:35", "other", "tmpfs")]);
+    let lines = fs::read_to_string(&bench.node.mountinfo).unwrap().replace(" / ", " /sda ");
+    fs::write(&bench.node.mountinfo, lines).unwrap();
+    let dev = sys::Dev { major: 8, minor: 0 };
+    let shown = bench.node.shown_devices(|path| Ok((path == bench.path("block")).then_some(dev))).unwrap();
+    assert_eq!(shown, [(dev, bench.path("block"))]);
+    let disks = [legacy_disk(1, "sda", 0).0];
+    assert!(matches!(identity::find(&legacy_want(), &disks, &shown), Err(identity::Refusal::InUse { .. })));
+}
+
+#[test]
+fn a_place_that_stays_taken_is_waited_for_no_longer_than_said() {
+    let slots = Slots::new(1);
+    let held = slots.take_within(Duration::ZERO).unwrap();
+    assert!(matches!(slots.take_within(Duration::ZERO), Err(Cause::Crowded { .. })));
+    drop(held);
+    assert!(slots.take_within(Duration::ZERO).is_ok());
+}
+
+#[test]
+fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
+    let bench = Bench::new(&[("8:0", "shown", "btrfs")]);
+    bench.plug(&ours());
+    let error = bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }).unwrap_err();
+    assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::NoGrowing { .. })), "{error}");
 }

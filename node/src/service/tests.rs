@@ -33,6 +33,7 @@ fn every_cause_has_its_code() {
         (Cause::StillHeld { waited, disk: what(), by: what() }, Code::FailedPrecondition),
         (Cause::Outside { real: "/etc".into() }, Code::InvalidArgument),
         (Cause::Geometry(what()), Code::InvalidArgument),
+        (Cause::Crowded { waited }, Code::Unavailable),
         (Cause::NoDisk { waited, why: what() }, Code::Unavailable),
         (Cause::SizeNotSeen { waited, size_bytes: 1, required_bytes: 2 }, Code::Unavailable),
         (Cause::Sys(sys_error()), Code::Internal),

@@ -10,6 +10,7 @@ use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl, opcode};
 
+use super::mount::Leads;
 use super::{Dev, Error};
 
 /// A plain write of zeros, where the device takes no other request for them.
@@ -134,15 +135,16 @@ impl AsFd for Device {
     }
 }
 
-/// Grows the ext4 that is mounted at `point` to `blocks` filesystem blocks.
+/// Grows the ext4 of the device `dev` that is mounted at `point` to `blocks` filesystem blocks.
 ///
 /// Kernel: fs/ext4/ioctl.c, EXT4_IOC_RESIZE_FS, since 3.3. EBUSY: another resize is running. EPERM: CAP_SYS_RESOURCE is
 /// missing, or the filesystem has its error flag set. EROFS: mounted read-only. ENOSPC: larger than the device.
 ///
 /// # Errors
-/// As above.
-pub fn ext4_grow(point: &Path, blocks: u64) -> Result<(), Error> {
+/// As above; ESTALE: something else is at `point` now, such as the machine's own filesystem.
+pub fn ext4_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     let folder = File::open(point).map_err(Error::io("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
     rustix::fs::ext4_ioc_resize_fs(&folder, blocks).map_err(Error::at("ioctl(EXT4_IOC_RESIZE_FS)", point))
 }
 
@@ -194,12 +196,14 @@ pub struct XfsGeometry {
     inode_percent: u32,
 }
 
-/// The size of the xfs that is mounted at `point`.
+/// The size of the xfs of the device `dev` that is mounted at `point`.
 ///
 /// # Errors
-/// ENOTTY: it is no xfs.
-pub fn xfs_geometry(point: &Path) -> Result<XfsGeometry, Error> {
-    geometry_of(&File::open(point).map_err(Error::io("open", point))?, point)
+/// ENOTTY: it is no xfs. ESTALE: something else is at `point` now.
+pub fn xfs_geometry(point: &Path, dev: Dev) -> Result<XfsGeometry, Error> {
+    let folder = File::open(point).map_err(Error::io("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
+    geometry_of(&folder, point)
 }
 
 #[allow(unsafe_code, reason = "an ioctl that rustix lacks")]
@@ -213,17 +217,18 @@ fn geometry_of(folder: &File, point: &Path) -> Result<XfsGeometry, Error> {
     Ok(XfsGeometry { block_size: seen.blocksize, blocks: seen.datablocks, inode_percent: seen.imaxpct })
 }
 
-/// Grows the xfs that is mounted at `point` to `blocks` filesystem blocks. Never shrinks it: Linux from 5.12 on takes fewer
+/// Grows the xfs of the device `dev` that is mounted at `point` to `blocks` filesystem blocks. Never shrinks it: Linux from 5.12 on takes fewer
 /// blocks for that wish, and throws the end away. As many or fewer blocks than there are: nothing is done.
 ///
 /// Kernel: fs/xfs/xfs_fsops.c, xfs_growfs_data. EIO: larger than the device. EWOULDBLOCK: another grow is running. EPERM:
 /// CAP_SYS_ADMIN is missing. EROFS: mounted read-only.
 ///
 /// # Errors
-/// As above.
+/// As above; ESTALE: something else is at `point` now, such as the machine's own filesystem.
 #[allow(unsafe_code, reason = "an ioctl that rustix lacks")]
-pub fn xfs_grow(point: &Path, blocks: u64) -> Result<(), Error> {
+pub fn xfs_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     let folder = File::open(point).map_err(Error::io("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
     let geometry = geometry_of(&folder, point)?;
     if blocks <= geometry.blocks {
         return Ok(());
@@ -261,9 +266,21 @@ mod tests {
 
     #[test]
     fn what_is_no_xfs_has_no_geometry() {
+        // proc is no xfs on any machine.
+        let (path, proc) = (Path::new("/proc"), File::open("/proc").unwrap());
+        let dev = Dev::from_raw(proc.metadata().unwrap().dev());
+        for refused in [xfs_geometry(path, dev).map(|_| ()), xfs_grow(path, dev, u64::MAX)] {
+            let refused = refused.unwrap_err();
+            assert_eq!((refused.call, refused.errno), ("ioctl(XFS_IOC_FSGEOMETRY_V1)", Errno::NOTTY));
+        }
+    }
+
+    #[test]
+    fn the_filesystem_below_a_mount_that_went_is_not_grown() {
         let folder = Folder::new();
-        for refused in [xfs_geometry(folder.path()).map(|_| ()), xfs_grow(folder.path(), u64::MAX)] {
-            assert_eq!(refused.unwrap_err().call, "ioctl(XFS_IOC_FSGEOMETRY_V1)");
+        let other = Dev { major: 8, minor: 4095 };
+        for grown in [ext4_grow(folder.path(), other, 1), xfs_grow(folder.path(), other, 1), xfs_geometry(folder.path(), other).map(drop)] {
+            assert_eq!(grown.unwrap_err().errno, Errno::STALE, "before the ioctl");
         }
     }
 

@@ -75,6 +75,7 @@ pub fn words(errno: Errno) -> String {
         Errno::OPNOTSUPP => "EOPNOTSUPP",
         Errno::NOSYS => "ENOSYS",
         Errno::TIMEDOUT => "ETIMEDOUT",
+        Errno::STALE => "ESTALE",
         Errno::UCLEAN => "EUCLEAN",
         Errno::BADMSG => "EBADMSG",
         Errno::REMOTEIO => "EREMOTEIO",

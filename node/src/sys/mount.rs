@@ -13,7 +13,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
 };
 
-use super::{Error, kmsg};
+use super::{Dev, Error, kmsg};
 
 /// Messages read from a filesystem context; each is at most a line.
 const MAX_MESSAGES: usize = 16;
@@ -161,13 +161,40 @@ pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options)
     Ok(())
 }
 
-/// Shows the mount (or file) at `source` at `target` too. Read-only from its first moment, where that is asked.
+/// What a path must lead to, still, when it is used: between the look at it and the deed a mount may have gone, and the
+/// path leads to what is below it then, the machine's own disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leads {
+    /// Into the filesystem on this device.
+    Into(Dev),
+    /// To this block device's node.
+    To(Dev),
+}
+
+impl Leads {
+    /// # Errors
+    /// ESTALE: the open file is something else.
+    pub fn check(self, file: impl AsFd, path: &Path) -> Result<(), Error> {
+        let seen = rustix::fs::fstat(file).map_err(Error::at("fstat", path))?;
+        let is_right = match self {
+            Self::Into(dev) => Dev::from_raw(seen.st_dev) == dev,
+            Self::To(dev) => {
+                rustix::fs::FileType::from_raw_mode(seen.st_mode) == rustix::fs::FileType::BlockDevice && Dev::from_raw(seen.st_rdev) == dev
+            }
+        };
+        if is_right { Ok(()) } else { Err(Error { call: "open", subject: path.into(), errno: Errno::STALE }) }
+    }
+}
+
+/// Shows the mount (or file) at `source`, which must lead where `leads` says, at `target` too. Read-only from its first
+/// moment, where that is asked.
 ///
 /// # Errors
-/// As the kernel says.
-pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
+/// As the kernel says; ESTALE: `source` has become something else.
+pub fn bind(source: &Path, leads: Leads, target: &Path, read_only: bool) -> Result<(), Error> {
     let tree = open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
         .map_err(Error::at("open_tree", source))?;
+    leads.check(&tree, source)?;
     if read_only {
         set_read_only(&tree).map_err(Error::at("mount_setattr(MOUNT_ATTR_RDONLY)", source))?;
     }
@@ -176,6 +203,17 @@ pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> 
 
 fn attach(mount: &OwnedFd, target: &Path) -> Result<(), Error> {
     move_mount(mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(Error::at("move_mount", target))
+}
+
+/// What statfs says of the filesystem of the device `dev` at `point`.
+///
+/// # Errors
+/// As the kernel says; ESTALE: something else is there now.
+pub fn usage(point: &Path, dev: Dev) -> Result<rustix::fs::StatVfs, Error> {
+    use rustix::fs::{Mode, OFlags};
+    let folder = rustix::fs::open(point, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Error::at("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
+    rustix::fs::fstatvfs(&folder).map_err(Error::at("statfs", point))
 }
 
 /// Takes the newest mount at `target` away.
@@ -250,6 +288,20 @@ mod tests {
 
     fn filesystem_options(options: &Options) -> Vec<String> {
         options.filesystem.iter().map(|(key, value)| value.as_ref().map_or(key.clone(), |value| format!("{key}={value}"))).collect()
+    }
+
+    #[test]
+    fn a_path_that_leads_elsewhere_now_is_not_used() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = Folder::new();
+        let open = std::fs::File::open(folder.path()).unwrap();
+        let dev = Dev::from_raw(open.metadata().unwrap().dev());
+        let other = Dev { major: dev.major, minor: dev.minor + 1 };
+        Leads::Into(dev).check(&open, folder.path()).unwrap();
+        for elsewhere in [Leads::Into(other), Leads::To(dev)] {
+            let refused = elsewhere.check(&open, folder.path()).unwrap_err();
+            assert_eq!((refused.errno, refused.subject.as_path()), (Errno::STALE, folder.path()), "{elsewhere:?}");
+        }
     }
 
     #[test]

@@ -13,6 +13,8 @@ use super::{Dev, Error};
 
 /// Attributes are small; a VPD page has at most 255 bytes from QEMU, 64 KiB by its format.
 const MAX_ATTRIBUTE_BYTES: usize = 64 << 10;
+/// In the place of a serial that is there and could not be read.
+pub const UNREADABLE_SERIAL: &str = "(unreadable)";
 /// sysfs counts a disk's size in these, whatever the disk's own sector size.
 const SYSFS_SECTOR_BYTES: u64 = 512;
 
@@ -140,7 +142,7 @@ pub fn disk(sysfs: &Path, address: Address) -> Result<Option<Disk>, Error> {
             _ => State::Passing,
         },
         wwid: text("wwid")?.filter(|wwid| !wwid.is_empty()),
-        serial: attribute(&device.join("vpd_pg80"))?.and_then(|page| serial_of(&page)),
+        serial: serial(&device)?,
         designators: attribute(&device.join("vpd_pg83"))?.map(|page| ascii_designators(&page)).unwrap_or_default(),
         dev,
         size_bytes: sectors.saturating_mul(SYSFS_SECTOR_BYTES),
@@ -211,6 +213,16 @@ pub fn topology(sysfs: &Path, disk: &Disk) -> Result<Topology, Error> {
 
 fn device(sysfs: &Path, address: Address) -> PathBuf {
     sysfs.join("bus/scsi/devices").join(address.to_string())
+}
+
+/// The disk's serial; none if it has none. A disk that lists page 0x80 among its pages, and whose page the kernel could not
+/// read when it found the disk, has one that nobody knows.
+fn serial(device: &Path) -> Result<Option<String>, Error> {
+    if let Some(page) = attribute(&device.join("vpd_pg80"))? {
+        return Ok(serial_of(&page));
+    }
+    let listed = attribute(&device.join("vpd_pg0"))?.is_some_and(|page| page.get(4..).unwrap_or_default().contains(&0x80));
+    Ok(listed.then(|| UNREADABLE_SERIAL.to_string()))
 }
 
 /// VPD page 0x80 (SPC-4 7.8.15): 4 bytes of header, length in the last two, then ASCII, padded with spaces.

@@ -270,14 +270,19 @@ fn keep(cluster: &Cluster) -> Result<()> {
     say(&format!("the Proxmox simulator: {} (header Authorization: PVEAPIToken={})", cluster.sim.url(), cluster.sim.token()));
     say(&format!("for example: curl -s -H 'Authorization: PVEAPIToken={}' {}/cluster/resources", cluster.sim.token(), cluster.sim.url()));
     say("Enter (or Ctrl-C) ends it.");
-    let mut line = String::new();
-    if std::io::stdin().read_line(&mut line)? == 0 {
-        // No terminal: stay until killed.
-        loop {
-            std::thread::park();
+    let (end, ended) = std::sync::mpsc::channel();
+    let enter = end.clone();
+    std::thread::spawn(move || {
+        // Without a terminal there is no Enter, only the signal.
+        if std::io::stdin().read_line(&mut String::new()).is_ok_and(|read| read > 0) {
+            let _ = enter.send(Ok(()));
         }
-    }
-    Ok(())
+    });
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let _ = end.send(runtime.and_then(|runtime| runtime.block_on(proto::serve::terminated())));
+    });
+    ended.recv()?.context("wait for the end")
 }
 
 fn run(keep_running: bool, fs_type: &'static str) -> Result<()> {

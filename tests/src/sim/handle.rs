@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -25,8 +24,6 @@ use super::{hotplug, http, tls};
 
 /// In virtual time everything ends at once; what has not by then hangs.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-/// Numbers the root folders of one process.
-static STARTED: AtomicU32 = AtomicU32::new(0);
 
 /// How to start a simulator.
 #[derive(Debug, Clone)]
@@ -118,10 +115,7 @@ impl Builder {
     /// Must be called inside a tokio runtime; the simulator lives in it.
     pub async fn start(self) -> anyhow::Result<Simulator> {
         let owns_root = self.root.is_none();
-        let root = self.root.unwrap_or_else(|| {
-            let number = STARTED.fetch_add(1, Ordering::Relaxed);
-            std::env::temp_dir().join(format!("pve-simulator-{}-{number}", std::process::id()))
-        });
+        let root = self.root.map_or_else(|| crate::folder::new("pve-simulator-", ""), Ok)?;
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         let clock = Clock::new(self.time);
         let cluster = Arc::new(Cluster::new(&self.description, &root, self.version, self.latency, clock)?);

@@ -29,7 +29,8 @@ fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, word: &str
 fn guest_modes_and_options() {
     let Some(agent) = Agent::start("modes") else { return };
     let (handle, image) = (handle("modes"), Image::new(64 * MIB));
-    let volume = agent.attach(&handle, &image, 1);
+    let mut volume = agent.attach(&handle, &image, 1);
+    volume.volume_context.extend([("blockSize", "2048"), ("inodeSize", "512")].map(|(key, value)| (key.to_owned(), value.to_owned())));
 
     // The kernel's own word on an option that it does not know; then the same volume with good ones.
     let wrong = with_flags(&volume, &["noatime", "no_such_option"]);
@@ -41,6 +42,9 @@ fn guest_modes_and_options() {
     agent.stage(&good);
     let line = mount_line(&agent, &volume.staging);
     assert!(["noatime", "nodev", "commit=17"].iter().all(|option| line.contains(option)), "{line}");
+    // s_log_block_size (1024 << n) and s_inode_size of ext4's superblock at byte 1024.
+    assert_eq!(image.read_at(1024 + 0x18, 4), 1_u32.to_le_bytes(), "blockSize 2048");
+    assert_eq!(image.read_at(1024 + 0x58, 2), 512_u16.to_le_bytes(), "inodeSize 512");
 
     // Read-only is the mount's, not the filesystem's, and from the first moment.
     let read_only = || csi::NodePublishVolumeRequest { readonly: true, ..volume.publish() };

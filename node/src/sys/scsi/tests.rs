@@ -61,6 +61,18 @@ fn a_size_that_is_no_number_is_an_error_not_an_absence() {
 }
 
 #[test]
+fn a_serial_that_could_not_be_read_is_not_taken_for_none() {
+    let root = Folder::new();
+    let device = FakeDisk::new(0, 1).plug(root.path());
+    let serial = || disk(root.path(), Address { host: 0, channel: 0, target: 0, lun: 1 }).unwrap().unwrap();
+    fs::write(device.join("vpd_pg0"), [0, 0, 0, 3, 0x00, 0x83, 0xb0]).unwrap();
+    assert_eq!(serial().serial, None);
+    fs::write(device.join("vpd_pg0"), [0, 0, 0, 3, 0x00, 0x80, 0x83]).unwrap();
+    assert_eq!(serial().serial.as_deref(), Some(UNREADABLE_SERIAL));
+    assert!(crate::identity::verify("csi-0123456789abcdef", &serial()).is_err(), "it may be another volume's");
+}
+
+#[test]
 fn only_virtio_scsi_hosts_are_rescanned() {
     let root = Folder::new();
     let hosts = root.path().join("class/scsi_host");
