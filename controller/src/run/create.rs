@@ -11,7 +11,7 @@ use proto::VolumeHandle;
 use tokio::task::JoinSet;
 
 use super::region::{EVIDENCE_AGE, Region, ago};
-use super::{Clusters, Controller, MAX_TRIED};
+use super::{Clusters, Controller, MAX_TRIED, TRIED_AGE};
 use crate::error::Error;
 use crate::placement::{Candidate, Plugin, Refusal, Want, candidates, disk_name, disk_of, with_room};
 use crate::pve::{self, Meaning, api};
@@ -62,6 +62,8 @@ impl Controller {
     async fn places(&self, clusters: &Clusters, request: &Create) -> Result<Vec<Place>, Error> {
         let want = &request.want;
         let tried = self.tried().get(&request.name).cloned();
+        let begun = tried.as_ref().map(|(_, begun)| *begun);
+        let tried = tried.map(|(handle, _)| handle);
         let mut found = self.candidates(clusters, want, ago(EVIDENCE_AGE)).await?;
         let is_of = |one: &Candidate, tried: &VolumeHandle| (&one.region, &one.zone) == (&tried.region, &tried.zone);
         let lacks_tried = |found: &[Candidate]| tried.as_ref().is_some_and(|tried| !found.iter().any(|one| is_of(one, tried)));
@@ -74,7 +76,7 @@ impl Controller {
         }
         let mut found = found?;
         if let Some(tried) = &tried {
-            if lacks_tried(&found) {
+            if lacks_tried(&found) && !(begun.is_some_and(|begun| begun.elapsed() > TRIED_AGE) && is_nowhere(clusters, tried).await) {
                 return Err(Error::unavailable(format!(
                     "an earlier try to create {} was sent to {}/{}, and storage {} cannot be looked at there now; waiting for it, so that no \
                      second volume is made",
@@ -160,7 +162,7 @@ impl Controller {
         Ok(made)
     }
 
-    fn tried(&self) -> MutexGuard<'_, HashMap<String, VolumeHandle>> {
+    fn tried(&self) -> MutexGuard<'_, HashMap<String, (VolumeHandle, Instant)>> {
         self.tried.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -170,12 +172,12 @@ impl Controller {
         if tried.len() >= MAX_TRIED {
             tried.clear();
         }
-        tried.insert(request.name.clone(), place.handle.clone()).is_some()
+        tried.insert(request.name.clone(), (place.handle.clone(), Instant::now())).is_some()
     }
 
     /// A volume that is gone binds its name to no zone.
     pub(super) fn forget_tried(&self, gone: &VolumeHandle) {
-        self.tried().retain(|_, handle| handle != gone);
+        self.tried().retain(|_, (handle, _)| handle != gone);
     }
 }
 
@@ -190,6 +192,13 @@ impl Place {
         let answer = self.region.client.call(request).await?;
         Ok(answer.as_str().unwrap_or_default().to_string())
     }
+}
+
+/// Whether its zone itself says that this volume is not there; not so when nobody answers.
+async fn is_nowhere(clusters: &Clusters, handle: &VolumeHandle) -> bool {
+    let Some(region) = clusters.regions.get(&handle.region) else { return false };
+    let size = region.volume_size(&handle.zone, &handle.storage, &handle.volid()).await;
+    size.is_err_and(|error| error.meaning() == Meaning::NoSuchVolume)
 }
 
 /// The volume in one of these places, from an earlier try; looked for in all of them at once.

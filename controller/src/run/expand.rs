@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Controller;
-use super::evidence::Depth;
+use super::evidence::{Depth, Reference, View};
 use super::region::{EVIDENCE_AGE, Region, ago};
 use crate::error::Error;
 use crate::placement::{Plugin, size};
@@ -45,8 +45,13 @@ impl Region {
         if request.limit_bytes.is_some_and(|limit| actual > limit) {
             return Err(Error::out_of_range(format!("it has {actual} bytes already; a volume cannot be made smaller")));
         }
-        let references = self.references(handle, ago(EVIDENCE_AGE), None, Depth::Plugged).await?;
-        let Some(holder) = references.iter().find(|one| one.holds()) else {
+        let mut references = self.references(handle, ago(EVIDENCE_AGE), None, Depth::Plugged).await?;
+        if !references.iter().any(Reference::holds) {
+            // It may have been attached since.
+            references = self.references(handle, Instant::now(), None, Depth::Plugged).await?;
+        }
+        let configured = references.iter().find(|one| one.view == View::Configured);
+        let Some(holder) = configured.or_else(|| references.iter().find(|one| one.holds())) else {
             // Nobody's QEMU has to be told: what is large enough is done.
             if actual >= request.required_bytes {
                 return Ok(Expanded { capacity_bytes: actual });

@@ -33,6 +33,8 @@ use region::{EVIDENCE_AGE, Region, ago};
 const CONFIG_AGE: Duration = Duration::from_secs(1);
 /// Names of creations that are remembered; beyond it all of them are forgotten.
 const MAX_TRIED: usize = 1024;
+/// An allocation whose answer was lost has ended by then, also one that writes the whole file first.
+const TRIED_AGE: Duration = Duration::from_secs(600);
 
 /// All clusters of the config file.
 #[derive(Debug)]
@@ -59,7 +61,7 @@ pub struct Controller {
     ca_bundle: Option<PathBuf>,
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
-    tried: Mutex<HashMap<String, VolumeHandle>>,
+    tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
 }
 
 impl Controller {

@@ -148,6 +148,8 @@ async fn a_made_volume_is_not_made_again_while_its_host_is_away() {
     assert!(bed.sim.volumes("pve1", "ds").is_empty());
     bed.sim.set_node_unreachable("pve2", None);
     assert_eq!(bed.create_as(in_zones(&["pve1", "pve2"])).await.unwrap().volume_id, made.volume_id);
+    // A request that leaves its zone out gets no second one either.
+    assert_refused(bed.create_as(in_zones(&["pve1"])).await, Code::Unavailable, &["fsn1/pve2", "no second volume"]);
     // Deleted, its name is free for any zone.
     bed.delete(&made.volume_id).await.unwrap();
     assert!(bed.create_as(in_zones(&["pve1"])).await.unwrap().volume_id.contains("/pve1/"));

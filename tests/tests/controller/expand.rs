@@ -23,6 +23,19 @@ async fn a_volume_that_nobody_holds_grows_when_a_pod_uses_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_holder_that_came_since_the_last_reading_is_found() {
+    let bed = standard().await;
+    let (warm, volume) = (bed.volume("pvc-0", "local").await, bed.volume("pvc-1", "local").await);
+    bed.publish(&warm, "node-101/101").await.unwrap();
+    let line = format!("{},size=64M", volume.volid());
+    bed.sim.stop_vm(102);
+    bed.sim.set_config(102, "scsi4", Some(&line));
+    bed.sim.start_vm(102).unwrap();
+    assert_eq!(bed.expand(&volume.to_string(), 128 * MIB, 0).await.unwrap().capacity_bytes, 128 << 20);
+    assert!(bed.sim.vm(102).unwrap().config["scsi4"].contains("size=128M"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_expand_is_refused() {
     let bed = standard().await;
     let volume = bed.volume("pvc-1", "local").await;
