@@ -1,6 +1,6 @@
 //! Expand: the disk's new size seen by the kernel, then the filesystem grown while it is mounted.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::look::{Room, ShownAt, grown_as};
@@ -9,8 +9,8 @@ use crate::error::{AtStep, Cause, Error};
 use crate::identity;
 use crate::plan::{self, ExpandSeen, ExpandStep, Growth, Shown};
 use crate::request::{ExpandRequest, Filesystem};
-use crate::sys::block;
 use crate::sys::scsi::{self, Disk};
+use crate::sys::{block, mountinfo};
 
 impl Node {
     /// Grows the volume that is shown at the path; answers the disk's size in bytes.
@@ -34,7 +34,8 @@ impl Node {
                     return Err(failed(DOING, &want.volume, "grow the filesystem", room.not_grown()));
                 }
                 (ExpandStep::Grow, Some(room)) => {
-                    grow(&want.path, &disk, room).at(DOING, &want.volume, "grow the filesystem")?;
+                    let point = self.writable_point(&disk, &want.path).at(DOING, &want.volume, "look")?;
+                    grow(&point, &disk, room).at(DOING, &want.volume, "grow the filesystem")?;
                     tried = true;
                 }
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
@@ -57,6 +58,16 @@ impl Node {
                 (ExpandSeen { shown: Shown::Filesystem(growth), size_bytes: disk.size_bytes }, Some(disk), room)
             }
         })
+    }
+
+    /// Where the filesystem can be asked to grow: a read-only bind of it refuses (EROFS), though the filesystem is writable.
+    pub(super) fn writable_point(&self, disk: &Disk, shown: &Path) -> Result<PathBuf, Cause> {
+        let real = self.real(shown)?;
+        let mounts = self.mounts()?;
+        let is_read_only = real.as_deref().and_then(|real| mountinfo::at(&mounts, real)).is_some_and(|mount| mount.read_only);
+        let another = |mount: &&mountinfo::Mount| mount.dev == disk.dev && !mount.read_only && self.is_inside(&mount.point);
+        let instead = if is_read_only { mounts.iter().find(another) } else { None };
+        Ok(instead.map_or_else(|| shown.to_path_buf(), |mount| mount.point.clone()))
     }
 
     /// Until the kernel knows the disk to be so large.

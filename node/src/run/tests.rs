@@ -274,3 +274,16 @@ fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
     let error = bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }).unwrap_err();
     assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::NoGrowing { .. })), "{error}");
 }
+
+#[test]
+fn a_volume_published_read_only_is_grown_where_it_is_writable() {
+    let bench = Bench::new(&[("8:0", "staging", "ext4"), ("8:0", "a/mount", "ext4"), ("8:16", "other", "ext4")]);
+    fs::create_dir(bench.path("a")).unwrap();
+    let point = || bench.node.writable_point(&ours().0, &bench.path("a/mount")).unwrap();
+    assert_eq!(point(), bench.path("a/mount"));
+    let lines = fs::read_to_string(&bench.node.mountinfo).unwrap().replace("/a/mount rw", "/a/mount ro");
+    fs::write(&bench.node.mountinfo, &lines).unwrap();
+    assert_eq!(point(), bench.path("staging"));
+    fs::write(&bench.node.mountinfo, lines.replace("/staging rw", "/staging ro")).unwrap();
+    assert_eq!(point(), bench.path("a/mount"), "the kernel's own word then");
+}

@@ -142,7 +142,10 @@ fn guest_requests_that_are_wrong() {
         (status.code(), status.message().to_string())
     };
     type Change = fn(&mut csi::NodeStageVolumeRequest);
-    let wrong: [(Code, &str, Change); 5] = [
+    let wrong: [(Code, &str, Change); 6] = [
+        (Code::FailedPrecondition, "encryption-passphrase", |request| {
+            drop(request.secrets.insert("encryption-passphrase".into(), "x".into()))
+        }),
         (Code::InvalidArgument, "staging_target_path", |request| request.staging_target_path = "/etc".into()),
         (Code::InvalidArgument, "staging_target_path", |request| request.staging_target_path = "/var/lib/kubelet/../x".into()),
         (Code::InvalidArgument, "volume_capability", |request| request.volume_capability = None),

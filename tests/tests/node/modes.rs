@@ -69,6 +69,13 @@ fn guest_modes_and_options() {
     let unpublish = csi::NodeUnpublishVolumeRequest { volume_id: volume.id.clone(), target_path: second.target_path };
     agent.calls.node_unpublish_volume(unpublish).unwrap();
     agent.put_away(&volume);
+
+    // Mounted read-only by its StorageClass: published as it is, though the pod does not ask for read-only.
+    agent.stage(&with_flags(&volume, &["ro"]));
+    agent.publish(&volume);
+    agent.publish(&volume);
+    assert!(mount_line(&agent, &volume.target).split(' ').nth(3).unwrap().starts_with("ro,"));
+    agent.put_away(&volume);
     agent.detach(1);
     assert_clean(&image);
     agent.guest.power_off().unwrap();
