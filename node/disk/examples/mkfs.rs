@@ -82,7 +82,7 @@ struct Xfs {
     /// inode size in bytes: 512 (default), 1024 or 2048, at most half a block, as `mkfs.xfs -i size=`
     #[argh(option, short = 'i')]
     inode_size: Option<u32>,
-    /// an existing image file or block device; of a file it is known that it reads as zeros
+    /// an existing image file or block device
     #[argh(positional)]
     target: PathBuf,
 }
@@ -131,9 +131,10 @@ fn make_xfs(xfs: &Xfs) -> Result<(), Box<dyn std::error::Error>> {
     }
     // Before anything is discarded: a refusal leaves the target as it was.
     xfs::plan(&options)?;
-    // mkfs.xfs discards all of the target first.
-    let is_punched = rustix::fs::fallocate(&file, punch(), 0, size_bytes).is_ok();
-    options.reads_zeros = is_punched && !is_block_device;
+    if is_block_device {
+        // mkfs.xfs discards a device first, where that can be, and does not rely on it. Of a file it discards nothing.
+        let _ = rustix::fs::fallocate(&file, punch(), 0, size_bytes);
+    }
     for write in xfs::plan(&options)? {
         perform(&file, &write)?;
     }
