@@ -7,10 +7,13 @@ use std::collections::{BTreeMap, HashMap};
 
 use proto::{VolumeHandle, volume_context};
 
+use crate::error::Error;
 use crate::pve::drive::Drive;
 
 /// What this version formats. An empty fstype means the first.
-pub const FILESYSTEMS: &[&str] = &["ext4"];
+pub const FILESYSTEMS: &[&str] = &["ext4", "xfs"];
+/// mkfs.xfs makes nothing smaller since xfsprogs 5.19, and neither does our node.
+const XFS_MIN_BYTES: u64 = 300 << 20;
 /// qemu-server `PVE/QemuServer/Drive.pm`, `cache`.
 const CACHES: &[&str] = &["none", "writethrough", "writeback", "unsafe", "directsync"];
 /// The same, `aio`.
@@ -19,10 +22,12 @@ const AIOS: &[&str] = &["native", "threads", "io_uring"];
 const FORMATS: &[&str] = &["raw", "qcow2"];
 /// QEMU's throttles take up to 10^15; more than this is no limit any more.
 const MAX_THROTTLE: u64 = 1_000_000_000;
-/// ext4 block sizes that a page of 4 KiB can mount.
+/// Block sizes of ext4 and xfs that a page of 4 KiB can mount.
 const BLOCK_SIZES: &[u64] = &[1024, 2048, 4096];
 /// ext4 inode sizes; not above the block size.
 const INODE_SIZES: &[u64] = &[128, 256, 512, 1024, 2048, 4096];
+/// xfs inode sizes, with checksums; at most half a block.
+const XFS_INODE_SIZES: &[u64] = &[512, 1024, 2048];
 
 /// Every key that CreateVolume knows.
 const KNOWN: &[&str] = &[
@@ -106,6 +111,27 @@ impl Parameters {
             return Err(format!("parameter inodeSize {} is above blockSize {page}", parameters.inode_size));
         }
         Ok((parameters, warnings))
+    }
+
+    /// Whether an xfs of `size_bytes` can be made with these.
+    ///
+    /// # Errors
+    /// OUT_OF_RANGE for the size, INVALID_ARGUMENT for the rest; a sentence with the numbers.
+    pub fn fit_xfs(&self, size_bytes: u64) -> Result<(), Error> {
+        let block_size = if self.block_size == 0 { 4096 } else { self.block_size };
+        if self.inode_size != 0 && (!XFS_INODE_SIZES.contains(&self.inode_size) || self.inode_size > block_size / 2) {
+            return Err(Error::invalid(format!(
+                "parameter inodeSize {} is none of xfs's with blockSize {block_size}: 512, 1024 or 2048, at most half a block",
+                self.inode_size
+            )));
+        }
+        // Inodes of 512 bytes are xfs's own choice, and half a block of 1024.
+        if size_bytes < XFS_MIN_BYTES {
+            return Err(Error::out_of_range(format!(
+                "xfs needs at least {XFS_MIN_BYTES} bytes (300 MiB), and {size_bytes} are asked for; ask for more, or use ext4"
+            )));
+        }
+        Ok(())
     }
 
     /// For a volume that exists: unknown keys are passed over, booleans are read as the reference driver read them.
@@ -335,8 +361,8 @@ mod tests {
             ("replicateZones", "a,b", "not supported"),
             ("strictParameters", "maybe", "\"true\""),
             ("Storage", "ds", "known are storage"),
-            ("fstype", "xfs", "supported: ext4"),
-            ("csi.storage.k8s.io/fstype", "ntfs", "supported: ext4"),
+            ("fstype", "btrfs", "supported: ext4, xfs"),
+            ("csi.storage.k8s.io/fstype", "ntfs", "supported: ext4, xfs"),
         ];
         for (key, value, right) in cases {
             let mut given = map(&[("storage", "ds")]);
@@ -347,6 +373,28 @@ mod tests {
         }
         assert!(Parameters::of_class(&map(&[])).unwrap_err().contains("storage is missing"));
         assert!(Parameters::of_class(&map(&[("storage", "ds"), ("blockSize", "1024"), ("inodeSize", "2048")])).is_err());
+    }
+
+    #[test]
+    fn xfs_has_inode_sizes_and_a_minimum_of_its_own() {
+        let fit = |pairs: &[(&str, &str)], size_bytes: u64| {
+            let mut given = map(&[("storage", "ds")]);
+            given.extend(map(pairs));
+            Parameters::of_class(&given).unwrap().0.fit_xfs(size_bytes).map_err(|error| (error.code, error.text))
+        };
+        let pairs: [&[(&str, &str)]; 3] = [&[], &[("blockSize", "1024")], &[("inodeSize", "2048")]];
+        for pairs in pairs {
+            assert_eq!(fit(pairs, 300 << 20), Ok(()));
+        }
+        let pairs: [&[(&str, &str)]; 3] =
+            [&[("inodeSize", "256")], &[("inodeSize", "4096")], &[("blockSize", "1024"), ("inodeSize", "1024")]];
+        for pairs in pairs {
+            let (code, text) = fit(pairs, 1 << 30).unwrap_err();
+            assert!(code == tonic::Code::InvalidArgument && text.contains("inodeSize"), "{text}");
+        }
+        let (code, text) = fit(&[], (300 << 20) - 1).unwrap_err();
+        assert_eq!(code, tonic::Code::OutOfRange);
+        assert!(text.contains("314572800") && text.contains("314572799"), "{text}");
     }
 
     #[test]

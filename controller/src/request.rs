@@ -124,6 +124,9 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
             Some(range) => range_of(range)?,
         };
         let (parameters, warnings) = Parameters::of_class(&request.parameters).map_err(Error::invalid)?;
+        if is_for_xfs(&request) {
+            parameters.fit_xfs(required_bytes)?;
+        }
         let want = Want {
             storage: parameters.storage.clone(),
             required_bytes,
@@ -197,6 +200,14 @@ impl TryFrom<csi::GetCapacityRequest> for Capacity {
         };
         Ok(Self { storage, term })
     }
+}
+
+/// Whether the node will make an xfs on it. external-provisioner puts the class's fstype into every capability.
+fn is_for_xfs(request: &csi::CreateVolumeRequest) -> bool {
+    request.volume_capabilities.iter().any(|capability| match &capability.access_type {
+        Some(AccessType::Mount(mount)) => mount.fs_type == "xfs",
+        Some(AccessType::Block(_)) | None => false,
+    })
 }
 
 /// The id of a volume that is said to exist: an id that cannot be one names no volume.
@@ -316,6 +327,22 @@ mod tests {
     }
 
     #[test]
+    fn a_small_xfs_is_out_of_range_whatever_the_limit() {
+        let of = |fs_type: &str, required_bytes: i64, limit_bytes: i64| {
+            let mut request = create();
+            request.volume_capabilities = vec![capability(Mode::SingleNodeWriter, fs_type)];
+            request.capacity_range = Some(csi::CapacityRange { required_bytes, limit_bytes });
+            Create::try_from(request).map(|create| create.want.required_bytes).map_err(|error| error.code)
+        };
+        for limit in [0, 1 << 30] {
+            assert_eq!(of("xfs", (300 << 20) - 1, limit), Err(Code::OutOfRange));
+            assert_eq!(of("xfs", 300 << 20, limit), Ok(300 << 20));
+            assert_eq!(of("ext4", 1 << 20, limit), Ok(1 << 20));
+        }
+        assert_eq!(of("xfs", 0, 200 << 20), Err(Code::OutOfRange), "the limit is all there may be");
+    }
+
+    #[test]
     fn create_takes_what_the_provisioner_sends() {
         let segments = |zone: &str| csi::Topology {
             segments: HashMap::from([(proto::TOPOLOGY_REGION.into(), "r".into()), (proto::TOPOLOGY_ZONE.into(), zone.into())]),
@@ -337,7 +364,7 @@ mod tests {
             (|r| r.name = "x".repeat(129), "129 bytes"),
             (|r| r.volume_capabilities.clear(), "volume_capabilities is missing"),
             (|r| r.volume_capabilities = vec![capability(Mode::MultiNodeMultiWriter, "")], "MULTI_NODE_MULTI_WRITER"),
-            (|r| r.volume_capabilities = vec![capability(Mode::SingleNodeWriter, "ntfs")], "supported: ext4"),
+            (|r| r.volume_capabilities = vec![capability(Mode::SingleNodeWriter, "ntfs")], "supported: ext4, xfs"),
             (|r| r.volume_capabilities = vec![csi::VolumeCapability::default()], "access_mode"),
             (|r| r.volume_capabilities[0].access_type = None, "neither mount nor block"),
             (|r| r.volume_content_source = Some(Default::default()), "volume_content_source"),

@@ -32,6 +32,8 @@ pub enum Cause {
     Probe(probe::Error),
     /// No geometry of a filesystem fits: mkfs options, or a disk too small.
     Geometry(String),
+    /// The disk is below the filesystem's minimum; both numbers.
+    TooSmall(String),
     Outside {
         real: PathBuf,
     },
@@ -91,7 +93,7 @@ impl fmt::Display for Cause {
             Self::Sys(error) => error.fmt(f),
             Self::Mount(refused) => refused.fmt(f),
             Self::Probe(error) => error.fmt(f),
-            Self::Geometry(why) => f.write_str(why),
+            Self::Geometry(why) | Self::TooSmall(why) => f.write_str(why),
             Self::Outside { real } => write!(f, "the path leads to {}, outside the kubelet folder (--kubelet-dir)", real.display()),
             Self::NoDisk { waited, why } => write!(f, "the disk did not appear within {} s: {why}", waited.as_secs()),
             Self::StaysOffline { disk } => write!(f, "{disk} stays offline though it was set running: detach and attach the volume"),

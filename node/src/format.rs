@@ -2,23 +2,47 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use disk::{Format, Write, ext4};
+use disk::{Format, Write, ext4, xfs};
 
 use crate::error::Cause;
 use crate::probe;
-use crate::request::{FormatOptions, Volume};
+use crate::request::{Filesystem, FormatOptions, Volume};
 use crate::sys;
 use crate::sys::block::Device;
 use crate::sys::scsi::Topology;
 
-/// Makes an ext4 on the device, which must be held exclusively. The UUID and the hash seed come from the volume's name, so
-/// that a damaged volume of ours is told from a stranger's leftovers.
+/// Makes a filesystem on the device, which must be held exclusively. Its UUID comes from the volume's name, so that a
+/// damaged volume of ours is told from a stranger's leftovers.
 ///
 /// # Errors
 /// The options do not fit the disk (nothing was written), or a write failed (the mark of an unfinished format stays).
-pub fn make_ext4(device: &Device, volume: &Volume, options: FormatOptions, topology: &Topology, reads_as_zeros: bool) -> Result<(), Cause> {
+pub fn make(device: &Device, volume: &Volume, options: FormatOptions, topology: &Topology, reads_as_zeros: bool) -> Result<(), Cause> {
     let size_bytes = device.size_bytes()?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u32::try_from(since.as_secs()).unwrap_or(u32::MAX));
+    let mark = probe::mark(volume)?;
+    let begun = Instant::now();
+    match options.filesystem {
+        Filesystem::Ext4 => {
+            let plan = ext4_plan(size_bytes, volume, options, topology, reads_as_zeros, now)?;
+            execute(device, Format::new(plan, &mark))?;
+        }
+        Filesystem::Xfs => {
+            let plan = xfs_plan(size_bytes, volume, options, topology, reads_as_zeros, now)?;
+            execute(device, Format::new(plan, &mark))?;
+        }
+    }
+    proto::info!("{volume}: made an {} of {size_bytes} bytes in {} ms", options.filesystem.name(), begun.elapsed().as_millis());
+    Ok(())
+}
+
+fn ext4_plan(
+    size_bytes: u64,
+    volume: &Volume,
+    options: FormatOptions,
+    topology: &Topology,
+    reads_as_zeros: bool,
+    now: u32,
+) -> Result<ext4::Plan, Cause> {
     let options = ext4::Options {
         logical_sector_bytes: topology.logical_block_size,
         physical_sector_bytes: topology.physical_block_size,
@@ -29,11 +53,34 @@ pub fn make_ext4(device: &Device, volume: &Volume, options: FormatOptions, topol
         inode_tables_zeroed: reads_as_zeros,
         ..ext4::Options::new(size_bytes, volume.handle.uuid("ext4"), volume.handle.uuid("ext4 hash seed"), now)
     };
-    let plan = ext4::plan(&options).map_err(|refusal| Cause::Geometry(refusal.to_string()))?;
-    let begun = Instant::now();
-    execute(device, Format::new(plan, &probe::mark(volume)?))?;
-    proto::info!("{volume}: made an ext4 of {size_bytes} bytes in {} ms", begun.elapsed().as_millis());
-    Ok(())
+    ext4::plan(&options).map_err(|refusal| Cause::Geometry(refusal.to_string()))
+}
+
+fn xfs_plan(
+    size_bytes: u64,
+    volume: &Volume,
+    options: FormatOptions,
+    topology: &Topology,
+    reads_as_zeros: bool,
+    now: u32,
+) -> Result<xfs::Plan, Cause> {
+    let options = xfs::Options {
+        logical_sector_bytes: topology.logical_block_size,
+        physical_sector_bytes: topology.physical_block_size,
+        is_aligned: !topology.is_misaligned,
+        min_io_bytes: topology.minimum_io_size,
+        opt_io_bytes: topology.optimal_io_size,
+        block_size: options.block_size,
+        inode_size: options.inode_size,
+        reads_zeros: reads_as_zeros,
+        ..xfs::Options::new(size_bytes, volume.handle.uuid("xfs"), now)
+    };
+    xfs::plan(&options).map_err(|refusal| match &refusal {
+        xfs::Refusal::TooSmall { .. } => Cause::TooSmall(refusal.to_string()),
+        xfs::Refusal::BlockSize { .. } | xfs::Refusal::InodeSize { .. } | xfs::Refusal::Sector { .. } => {
+            Cause::Geometry(refusal.to_string())
+        }
+    })
 }
 
 fn execute(device: &Device, writes: impl Iterator<Item = Write>) -> Result<(), sys::Error> {

@@ -9,7 +9,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::request::{Access, ExpandRequest, Format, FormatOptions, PublishRequest, PublishSource, StageRequest};
+use crate::request::{Access, ExpandRequest, Filesystem, Format, FormatOptions, PublishRequest, PublishSource, StageRequest};
 
 /// What is mounted at a path of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub enum Surface {
     Unfinished,
     /// A filesystem that the ext4 driver mounts.
     Ext(String),
+    /// An xfs.
+    Xfs,
     /// Anything else; what.
     Other(String),
 }
@@ -90,8 +92,8 @@ pub enum StageStep {
         #[allow(missing_docs, reason = "said above")]
         unfinished: bool,
     },
-    /// Mount it at the staging path.
-    Mount,
+    /// Mount what was found at the staging path, by this driver.
+    Mount(Filesystem),
     /// Grow the filesystem to the disk.
     Grow,
 }
@@ -266,7 +268,7 @@ impl fmt::Display for Refusal {
             Self::NoGrowing { fstype } => {
                 write!(
                     f,
-                    "the volume holds {fstype}, and this version grows ext4 only; its disk has its new size, grow the filesystem by hand"
+                    "the volume holds {fstype}, and this version grows ext4 (and ext2 and ext3) and xfs only; its disk has its new size, grow the filesystem by hand"
                 )
             }
             Self::NotPublishedHere { what } => write!(f, "the volume is not at volume_path: {what}"),
@@ -304,7 +306,9 @@ pub fn next_stage_step(want: &StageRequest, seen: &StageSeen) -> Result<Option<S
 fn from_surface(want: &StageRequest, surface: &Surface, read_only: bool) -> Result<StageStep, Refusal> {
     match (surface, &want.format, read_only) {
         (Surface::Unread, Format::May(_) | Format::Never(_), _) => Ok(StageStep::Probe),
-        (Surface::Ext(_), Format::May(_) | Format::Never(_), _) => Ok(StageStep::Mount),
+        (Surface::Ext(_), Format::May(_) | Format::Never(_), _) => Ok(StageStep::Mount(Filesystem::Ext4)),
+        // What is there is mounted, whatever was asked for: a volume is never formatted for being of another kind.
+        (Surface::Xfs, Format::May(_) | Format::Never(_), _) => Ok(StageStep::Mount(Filesystem::Xfs)),
         (Surface::Other(what), Format::May(_) | Format::Never(_), _) => Err(Refusal::HoldsOther { what: what.clone() }),
         (Surface::Blank, Format::Never(why), _) => Err(Refusal::NeverFormat { why: why.clone() }),
         (Surface::Unfinished, Format::Never(why), _) => Err(Refusal::NeverFinish { why: why.clone() }),

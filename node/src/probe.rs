@@ -5,9 +5,9 @@
 
 use std::fmt;
 
-use disk::ext4;
 use disk::ext4::superblock::{self, NotAsuperblock, Superblock};
 use disk::mark::{Mark, Marked, SECTOR_BYTES};
+use disk::{ext4, xfs};
 use rustix::io::Errno;
 
 use crate::plan::Surface;
@@ -26,14 +26,6 @@ const CHUNK_BYTES: u64 = 128 << 10;
 const EXT_UUID: std::ops::Range<usize> = 0x68..0x78;
 /// The kernel changes a mounted superblock and then its checksum: one that is read between the two is read again.
 const SUPERBLOCK_READS: u32 = 5;
-/// mkfs.xfs' block size, and the allocation group sizes that it takes by itself: a half to a 32nd of the disk (docs/formats.md).
-/// Coarse on purpose: a third witness behind libblkid and the zero edges, and a grown xfs has groups of its old size.
-const XFS_BLOCK_BYTES: u64 = 4096;
-const XFS_GROUP_SHIFTS: std::ops::RangeInclusive<u32> = 1..=5;
-/// The largest allocation group (mkfs.xfs, `XFS_AG_MAX_BYTES`).
-const XFS_MAX_GROUP_BYTES: u64 = 1 << 40;
-/// `sb_magicnum`, and `sb_uuid` at byte 32 (xfs_format.h).
-const XFS_MAGIC: &[u8] = b"XFSB";
 
 /// A look that failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +58,7 @@ pub fn probe(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface
     }
     let size_bytes = device.size_bytes()?;
     match blkid::probe(std::os::fd::AsFd::as_fd(device), device.path(), size_bytes)? {
-        Found::Signature(signature) => return Ok(recognised(&signature)),
+        Found::Signature(signature) => return recognised(device, &signature),
         Found::Ambivalent(signatures) => {
             let all: Vec<String> = signatures.iter().map(ToString::to_string).collect();
             return Ok(Surface::Other(format!("several things at once: {}", all.join("; "))));
@@ -88,11 +80,25 @@ pub fn mark(volume: &Volume) -> Result<Mark, sys::Error> {
     Mark::new(&volume.serial).map_err(|_| sys::Error { call: "mark", subject: volume.serial.clone().into(), errno: Errno::INVAL })
 }
 
-fn recognised(signature: &Signature) -> Surface {
+fn recognised(device: &Device, signature: &Signature) -> Result<Surface, Error> {
     match (signature.usage, signature.kind.as_str()) {
-        (Usage::Filesystem, kind @ ("ext2" | "ext3" | "ext4")) if !signature.is_checksum_bad => Surface::Ext(kind.to_string()),
-        _ => Surface::Other(signature.to_string()),
+        (Usage::Filesystem, kind @ ("ext2" | "ext3" | "ext4")) if !signature.is_checksum_bad => Ok(Surface::Ext(kind.to_string())),
+        (Usage::Filesystem, "xfs") if !signature.is_checksum_bad => xfs_by_superblock(device),
+        _ => Ok(Surface::Other(signature.to_string())),
     }
+}
+
+/// libblkid looks at the magic and some sizes only; our reader knows more.
+fn xfs_by_superblock(device: &Device) -> Result<Surface, Error> {
+    let mut sector = vec![0; xfs::superblock::BYTES];
+    device.read_at(0, &mut sector)?;
+    Ok(match xfs::superblock::parse(&sector) {
+        // The kernel refuses it too, with "Structure needs cleaning".
+        Ok(superblock) if superblock.is_in_progress => Surface::Other("an xfs whose mkfs was cut short (not ours)".into()),
+        // Without checksums it is for the kernel to judge.
+        Ok(_) | Err(xfs::superblock::NotAsuperblock::Version) => Surface::Xfs,
+        Err(damage) => Surface::Other(format!("{damage}: repair it with xfs_repair, or wipe the disk")),
+    })
 }
 
 /// What speaks against "blank" where libblkid knows nothing; `None`: nothing does.
@@ -116,11 +122,12 @@ fn remains(
             return Ok(Some(lost("ext4", offset, own)));
         }
     }
-    for offset in xfs_backup_offsets(size_bytes) {
-        read(offset, &mut block)?;
-        let uuid = block.get(32..48).unwrap_or_default();
-        let own = uuid == volume.handle.uuid("xfs");
-        if block.starts_with(XFS_MAGIC) && (!recycled || own) {
+    let mut sector = [0; SECTOR_BYTES];
+    for offset in xfs::backup_offsets(size_bytes) {
+        read(offset, &mut sector)?;
+        let Some(leftover) = xfs::superblock::parse_leftover(&sector) else { continue };
+        let own = leftover.uuid == volume.handle.uuid("xfs");
+        if !recycled || own {
             return Ok(Some(lost("xfs", offset, own)));
         }
     }
@@ -155,15 +162,6 @@ fn first_nonzero(read: &impl Fn(u64, &mut [u8]) -> Result<(), sys::Error>, from:
         at += now as u64;
     }
     Ok(None)
-}
-
-/// Where the second allocation group's superblock would be.
-fn xfs_backup_offsets(size_bytes: u64) -> Vec<u64> {
-    let blocks = size_bytes / XFS_BLOCK_BYTES;
-    let mut offsets: Vec<u64> = XFS_GROUP_SHIFTS.map(|shift| blocks.div_ceil(1 << shift) * XFS_BLOCK_BYTES).collect();
-    offsets.extend([XFS_MAX_GROUP_BYTES - XFS_BLOCK_BYTES, XFS_MAX_GROUP_BYTES]);
-    offsets.retain(|offset| *offset > 0 && offset.saturating_add(XFS_BLOCK_BYTES) <= size_bytes);
-    offsets
 }
 
 /// The first superblock of the ext filesystem on the device: the kernel keeps it there up to date while it is mounted.

@@ -17,6 +17,8 @@ use proto::{VolumeHandle, publish_context, volume_context};
 use crate::identity::{self, Want};
 use crate::sys::mount;
 
+/// What this node mounts.
+const MOUNTED: [&str; 4] = ["ext2", "ext3", "ext4", "xfs"];
 /// The stage secret that makes a volume an encrypted one (reference driver, §3.4): its key, never its value.
 const ENCRYPTION_PASSPHRASE: &str = "encryption-passphrase";
 
@@ -61,9 +63,31 @@ pub enum Zeroed {
     Unknown,
 }
 
+/// What this node makes. The ext4 driver mounts and grows ext2 and ext3 too; they are never made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[allow(missing_docs, reason = "the formats' names")]
+pub enum Filesystem {
+    #[default]
+    Ext4,
+    Xfs,
+}
+
+impl Filesystem {
+    /// The kernel's word for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+}
+
 /// Options of a new filesystem; `None`: mkfs' own choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FormatOptions {
+    /// Which.
+    pub filesystem: Filesystem,
     /// StorageClass `blockSize`, bytes.
     pub block_size: Option<u32>,
     /// StorageClass `inodeSize`, bytes.
@@ -86,6 +110,8 @@ pub struct StageRequest {
     pub volume: Volume,
     pub staging: PathBuf,
     pub access: Access,
+    /// The filesystem that is asked for; `None`: nothing is said, or a raw block device.
+    pub fstype: Option<&'static str>,
     pub disk: Want,
     pub format: Format,
     pub zeroed: Zeroed,
@@ -210,7 +236,9 @@ impl fmt::Display for Refusal {
                 "secrets carry {ENCRYPTION_PASSPHRASE}: this is an encrypted volume, and this version does not encrypt; \
                  nothing was written; use a StorageClass without node-stage-secret for now"
             ),
-            Self::Filesystem { given } => write!(f, "fs_type {given:?} is not supported: this node makes and mounts ext4"),
+            Self::Filesystem { given } => {
+                write!(f, "fs_type {given:?} is not supported: this node makes ext4 and xfs, and mounts ext2 and ext3 too")
+            }
             Self::Context { key, given, right } => write!(f, "context key {key} is {given:?}: it should be {right}"),
             Self::NoDiskNamed => {
                 write!(f, "publish_context names no disk: it should carry DevicePath and lun, from ControllerPublishVolume")
@@ -298,6 +326,7 @@ impl StageRequest {
         let staging = folders.path("staging_target_path", staging)?;
         mode(capability)?;
         let access = access(capability, &given.volume_context)?;
+        let fstype = fstype(capability)?;
         // As a filesystem and as a raw block device: the reference driver wrote the latter in plain.
         if given.secrets.contains_key(ENCRYPTION_PASSPHRASE) {
             return Err(Refusal::Encrypted);
@@ -306,8 +335,8 @@ impl StageRequest {
         let grow_required = is_true(&given.publish_context, publish_context::RESIZE_REQUIRED)
             || is_true(&given.volume_context, volume_context::RESIZE_REQUIRED);
         let zeroed = zeroed(&given.publish_context)?;
-        let format = format(&given.volume_context, grow_required);
-        Ok(Self { volume, staging, access, disk, format, zeroed, grow_required })
+        let format = format(&given.volume_context, grow_required, fstype);
+        Ok(Self { volume, staging, access, fstype, disk, format, zeroed, grow_required })
     }
 }
 
@@ -415,15 +444,22 @@ fn access(capability: &VolumeCapability, context: &HashMap<String, String>) -> R
     match &capability.access_type {
         None => Err(Refusal::NoAccessType),
         Some(AccessType::Block(_)) => Ok(Access::Block),
-        Some(AccessType::Mount(MountVolume { fs_type, mount_flags, .. })) => {
-            if !matches!(fs_type.as_str(), "" | "ext4") {
-                return Err(Refusal::Filesystem { given: shorten(fs_type) });
-            }
+        Some(AccessType::Mount(MountVolume { mount_flags, .. })) => {
+            fstype(capability)?;
             // First, so that an explicit flag wins over it.
             let noatime = is_true(context, volume_context::SSD).then_some("noatime");
             Ok(Access::Filesystem(mount::Options::parse(noatime.into_iter().chain(mount_flags.iter().map(String::as_str)))))
         }
     }
+}
+
+fn fstype(capability: &VolumeCapability) -> Result<Option<&'static str>, Refusal> {
+    let Some(AccessType::Mount(MountVolume { fs_type, .. })) = &capability.access_type else { return Ok(None) };
+    if fs_type.is_empty() {
+        return Ok(None);
+    }
+    let known = MOUNTED.into_iter().find(|known| known == fs_type);
+    known.map(Some).ok_or_else(|| Refusal::Filesystem { given: shorten(fs_type) })
 }
 
 /// The disk that the publish context describes, ours or the reference driver's.
@@ -467,7 +503,7 @@ fn zeroed(context: &HashMap<String, String>) -> Result<Zeroed, Refusal> {
 
 /// Decision 3: only a volume that a provisioner made, and made empty, is ever formatted. A bad mkfs option is no refusal
 /// here: the volume may have its filesystem for years.
-fn format(context: &HashMap<String, String>, resize_required: bool) -> Format {
+fn format(context: &HashMap<String, String>, resize_required: bool, fstype: Option<&str>) -> Format {
     let source = context.get(volume_context::CONTENT_SOURCE).map(String::as_str);
     if !context.contains_key(volume_context::PROVISIONER_IDENTITY) && source.is_none() {
         return Format::Never("it is a static volume (its volume context carries no provisioner's mark)".into());
@@ -479,6 +515,11 @@ fn format(context: &HashMap<String, String>, resize_required: bool) -> Format {
     if resize_required {
         return Format::Never("it was made from another volume (resizeRequired)".into());
     }
+    let filesystem = match fstype {
+        None | Some("ext4") => Filesystem::Ext4,
+        Some("xfs") => Filesystem::Xfs,
+        Some(other) => return Format::Never(format!("fs_type is {other}, which is mounted where it is found, and never made")),
+    };
     let number = |key: &'static str| match context.get(key).map(|text| text.trim()) {
         None | Some("" | "0") => Ok(None),
         Some(text) => text
@@ -487,7 +528,7 @@ fn format(context: &HashMap<String, String>, resize_required: bool) -> Format {
             .map_err(|_| Format::Never(format!("{key} is {:?}: it should be a number of bytes", shorten(text)))),
     };
     match (number(volume_context::BLOCK_SIZE), number(volume_context::INODE_SIZE)) {
-        (Ok(block_size), Ok(inode_size)) => Format::May(FormatOptions { block_size, inode_size }),
+        (Ok(block_size), Ok(inode_size)) => Format::May(FormatOptions { filesystem, block_size, inode_size }),
         (Err(never), _) | (_, Err(never)) => never,
     }
 }

@@ -205,6 +205,7 @@ fn code(cause: &Cause) -> Code {
         },
         Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } => Code::FailedPrecondition,
         Cause::Outside { .. } | Cause::Geometry(_) => Code::InvalidArgument,
+        Cause::TooSmall(_) => Code::OutOfRange,
         Cause::Crowded { .. }
         | Cause::NoDisk { .. }
         | Cause::SizeNotSeen { .. }

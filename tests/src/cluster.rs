@@ -24,12 +24,15 @@ pub struct ClusterOptions {
     pub version: Version,
     /// What Proxmox takes beside what is really done.
     pub latency: Latency,
+    /// The filesystem that its volumes are asked for with.
+    pub fs_type: &'static str,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
         let (version, latency) = (Version::default(), Latency::NONE);
-        Self { guests: vec![101, 102], memory_mib: 256, files: Vec::new(), description: Description::standard(), version, latency }
+        let (description, fs_type) = (Description::standard(), "ext4");
+        Self { guests: vec![101, 102], memory_mib: 256, files: Vec::new(), description, version, latency, fs_type }
     }
 }
 
@@ -52,6 +55,7 @@ pub struct Cluster {
     pub controller: Controller,
     pub nodes: Vec<ClusterNode>,
     pub sim: Simulator,
+    capability: csi::VolumeCapability,
     folder: Folder,
 }
 
@@ -77,7 +81,7 @@ impl Cluster {
             nodes.push(ClusterNode::start(vmid, &name, &region, &zone, guest)?);
         }
         let controller = Controller::start(&folder.0, &clusters(&sim, &region))?;
-        Ok(Self { controller, nodes, sim, folder })
+        Ok(Self { controller, nodes, sim, capability: calls::mount_capability(options.fs_type), folder })
     }
 
     /// Where the controller's files are.
@@ -92,7 +96,7 @@ impl Cluster {
         let answer = self.controller.calls().create_volume(csi::CreateVolumeRequest {
             name: name.into(),
             capacity_range: Some(csi::CapacityRange { required_bytes: size_bytes, limit_bytes: 0 }),
-            volume_capabilities: vec![calls::mount_capability("ext4")],
+            volume_capabilities: vec![self.capability.clone()],
             parameters: parameters.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect(),
             accessibility_requirements: Some(csi::TopologyRequirement { requisite: topology.clone(), preferred: topology }),
             ..Default::default()
@@ -105,11 +109,12 @@ impl Cluster {
         let answer = self.controller.calls().controller_publish_volume(csi::ControllerPublishVolumeRequest {
             volume_id: volume.volume_id.clone(),
             node_id: node.node_id.clone(),
-            volume_capability: Some(calls::mount_capability("ext4")),
+            volume_capability: Some(self.capability.clone()),
             volume_context: volume.volume_context.clone(),
             ..Default::default()
         })?;
-        Ok(NodeVolume::new(&volume.volume_id, name, answer.publish_context, volume.volume_context.clone()))
+        let node_volume = NodeVolume::new(&volume.volume_id, name, answer.publish_context, volume.volume_context.clone());
+        Ok(NodeVolume { capability: self.capability.clone(), ..node_volume })
     }
 
     pub fn detach(&self, volume: &csi::Volume, node: &ClusterNode) -> Result<(), Status> {
@@ -125,7 +130,7 @@ impl Cluster {
         self.controller.calls().controller_expand_volume(csi::ControllerExpandVolumeRequest {
             volume_id: volume.volume_id.clone(),
             capacity_range: Some(csi::CapacityRange { required_bytes: size_bytes, limit_bytes: 0 }),
-            volume_capability: Some(calls::mount_capability("ext4")),
+            volume_capability: Some(self.capability.clone()),
             ..Default::default()
         })
     }

@@ -17,3 +17,5 @@ mod plug;
 mod surfaces;
 #[path = "node/together.rs"]
 mod together;
+#[path = "node/xfs.rs"]
+mod xfs;

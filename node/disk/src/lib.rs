@@ -10,6 +10,7 @@
 
 mod bytes;
 pub mod ext4;
+pub mod luks;
 pub mod mark;
 pub mod xfs;
 

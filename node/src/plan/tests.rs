@@ -29,6 +29,7 @@ fn stage_wants() -> Vec<StageRequest> {
                         volume: volume(),
                         staging: "/s".into(),
                         access,
+                        fstype: None,
                         disk: disk(),
                         format,
                         zeroed,
@@ -51,7 +52,7 @@ fn disks() -> Vec<Disk> {
 
 /// What is really on the toy's disk; a format that is cut short leaves `Unfinished`.
 fn surfaces() -> Vec<Surface> {
-    vec![Surface::Blank, Surface::Unfinished, Surface::Ext("ext4".into()), Surface::Other("xfs".into())]
+    vec![Surface::Blank, Surface::Unfinished, Surface::Ext("ext3".into()), Surface::Xfs, Surface::Other("btrfs".into())]
 }
 
 /// The world after `step`, the last format being cut short or not.
@@ -65,8 +66,9 @@ fn staged_further(seen: &mut StageSeen, on_disk: &mut Surface, step: StageStep, 
             *on_disk = if cut_short { Surface::Unfinished } else { Surface::Ext("ext4".into()) };
             seen.surface = Surface::Unread;
         }
-        StageStep::Mount => {
-            assert!(matches!(on_disk, Surface::Ext(_)), "mounted {on_disk:?}");
+        StageStep::Mount(by) => {
+            let right = matches!((&on_disk, by), (Surface::Ext(_), Filesystem::Ext4) | (Surface::Xfs, Filesystem::Xfs));
+            assert!(right, "mounted {on_disk:?} by {by:?}");
             seen.mount = Mount::Ours;
             seen.growth = Growth::Room;
         }
@@ -117,7 +119,7 @@ fn staging_ends_from_everywhere_and_destroys_only_blanks() {
             }
         }
     }
-    assert_eq!(walks, 24 * 4 * 4 * 4 * 3 * 2);
+    assert_eq!(walks, 24 * 4 * 4 * 5 * 3 * 2);
     assert!(staged > walks / 8 && formats > 100, "{staged} of {walks} staged, {formats} formats: the walk reached the good cases");
 }
 

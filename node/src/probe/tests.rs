@@ -2,13 +2,25 @@ use disk::Write;
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::Cause;
 use crate::format;
-use crate::request::FormatOptions;
+use crate::request::{Filesystem, FormatOptions};
 use crate::sys::scsi::Topology;
 use crate::testing::{Folder, volume};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 200 * MIB;
+/// xfs begins here.
+const XFS_SIZE: u64 = 300 * MIB;
+/// As QEMU's disks are.
+const TOPOLOGY: Topology = Topology {
+    logical_block_size: 512,
+    physical_block_size: 512,
+    minimum_io_size: 512,
+    optimal_io_size: 0,
+    rotational: false,
+    is_misaligned: false,
+};
 const OURS: &str = "r/z/lvm/vm-9999-pvc-1";
 const EACH: [Zeroed; 3] = [Zeroed::Yes, Zeroed::No, Zeroed::Unknown];
 
@@ -41,9 +53,8 @@ impl Image {
     /// Made by us, of 4 KiB blocks so that backups begin at 128 MiB.
     fn formatted(handle: &str) -> Self {
         let image = Self::new(SIZE);
-        let options = FormatOptions { block_size: Some(4096), inode_size: None };
-        let topology = Topology { logical_block_size: 512, physical_block_size: 512, minimum_io_size: 512, ..Topology::default() };
-        format::make_ext4(&image.device, &volume(handle), options, &topology, true).unwrap();
+        let options = FormatOptions { block_size: Some(4096), ..FormatOptions::default() };
+        format::make(&image.device, &volume(handle), options, &TOPOLOGY, true).unwrap();
         image
     }
 
@@ -121,17 +132,56 @@ fn a_backup_whose_checksum_is_wrong_still_speaks() {
     }
 }
 
+fn xfs(handle: &str) -> Image {
+    let image = Image::new(XFS_SIZE);
+    let options = FormatOptions { filesystem: Filesystem::Xfs, ..FormatOptions::default() };
+    format::make(&image.device, &volume(handle), options, &TOPOLOGY, true).unwrap();
+    image
+}
+
+#[test]
+fn what_we_made_is_an_xfs() {
+    for zeroed in EACH {
+        assert_eq!(xfs(OURS).probe(zeroed), Surface::Xfs);
+    }
+}
+
 #[test]
 fn an_xfs_without_its_head_is_found_by_its_second_group() {
-    let second = |uuid: &[u8; 16]| {
-        let mut sector = [0; 512];
-        sector[..4].copy_from_slice(XFS_MAGIC);
-        sector[32..48].copy_from_slice(uuid);
-        Image::with(SIZE, SIZE / 4, &sector)
+    let beheaded = |handle: &str| {
+        let image = xfs(handle);
+        image.device.zero(0, 16 * MIB).unwrap();
+        image
     };
-    assert!(other(second(&[7; 16]).probe(Zeroed::Yes)).contains("xfs"));
-    assert_eq!(second(&[7; 16]).probe(Zeroed::No), Surface::Blank);
-    assert!(other(second(&volume(OURS).handle.uuid("xfs")).probe(Zeroed::No)).contains("this volume's own xfs"));
+    for zeroed in EACH {
+        let what = other(beheaded(OURS).probe(zeroed));
+        assert!(what.contains("this volume's own xfs") && what.contains("xfs_repair"), "{what}");
+    }
+    let strangers = beheaded("r/z/lvm/vm-9999-pvc-2");
+    assert!(other(strangers.probe(Zeroed::Yes)).contains("an xfs without its first superblock"));
+    assert_eq!(strangers.probe(Zeroed::No), Surface::Blank);
+}
+
+#[test]
+fn a_damaged_xfs_is_neither_blank_nor_mounted() {
+    for (offset, bytes) in [(8, &b"damage"[..]), (126, &[1][..]), (300, &[1][..])] {
+        let image = xfs(OURS);
+        image.device.write_at(offset, bytes).unwrap();
+        for zeroed in EACH {
+            let what = other(image.probe(zeroed));
+            assert!(what.contains("xfs"), "{offset}: {what}");
+        }
+    }
+}
+
+#[test]
+fn an_xfs_below_its_minimum_is_refused_before_anything_is_written() {
+    let image = Image::new(XFS_SIZE - 512);
+    let options = FormatOptions { filesystem: Filesystem::Xfs, ..FormatOptions::default() };
+    let refused = format::make(&image.device, &volume(OURS), options, &TOPOLOGY, false).unwrap_err();
+    let Cause::TooSmall(sentence) = refused else { panic!("{refused:?}") };
+    assert!(sentence.contains("314572800") && sentence.contains("314572288"), "{sentence}");
+    assert_eq!(image.probe(Zeroed::Yes), Surface::Blank);
 }
 
 /// The crash at every single write: before the mark the disk is as it was, then unfinished, at the very end complete.
@@ -208,10 +258,5 @@ proptest! {
         let clean = |zeroed| remains(read, SIZE, &volume(OURS), zeroed).unwrap().is_none();
         prop_assert!(!clean(Zeroed::Yes) && !clean(Zeroed::Unknown));
         prop_assert_eq!(clean(Zeroed::No), at >= RECYCLED_EDGE_BYTES);
-    }
-
-    #[test]
-    fn xfs_backups_lie_on_the_disk(size in 0_u64..(1 << 44)) {
-        prop_assert!(xfs_backup_offsets(size).iter().all(|offset| offset + 4096 <= size && offset % 4096 == 0));
     }
 }

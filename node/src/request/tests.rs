@@ -74,7 +74,7 @@ fn a_volume_of_ours() {
     .unwrap();
     assert!(request.disk.serial_promised);
     assert_eq!((request.zeroed, request.disk.size_bytes), (Zeroed::Yes, Some(1 << 30)));
-    assert_eq!(request.format, Format::May(FormatOptions { block_size: Some(1024), inode_size: Some(512) }));
+    assert_eq!(request.format, Format::May(FormatOptions { block_size: Some(1024), inode_size: Some(512), ..FormatOptions::default() }));
 }
 
 #[test]
@@ -158,13 +158,28 @@ fn paths_outside_the_kubelet_folder_are_refused_with_the_folder_named() {
 }
 
 #[test]
+fn xfs_is_made_and_ext2_and_ext3_are_only_mounted() {
+    let of = |fstype: &str| staged(|request| request.volume_capability = Some(capability(fstype, Mode::SingleNodeWriter))).unwrap();
+    let made = |fstype: &str| match of(fstype).format {
+        Format::May(options) => Some(options.filesystem),
+        Format::Never(why) => {
+            assert!(why.contains(fstype), "{why}");
+            None
+        }
+    };
+    assert_eq!(["", "ext4", "xfs"].map(made), [Some(Filesystem::Ext4), Some(Filesystem::Ext4), Some(Filesystem::Xfs)]);
+    assert_eq!(["ext2", "ext3"].map(made), [None, None]);
+    assert_eq!(["", "ext3", "xfs"].map(|fstype| of(fstype).fstype), [None, Some("ext3"), Some("xfs")]);
+}
+
+#[test]
 fn access_modes_and_filesystems_beyond_ours_are_refused() {
     for mode in [Mode::Unknown, Mode::MultiNodeReaderOnly, Mode::MultiNodeSingleWriter, Mode::MultiNodeMultiWriter] {
         let refused = staged(|request| request.volume_capability = Some(capability("ext4", mode))).unwrap_err();
         assert_eq!(refused, Refusal::AccessMode { given: mode.into() });
     }
     let refused = staged(|request| request.volume_capability = Some(capability("btrfs", Mode::SingleNodeWriter))).unwrap_err();
-    assert_eq!(refused.to_string(), "fs_type \"btrfs\" is not supported: this node makes and mounts ext4");
+    assert_eq!(refused.to_string(), "fs_type \"btrfs\" is not supported: this node makes ext4 and xfs, and mounts ext2 and ext3 too");
     let refused = staged(|request| request.volume_capability.as_mut().unwrap().access_type = None).unwrap_err();
     assert_eq!(refused, Refusal::NoAccessType);
     assert!(staged(|request| request.volume_capability = Some(capability("", Mode::SingleNodeMultiWriter))).is_ok());

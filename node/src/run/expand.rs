@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::look::{Room, ShownAt};
+use super::look::{Room, ShownAt, grown_as};
 use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, kill_point, poll};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity;
 use crate::plan::{self, ExpandSeen, ExpandStep, Growth, Shown};
-use crate::request::ExpandRequest;
+use crate::request::{ExpandRequest, Filesystem};
 use crate::sys::scsi::{self, Disk};
 use crate::sys::{block, mountinfo};
 
@@ -49,7 +49,7 @@ impl Node {
             ShownAt::Nothing(what) => (ExpandSeen { shown: Shown::NotOurs(what), size_bytes: 0 }, None, None),
             ShownAt::Device(disk) => (ExpandSeen { shown: Shown::Device, size_bytes: disk.size_bytes }, Some(disk), None),
             // OK would mean that the pod has the room.
-            ShownAt::Filesystem(_, mount) if mount.fstype != "ext4" => {
+            ShownAt::Filesystem(_, mount) if grown_as(&mount.fstype).is_none() => {
                 return Err(plan::Refusal::NoGrowing { fstype: mount.fstype }.into());
             }
             ShownAt::Filesystem(disk, mount) => {
@@ -92,9 +92,12 @@ impl Node {
     }
 }
 
-/// Grows the ext4 that is mounted at `point` to its disk.
+/// Grows the filesystem that is mounted at `point` to its disk.
 pub(super) fn grow(point: &Path, disk: &Disk, room: Room) -> Result<(), Cause> {
-    block::ext4_grow(point, disk.dev, room.wanted_blocks)?;
+    match room.filesystem {
+        Filesystem::Ext4 => block::ext4_grow(point, disk.dev, room.wanted_blocks)?,
+        Filesystem::Xfs => block::xfs_grow(point, disk.dev, room.wanted_blocks)?,
+    }
     proto::info!("{}: grown from {} to {} blocks of {} bytes", point.display(), room.blocks, room.wanted_blocks, room.block_size);
     Ok(())
 }

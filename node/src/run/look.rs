@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use disk::ext4::Superblock;
+use disk::xfs;
 use rustix::io::Errno;
 
 use super::Node;
@@ -12,8 +13,8 @@ use crate::error::Cause;
 use crate::identity;
 use crate::plan::{self, Growth, Mount, Target};
 use crate::probe;
-use crate::request::{self, Volume};
-use crate::sys::block::Access;
+use crate::request::{self, Filesystem, Volume};
+use crate::sys::block::{self, Access, XfsGeometry};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, Dev, mountinfo};
 
@@ -43,9 +44,11 @@ pub(super) enum ShownAt {
 /// A filesystem's size against its disk's, in filesystem blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Room {
+    pub(super) filesystem: Filesystem,
     pub(super) blocks: u64,
     pub(super) wanted_blocks: u64,
     pub(super) block_size: u32,
+    /// A tail below this may stay behind when the kernel has grown it.
     pub(super) blocks_per_group: u32,
 }
 
@@ -158,17 +161,32 @@ impl Node {
 
     /// How much the mounted filesystem could grow; `None`: it must not (read-only, or nothing that we grow).
     pub(super) fn look_room(&self, disk: &Disk, mount: &mountinfo::Mount) -> Result<Option<Room>, Cause> {
-        if disk.read_only || mount.filesystem_read_only || mount.fstype != "ext4" {
-            return Ok(None);
-        }
+        let Some(filesystem) = grown_as(&mount.fstype).filter(|_| !disk.read_only && !mount.filesystem_read_only) else { return Ok(None) };
         let device = self.open(disk, Access::Shared)?;
-        Ok(Some(Room::new(&probe::ext_superblock(&device)?, device.size_bytes()?)))
+        let disk_bytes = device.size_bytes()?;
+        Ok(Some(match filesystem {
+            Filesystem::Ext4 => Room::of_ext(&probe::ext_superblock(&device)?, disk_bytes),
+            // Its superblock on the disk lags behind while it is mounted.
+            Filesystem::Xfs => Room::of_xfs(block::xfs_geometry(&mount.point, disk.dev)?, disk_bytes),
+        }))
     }
 }
 
 impl Room {
-    pub(super) fn new(superblock: &Superblock, disk_bytes: u64) -> Self {
+    fn of_xfs(geometry: XfsGeometry, disk_bytes: u64) -> Self {
+        let wanted = xfs::superblock::blocks_to_grow_to(geometry.block_size, geometry.blocks, disk_bytes);
         Self {
+            filesystem: Filesystem::Xfs,
+            blocks: geometry.blocks,
+            wanted_blocks: wanted.unwrap_or(geometry.blocks),
+            block_size: geometry.block_size,
+            blocks_per_group: 0,
+        }
+    }
+
+    fn of_ext(superblock: &Superblock, disk_bytes: u64) -> Self {
+        Self {
+            filesystem: Filesystem::Ext4,
             blocks: superblock.blocks,
             wanted_blocks: superblock.blocks_to_grow_to(disk_bytes).unwrap_or(superblock.blocks),
             block_size: superblock.block_size,
@@ -195,6 +213,15 @@ pub(super) fn not_named(disk: &Disk, want: &identity::Want) -> String {
             "{}, which is not in the slot that the publish context names: an older attachment's; unstage it first",
             identity::name(disk)
         )
+    }
+}
+
+/// How a mounted filesystem grows; `None`: not by us. The reference driver mounts ext2 and ext3 by their names, we as ext4.
+pub(super) fn grown_as(fstype: &str) -> Option<Filesystem> {
+    match fstype {
+        "ext2" | "ext3" | "ext4" => Some(Filesystem::Ext4),
+        "xfs" => Some(Filesystem::Xfs),
+        _ => None,
     }
 }
 

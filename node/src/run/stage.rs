@@ -13,7 +13,7 @@ use crate::format;
 use crate::identity::{self, Found};
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
-use crate::request::{Access, FormatOptions, StageRequest, UnstageRequest, Zeroed};
+use crate::request::{Access, Filesystem, FormatOptions, StageRequest, UnstageRequest, Zeroed};
 use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, block, mount};
 
@@ -49,7 +49,7 @@ impl Node {
                 StageStep::SetRunning => "set the disk running",
                 StageStep::Probe => "probe",
                 StageStep::MakeFilesystem { .. } => "make the filesystem",
-                StageStep::Mount => "mount",
+                StageStep::Mount(_) => "mount",
                 StageStep::Grow => "grow the filesystem",
             };
             self.perform_stage(want, step, &look, &mut memory).at(DOING, &want.volume, name)?;
@@ -101,7 +101,10 @@ impl Node {
                 memory.surface = Surface::Unread;
                 self.make_filesystem(want, disk()?, options, unfinished)
             }
-            StageStep::Mount => self.mount(want, disk()?),
+            StageStep::Mount(by) => {
+                warn_of_another_kind(want, &memory.surface);
+                self.mount(want, disk()?, by)
+            }
             StageStep::Grow => {
                 let Some(room) = look.room else { return Ok(()) };
                 if memory.grow_tried && want.grow_required {
@@ -132,12 +135,13 @@ impl Node {
             return Err(Cause::NotBlankAnyMore { surface: format!("{surface:?}") });
         }
         let reads_as_zeros = want.zeroed == Zeroed::Yes && !unfinished;
-        format::make_ext4(&device, &want.volume, options, &scsi::topology(&self.sysfs, disk)?, reads_as_zeros)
+        format::make(&device, &want.volume, options, &scsi::topology(&self.sysfs, disk)?, reads_as_zeros)
     }
 
-    fn mount(&self, want: &StageRequest, disk: &Disk) -> Result<(), Cause> {
+    fn mount(&self, want: &StageRequest, disk: &Disk, by: Filesystem) -> Result<(), Cause> {
         let Access::Filesystem(options) = &want.access else { return Ok(()) };
         let options = if disk.read_only { options.clone().read_only() } else { options.clone() };
+        let options = if by == Filesystem::Xfs { options.any_uuid() } else { options };
         make_folder(&want.staging)?;
         // Two volumes may claim one legacy disk (stale attachments). So those are mounted one after the other, each after a
         // look whether another volume has come first.
@@ -151,8 +155,8 @@ impl Node {
         }
         // Held open, so that the name stays this disk's until the mount holds it.
         let device = self.open(disk, block::Access::Shared)?;
-        mount::filesystem("ext4", device.path(), &want.staging, &options)?;
-        proto::info!("stage {}: mounted {} at {}", want.volume, identity::name(disk), want.staging.display());
+        mount::filesystem(by.name(), device.path(), &want.staging, &options)?;
+        proto::info!("stage {}: mounted {} as {} at {}", want.volume, identity::name(disk), by.name(), want.staging.display());
         Ok(())
     }
 
@@ -250,6 +254,18 @@ impl Node {
     fn await_release(&self, disk: &Disk) -> Result<(), Cause> {
         let free = poll(RELEASE_DEADLINE, || Ok::<_, Cause>(self.is_held(disk)?.map_or(Ok(()), Err)))?;
         free.map_err(|by| Cause::StillHeld { waited: RELEASE_DEADLINE, disk: identity::name(disk), by })
+    }
+}
+
+/// The reference driver says so too, and then fails to mount.
+fn warn_of_another_kind(want: &StageRequest, surface: &Surface) {
+    let found = match surface {
+        Surface::Ext(kind) => kind.as_str(),
+        Surface::Xfs => Filesystem::Xfs.name(),
+        Surface::Unread | Surface::Blank | Surface::Unfinished | Surface::Other(_) => return,
+    };
+    if let Some(wanted) = want.fstype.filter(|wanted| *wanted != found) {
+        proto::warn!("stage {}: {wanted} is asked for, {found} is on the disk: mounting what is there", want.volume);
     }
 }
 

@@ -216,6 +216,7 @@ fn legacy_stage(bench: &Bench) -> StageRequest {
         volume: volume(HANDLE),
         staging: bench.path("staging"),
         access: Access::Filesystem(crate::sys::mount::Options::default()),
+        fstype: None,
         disk: legacy_want(),
         format: Format::Never("a test".into()),
         zeroed: Zeroed::Unknown,
@@ -268,7 +269,7 @@ fn a_place_that_stays_taken_is_waited_for_no_longer_than_said() {
 
 #[test]
 fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
-    let bench = Bench::new(&[("8:0", "shown", "xfs")]);
+    let bench = Bench::new(&[("8:0", "shown", "btrfs")]);
     bench.plug(&ours());
     let error = bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }).unwrap_err();
     assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::NoGrowing { .. })), "{error}");

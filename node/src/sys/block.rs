@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
+use rustix::ioctl::{Getter, Setter, ioctl, opcode};
 
 use super::mount::Leads;
 use super::{Dev, Error};
@@ -147,6 +148,100 @@ pub fn ext4_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     rustix::fs::ext4_ioc_resize_fs(&folder, blocks).map_err(Error::at("ioctl(EXT4_IOC_RESIZE_FS)", point))
 }
 
+/// `struct xfs_fsop_geom_v1` (fs/xfs/libxfs/xfs_fs.h), 112 bytes.
+#[repr(C)]
+struct XfsGeometryV1 {
+    blocksize: u32,
+    rtextsize: u32,
+    agblocks: u32,
+    agcount: u32,
+    logblocks: u32,
+    sectsize: u32,
+    inodesize: u32,
+    imaxpct: u32,
+    datablocks: u64,
+    rtblocks: u64,
+    rtextents: u64,
+    logstart: u64,
+    uuid: [u8; 16],
+    sunit: u32,
+    swidth: u32,
+    version: i32,
+    flags: u32,
+    logsectsize: u32,
+    rtsectsize: u32,
+    dirblocksize: u32,
+}
+
+/// `struct xfs_growfs_data` (the same file), 16 bytes: 4 of padding at its end.
+#[repr(C)]
+struct XfsGrowData {
+    newblocks: u64,
+    imaxpct: u32,
+}
+
+/// `XFS_IOC_FSGEOMETRY_V1`, `_IOR('X', 100, struct xfs_fsop_geom_v1)`: 0x80705864 on x86 and ARM.
+const XFS_IOC_FSGEOMETRY_V1: rustix::ioctl::Opcode = opcode::read::<XfsGeometryV1>(b'X', 100);
+/// `XFS_IOC_FSGROWFSDATA`, `_IOW('X', 110, struct xfs_growfs_data)`: 0x4010586e there.
+const XFS_IOC_FSGROWFSDATA: rustix::ioctl::Opcode = opcode::write::<XfsGrowData>(b'X', 110);
+
+/// A mounted xfs, in its blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct XfsGeometry {
+    /// Bytes of a block.
+    pub block_size: u32,
+    /// Blocks of the data section.
+    pub blocks: u64,
+    /// At most so many percent of them are inodes.
+    inode_percent: u32,
+}
+
+/// The size of the xfs of the device `dev` that is mounted at `point`.
+///
+/// # Errors
+/// ENOTTY: it is no xfs. ESTALE: something else is at `point` now.
+pub fn xfs_geometry(point: &Path, dev: Dev) -> Result<XfsGeometry, Error> {
+    let folder = File::open(point).map_err(Error::io("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
+    geometry_of(&folder, point)
+}
+
+#[allow(unsafe_code, reason = "an ioctl that rustix lacks")]
+fn geometry_of(folder: &File, point: &Path) -> Result<XfsGeometry, Error> {
+    // SAFETY: this opcode is `_IOR` of exactly this `repr(C)` struct: the kernel writes its 112 bytes, all of them plain
+    // numbers that take any value, reads none and keeps nothing.
+    let getter = unsafe { Getter::<XFS_IOC_FSGEOMETRY_V1, XfsGeometryV1>::new() };
+    // SAFETY: `getter` says rightly what the kernel does with its argument (above); another filesystem than xfs answers
+    // ENOTTY and writes nothing, and the descriptor is open since `folder` is borrowed.
+    let seen = unsafe { ioctl(folder, getter) }.map_err(Error::at("ioctl(XFS_IOC_FSGEOMETRY_V1)", point))?;
+    Ok(XfsGeometry { block_size: seen.blocksize, blocks: seen.datablocks, inode_percent: seen.imaxpct })
+}
+
+/// Grows the xfs of the device `dev` that is mounted at `point` to `blocks` filesystem blocks. Never shrinks it: Linux from 5.12 on takes fewer
+/// blocks for that wish, and throws the end away. As many or fewer blocks than there are: nothing is done.
+///
+/// Kernel: fs/xfs/xfs_fsops.c, xfs_growfs_data. EIO: larger than the device. EWOULDBLOCK: another grow is running. EPERM:
+/// CAP_SYS_ADMIN is missing. EROFS: mounted read-only.
+///
+/// # Errors
+/// As above; ESTALE: something else is at `point` now, such as the machine's own filesystem.
+#[allow(unsafe_code, reason = "an ioctl that rustix lacks")]
+pub fn xfs_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
+    let folder = File::open(point).map_err(Error::io("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
+    let geometry = geometry_of(&folder, point)?;
+    if blocks <= geometry.blocks {
+        return Ok(());
+    }
+    let data = XfsGrowData { newblocks: blocks, imaxpct: geometry.inode_percent };
+    // SAFETY: this opcode is `_IOW` of exactly this `repr(C)` struct: the kernel reads its 16 bytes (of the padding it makes
+    // nothing), writes none and keeps nothing.
+    let setter = unsafe { Setter::<XFS_IOC_FSGROWFSDATA, XfsGrowData>::new(data) };
+    // SAFETY: `setter` says rightly what the kernel does with its argument (above); it lives until the call returns, and the
+    // descriptor is open since `folder` is.
+    unsafe { ioctl(&folder, setter) }.map_err(Error::at("ioctl(XFS_IOC_FSGROWFSDATA)", point))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,11 +256,32 @@ mod tests {
         assert_eq!((refused.call, refused.errno), ("open", Errno::NODEV));
     }
 
+    /// The numbers of xfs_fs.h as the kernel's compiler makes them on x86 and ARM.
+    #[test]
+    fn xfs_opcodes_are_the_kernels() {
+        assert_eq!((size_of::<XfsGeometryV1>(), size_of::<XfsGrowData>()), (112, 16));
+        assert_eq!(std::mem::offset_of!(XfsGeometryV1, datablocks), 32);
+        assert_eq!((XFS_IOC_FSGEOMETRY_V1, XFS_IOC_FSGROWFSDATA), (0x8070_5864, 0x4010_586e));
+    }
+
+    #[test]
+    fn what_is_no_xfs_has_no_geometry() {
+        // proc is no xfs on any machine.
+        let (path, proc) = (Path::new("/proc"), File::open("/proc").unwrap());
+        let dev = Dev::from_raw(proc.metadata().unwrap().dev());
+        for refused in [xfs_geometry(path, dev).map(|_| ()), xfs_grow(path, dev, u64::MAX)] {
+            let refused = refused.unwrap_err();
+            assert_eq!((refused.call, refused.errno), ("ioctl(XFS_IOC_FSGEOMETRY_V1)", Errno::NOTTY));
+        }
+    }
+
     #[test]
     fn the_filesystem_below_a_mount_that_went_is_not_grown() {
         let folder = Folder::new();
-        let refused = ext4_grow(folder.path(), Dev { major: 8, minor: 4095 }, 1).unwrap_err();
-        assert_eq!(refused.errno, Errno::STALE, "before the ioctl");
+        let other = Dev { major: 8, minor: 4095 };
+        for grown in [ext4_grow(folder.path(), other, 1), xfs_grow(folder.path(), other, 1), xfs_geometry(folder.path(), other).map(drop)] {
+            assert_eq!(grown.unwrap_err().errno, Errno::STALE, "before the ioctl");
+        }
     }
 
     #[test]

@@ -76,6 +76,13 @@ impl Options {
         self
     }
 
+    /// Adds `nouuid`: a clone of an xfs has the UUID of its source, and both may be mounted on one node.
+    #[must_use]
+    pub fn any_uuid(mut self) -> Self {
+        self.add("nouuid");
+        self
+    }
+
     fn add(&mut self, option: &str) {
         let (set, clear) = match option {
             "nosuid" => (MountAttrFlags::MOUNT_ATTR_NOSUID, MountAttrFlags::empty()),

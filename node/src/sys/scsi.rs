@@ -95,6 +95,8 @@ pub struct Topology {
     pub minimum_io_size: u32,
     pub optimal_io_size: u32,
     pub rotational: bool,
+    /// Its physical sectors do not begin at its first byte (`alignment_offset`).
+    pub is_misaligned: bool,
 }
 
 /// All SCSI disks. One that vanishes during the look is passed over; a look that fails is an error.
@@ -196,7 +198,8 @@ pub fn holders(sysfs: &Path, name: &str) -> Result<Vec<String>, Error> {
 /// # Errors
 /// sysfs cannot be read.
 pub fn topology(sysfs: &Path, disk: &Disk) -> Result<Topology, Error> {
-    let queue = device(sysfs, disk.address).join("block").join(&disk.name).join("queue");
+    let block = device(sysfs, disk.address).join("block").join(&disk.name);
+    let queue = block.join("queue");
     let number = |name: &str| Ok(text(&queue.join(name))?.and_then(|text| text.parse().ok()).unwrap_or_default());
     Ok(Topology {
         logical_block_size: number("logical_block_size")?,
@@ -204,6 +207,7 @@ pub fn topology(sysfs: &Path, disk: &Disk) -> Result<Topology, Error> {
         minimum_io_size: number("minimum_io_size")?,
         optimal_io_size: number("optimal_io_size")?,
         rotational: text(&queue.join("rotational"))?.as_deref() == Some("1"),
+        is_misaligned: text(&block.join("alignment_offset"))?.is_some_and(|offset| offset != "0"),
     })
 }
 

@@ -19,7 +19,7 @@ const STORAGE: &str = "local-lvm";
 const ZONE: &str = "pve1";
 /// The pod's file: enough that a wrong block would show.
 const FILE_BYTES: u64 = 16 << 20;
-/// ext4 keeps some of a volume for itself.
+/// A filesystem keeps some of a volume for itself.
 const LEAST_USABLE_PERCENT: i64 = 90;
 
 /// A step's row of the summary.
@@ -32,6 +32,7 @@ struct Row {
 
 struct Demo<'a> {
     cluster: &'a Cluster,
+    fs_type: &'static str,
     rows: Vec<Row>,
 }
 
@@ -91,12 +92,14 @@ fn mounted(node: &ClusterNode, path: &str) -> Result<Option<(String, String)>> {
 }
 
 fn play(demo: &mut Demo<'_>) -> Result<()> {
-    let volume = demo.step("create a 1 GiB ext4 volume", create)?;
+    let creating = if demo.fs_type == "xfs" { "create a 1 GiB xfs volume" } else { "create a 1 GiB ext4 volume" };
+    let volume = demo.step(creating, create)?;
     let first = demo.step("attach it to the first VM", |cluster| {
         let (node, _) = nodes(cluster)?;
         attach(cluster, &volume, node)
     })?;
-    demo.step("stage: probe, mkfs, mount", |cluster| stage(nodes(cluster)?.0, &first))?;
+    let fs_type = demo.fs_type;
+    demo.step("stage: probe, mkfs, mount", |cluster| stage(nodes(cluster)?.0, &first, fs_type))?;
     demo.step("publish to the pod", |cluster| publish(nodes(cluster)?.0, &first))?;
     let file = format!("{}/file", first.target);
     let checksum = demo.step("write a file", |cluster| {
@@ -124,7 +127,7 @@ fn play(demo: &mut Demo<'_>) -> Result<()> {
         let (_, node) = nodes(cluster)?;
         attach(cluster, &volume, node)
     })?;
-    demo.step("stage there: nothing is formatted", |cluster| stage(nodes(cluster)?.1, &second))?;
+    demo.step("stage there: nothing is formatted", |cluster| stage(nodes(cluster)?.1, &second, fs_type))?;
     demo.step("publish there", |cluster| publish(nodes(cluster)?.1, &second))?;
     demo.step("read the file back", |cluster| {
         let (_, node) = nodes(cluster)?;
@@ -171,12 +174,12 @@ fn attach(cluster: &Cluster, volume: &csi::Volume, node: &ClusterNode) -> Result
     Ok((attached, format!("VM {} has it plugged as scsi{lun}, serial {serial}", node.vmid)))
 }
 
-fn stage(node: &ClusterNode, volume: &NodeVolume) -> Result<((), String)> {
+fn stage(node: &ClusterNode, volume: &NodeVolume, fs_type: &str) -> Result<((), String)> {
     node.prepare(volume)?;
     node.calls.node_stage_volume(volume.stage()).map_err(refused("NodeStageVolume"))?;
     let (at, kind) = mounted(node, &volume.staging)?.context("nothing is mounted at the staging path")?;
     node.calls.node_stage_volume(volume.stage()).map_err(refused("NodeStageVolume, repeated"))?;
-    ensure!(!at.is_empty());
+    ensure!(!at.is_empty() && kind == fs_type, "{kind} is mounted at {at:?}, {fs_type} was asked for");
     Ok(((), format!("{kind} is mounted at …/{}", tail(&volume.staging))))
 }
 
@@ -282,16 +285,16 @@ fn keep(cluster: &Cluster) -> Result<()> {
     ended.recv()?.context("wait for the end")
 }
 
-fn run(keep_running: bool) -> Result<()> {
+fn run(keep_running: bool, fs_type: &'static str) -> Result<()> {
     for name in ["proxmox-csi-node", "proxmox-csi-controller"] {
         let binary = tools::release_binary(name);
         ensure!(Path::new(&binary).exists(), "{} is missing: run scripts/build", binary.display());
     }
     let begun = Instant::now();
     say("starting the Proxmox simulator (9.2), the controller and two VMs of Proxmox node pve1 …");
-    let cluster = Cluster::start(&ClusterOptions { latency: Latency::RECORDED, ..ClusterOptions::default() })?;
+    let cluster = Cluster::start(&ClusterOptions { latency: Latency::RECORDED, fs_type, ..ClusterOptions::default() })?;
     say(&format!("up after {} ms\n", begun.elapsed().as_millis()));
-    let mut demo = Demo { cluster: &cluster, rows: Vec::new() };
+    let mut demo = Demo { cluster: &cluster, fs_type, rows: Vec::new() };
     let played = play(&mut demo);
     summary(&demo)?;
     if keep_running {
@@ -303,8 +306,26 @@ fn run(keep_running: bool) -> Result<()> {
     played
 }
 
+/// `--keep`, `--fs ext4`, `--fs xfs`.
+fn arguments() -> Result<(bool, &'static str)> {
+    let (mut keep, mut fs_type) = (false, "ext4");
+    let mut given = std::env::args().skip(1);
+    while let Some(arg) = given.next() {
+        match arg.as_str() {
+            "--keep" => keep = true,
+            "--fs" => match given.next().as_deref() {
+                Some("ext4") => fs_type = "ext4",
+                Some("xfs") => fs_type = "xfs",
+                other => bail!("--fs {}: ext4 or xfs", other.unwrap_or_default()),
+            },
+            other => bail!("unknown argument {other}"),
+        }
+    }
+    Ok((keep, fs_type))
+}
+
 fn main() -> ExitCode {
-    match run(std::env::args().any(|arg| arg == "--keep")) {
+    match arguments().and_then(|(keep, fs_type)| run(keep, fs_type)) {
         Ok(()) => {
             say("\nall of it held");
             ExitCode::SUCCESS

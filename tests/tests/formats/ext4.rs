@@ -136,7 +136,7 @@ fn size(chance: &mut Chance, block_size: Option<u32>) -> u64 {
     size.min(most).saturating_sub(chance.pick(&[0, 0, 512, 4096, 4608]))
 }
 
-fn dashed(uuid: &[u8; 16]) -> String {
+pub(crate) fn dashed(uuid: &[u8; 16]) -> String {
     let digits: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
     [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
 }
