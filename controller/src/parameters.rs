@@ -24,7 +24,9 @@ const FORMATS: &[&str] = &["raw", "qcow2"];
 const MAX_THROTTLE: u64 = 1_000_000_000;
 /// Block sizes of ext4 and xfs that a page of 4 KiB can mount.
 const BLOCK_SIZES: &[u64] = &[1024, 2048, 4096];
-/// ext4 inode sizes; not above the block size.
+/// Below this size mke2fs takes blocks of 1 KiB by itself, and so does our node.
+const EXT4_SMALL_BYTES: u64 = 512 << 20;
+/// Inode sizes that a volume of the reference driver may have; a new one has less choice, see `fit_ext4`.
 const INODE_SIZES: &[u64] = &[128, 256, 512, 1024, 2048, 4096];
 /// xfs inode sizes, with checksums; at most half a block.
 const XFS_INODE_SIZES: &[u64] = &[512, 1024, 2048];
@@ -106,11 +108,23 @@ impl Parameters {
         if parameters.replicate {
             return Err("parameter replicate is not supported by this version; remove it or write false".into());
         }
-        let page = if parameters.block_size == 0 { 4096 } else { parameters.block_size };
-        if parameters.inode_size > page {
-            return Err(format!("parameter inodeSize {} is above blockSize {page}", parameters.inode_size));
-        }
         Ok((parameters, warnings))
+    }
+
+    /// Whether an ext4 of `size_bytes` can be made with these.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT; a sentence with the numbers.
+    pub fn fit_ext4(&self, size_bytes: u64) -> Result<(), Error> {
+        let by_size = if size_bytes < EXT4_SMALL_BYTES { 1024 } else { 4096 };
+        let block_size = if self.block_size == 0 { by_size } else { self.block_size };
+        if self.inode_size != 0 && !(256..=block_size).contains(&self.inode_size) {
+            return Err(Error::invalid(format!(
+                "parameter inodeSize {} is none of ext4's here: a power of two from 256 to the block size, which is {block_size}",
+                self.inode_size
+            )));
+        }
+        Ok(())
     }
 
     /// Whether an xfs of `size_bytes` can be made with these.
@@ -372,7 +386,26 @@ mod tests {
             assert!(why.contains(right), "{key}={value}: {why}");
         }
         assert!(Parameters::of_class(&map(&[])).unwrap_err().contains("storage is missing"));
-        assert!(Parameters::of_class(&map(&[("storage", "ds"), ("blockSize", "1024"), ("inodeSize", "2048")])).is_err());
+    }
+
+    #[test]
+    fn ext4_inodes_are_no_smaller_than_256_bytes_and_no_larger_than_a_block() {
+        let fit = |pairs: &[(&str, &str)], size_bytes: u64| {
+            let mut given = map(&[("storage", "ds")]);
+            given.extend(map(pairs));
+            Parameters::of_class(&given).unwrap().0.fit_ext4(size_bytes).map_err(|error| error.text)
+        };
+        assert_eq!(fit(&[], 1 << 20), Ok(()));
+        assert_eq!(fit(&[("inodeSize", "4096")], 1 << 30), Ok(()));
+        assert_eq!(fit(&[("inodeSize", "4096"), ("blockSize", "4096")], 64 << 20), Ok(()));
+        for (pairs, size_bytes, right) in [
+            (&[("inodeSize", "128")][..], 1 << 30, "from 256"),
+            (&[("inodeSize", "2048")], 64 << 20, "which is 1024"),
+            (&[("inodeSize", "2048"), ("blockSize", "1024")], 1 << 30, "which is 1024"),
+        ] {
+            let refused = fit(pairs, size_bytes).unwrap_err();
+            assert!(refused.contains("inodeSize") && refused.contains(right), "{refused}");
+        }
     }
 
     #[test]

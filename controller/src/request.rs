@@ -126,6 +126,8 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
         let (parameters, warnings) = Parameters::of_class(&request.parameters).map_err(Error::invalid)?;
         if is_for_xfs(&request) {
             parameters.fit_xfs(required_bytes)?;
+        } else {
+            parameters.fit_ext4(required_bytes)?;
         }
         let want = Want {
             storage: parameters.storage.clone(),
