@@ -345,16 +345,44 @@ mod tests {
         assert_eq!(drive_of(&[], true), format!("backup=0,iothread=1,replicate=0,ro=1,{END}"));
     }
 
-    #[test]
-    fn mkfs_parameters_and_the_format_go_into_the_context_only() {
-        let given = map(&[("storage", "ds"), ("blockSize", "2048"), ("inodeSize", "512"), ("storageFormat", "qcow2")]);
+    /// What a class with these keys puts into the PV, beside what every class does.
+    fn context_of(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let mut given = map(&[("storage", "ds")]);
+        given.extend(map(pairs));
         let (parameters, _) = Parameters::of_class(&given).unwrap();
-        let context = parameters.volume_context();
-        assert_eq!((context["blockSize"].as_str(), context["inodeSize"].as_str()), ("2048", "512"));
-        assert_eq!(context["storageFormat"], "qcow2");
-        assert_eq!(context["contentSource"], "none");
-        assert_eq!((context["backup"].as_str(), context["iothread"].as_str(), context["replicate"].as_str()), ("0", "1", "0"));
-        assert!(!context.contains_key("ssd") && !context.contains_key("diskIOPS"));
+        let mut context: BTreeMap<String, String> = parameters.volume_context().into_iter().collect();
+        for (key, value) in [("backup", "0"), ("contentSource", "none"), ("iothread", "1"), ("replicate", "0")] {
+            assert_eq!(context.remove(key).as_deref(), Some(value), "{key}");
+        }
+        context
+    }
+
+    fn expected(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        map(pairs).into_iter().collect()
+    }
+
+    #[test]
+    fn parameter_storage() {
+        assert_eq!(context_of(&[]), expected(&[("storage", "ds")]));
+        assert_eq!(context_of(&[("storage", "local-zfs")]), expected(&[("storage", "local-zfs")]));
+    }
+
+    #[test]
+    fn parameter_storage_format() {
+        assert_eq!(context_of(&[("storageFormat", "qcow2")]), expected(&[("storage", "ds"), ("storageFormat", "qcow2")]));
+        assert_eq!(drive_of(&[("storageFormat", "qcow2")], false), format!("backup=0,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_block_size() {
+        assert_eq!(context_of(&[("blockSize", "2048")]), expected(&[("storage", "ds"), ("blockSize", "2048")]));
+        assert_eq!(drive_of(&[("blockSize", "2048")], false), format!("backup=0,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_inode_size() {
+        assert_eq!(context_of(&[("inodeSize", "512")]), expected(&[("storage", "ds"), ("inodeSize", "512")]));
+        assert_eq!(drive_of(&[("inodeSize", "512")], false), format!("backup=0,iothread=1,replicate=0,{END}"));
     }
 
     #[test]

@@ -215,6 +215,39 @@ fn what_may_never_be_formatted() {
     assert!(resized.grow_required && never(resized.format));
 }
 
+/// What stage would make of a blank disk with this in the volume context.
+fn made_with(pairs: &[(&str, &str)]) -> FormatOptions {
+    match staged(|request| request.volume_context.extend(map(pairs))).unwrap().format {
+        Format::May(options) => options,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn parameter_block_size() {
+    assert_eq!(made_with(&[("blockSize", "2048")]), FormatOptions { block_size: Some(2048), ..made_with(&[]) });
+    assert_eq!(made_with(&[]).block_size, None);
+}
+
+#[test]
+fn parameter_inode_size() {
+    assert_eq!(made_with(&[("inodeSize", "1024")]), FormatOptions { inode_size: Some(1024), ..made_with(&[]) });
+    assert_eq!(made_with(&[]).inode_size, None);
+}
+
+#[test]
+fn parameter_fstype_empty_means_ext4() {
+    let of = |fs_type: &str| {
+        let request = staged(|request| {
+            request.volume_capability.as_mut().unwrap().access_type =
+                Some(AccessType::Mount(MountVolume { fs_type: fs_type.into(), ..Default::default() }));
+        });
+        request.unwrap().format
+    };
+    assert_eq!(of(""), of("ext4"));
+    assert_ne!(of(""), of("xfs"));
+}
+
 #[test]
 fn ssd_adds_noatime_and_an_explicit_flag_wins() {
     let options = |ssd: &str, flags: &[&str]| {
