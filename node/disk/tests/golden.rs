@@ -1,33 +1,17 @@
 //! Every image of the golden manifests (Debian's mke2fs 1.47.0), made again in memory: the same digest.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
+mod digest;
 mod image;
 
+use digest::digest;
 use disk::ext4::{Options, plan};
-use image::{Image, UNIT};
+use image::Image;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 const UUID: [u8; 16] = [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef, 0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef];
 const HASH_SEED: [u8; 16] = [0xfe, 0xdc, 0xba, 0x98, 0x76, 0x54, 0x32, 0x10, 0xfe, 0xdc, 0xba, 0x98, 0x76, 0x54, 0x32, 0x10];
 const TIME: u32 = 1_700_000_000;
-
-/// "sparse-sha256-v1" of the golden data: every maximal run of written units, as offset, length, bytes.
-fn digest(image: &Image) -> String {
-    let mut digest = Sha256::new();
-    let mut units = image.written().peekable();
-    while let Some((first, bytes)) = units.next() {
-        let mut run = vec![bytes];
-        while let Some((_, bytes)) = units.next_if(|(key, _)| *key == first + run.len() as u64) {
-            run.push(bytes);
-        }
-        let length: usize = run.iter().map(|bytes| bytes.len()).sum();
-        digest.update((first * UNIT as u64).to_le_bytes());
-        digest.update((length as u64).to_le_bytes());
-        run.iter().for_each(|bytes| digest.update(bytes));
-    }
-    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// The options that an entry's command line and mode stand for.
 fn options(entry: &Value) -> Options {
