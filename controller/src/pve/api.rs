@@ -480,13 +480,18 @@ pub fn cluster_status() -> Request {
     Request::new(Method::Get, "/cluster/status".into())
 }
 
-/// Whether the cluster is quorate; a host alone is.
+/// Whether the cluster is quorate; a host alone is. A list that shows neither a cluster nor just one host says nothing, and
+/// that is not taken for quorate.
 ///
 /// # Errors
 /// No list.
 pub fn read_quorate(call: &str, data: &Value) -> Result<bool, Error> {
-    let cluster = list(call, data)?.iter().find(|entry| text_of(entry, "type").as_deref() == Some("cluster"));
-    Ok(cluster.is_none_or(|cluster| flag_of(cluster, "quorate")))
+    let entries = list(call, data)?;
+    let of_type = |kind: &'static str| entries.iter().filter(move |entry| text_of(entry, "type").as_deref() == Some(kind));
+    Ok(match of_type("cluster").next() {
+        Some(cluster) => flag_of(cluster, "quorate"),
+        None => of_type("node").count() == 1,
+    })
 }
 
 /// `GET /access/permissions`: our own.
@@ -569,10 +574,21 @@ mod tests {
     }
 
     #[test]
-    fn quorum_and_privileges() {
+    fn quorum() {
         assert!(read_quorate("x", &json!([{"type":"node","online":1}])).unwrap());
         assert!(read_quorate("x", &json!([{"type":"cluster","quorate":1}])).unwrap());
         assert!(!read_quorate("x", &json!([{"type":"cluster","quorate":0}])).unwrap());
+    }
+
+    #[test]
+    fn a_status_that_says_nothing_is_not_taken_for_quorate() {
+        assert!(!read_quorate("x", &json!([])).unwrap());
+        assert!(!read_quorate("x", &json!([{"type":"node"}, {"type":"node"}])).unwrap());
+        assert!(!read_quorate("x", &json!([{"type":"cluster"}, {"type":"node"}])).unwrap());
+    }
+
+    #[test]
+    fn privileges() {
         assert!(read_sees_all_vms(&json!({"/vms":{"VM.Audit":1}})));
         assert!(read_sees_all_vms(&json!({"/":{"VM.Audit":1},"/vms":{"VM.Audit":1}})));
         for no in [
