@@ -112,7 +112,12 @@ pub(crate) const NODE_ID: &str = "guest-1/101";
 impl Agent {
     /// `None`, after saying so, where guests cannot run.
     pub(crate) fn start(name: &str) -> Option<Self> {
-        let guest = boot(&GuestOptions::named(name).with_node())?;
+        Self::start_on(&GuestOptions::named(name).with_node())
+    }
+
+    /// The same on a machine of another kind.
+    pub(crate) fn start_on(options: &GuestOptions) -> Option<Self> {
+        let guest = boot(options)?;
         let job = start_node(&guest);
         let calls = guest.node().unwrap();
         Some(Self { guest, calls, job })
