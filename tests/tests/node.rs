@@ -9,6 +9,8 @@ mod crash;
 mod harness;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/luks.rs"]
+mod luks;
 #[path = "node/matrix.rs"]
 mod matrix;
 #[path = "node/modes.rs"]
