@@ -9,6 +9,8 @@ mod crash;
 mod harness;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/limits.rs"]
+mod limits;
 #[path = "node/matrix.rs"]
 mod matrix;
 #[path = "node/modes.rs"]

@@ -174,7 +174,7 @@ impl Agent {
     }
 }
 
-fn start_node(guest: &Guest) -> Job {
+pub(crate) fn start_node(guest: &Guest) -> Job {
     let args =
         ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
     guest.start_node(&args, &[("LOG_LEVEL", "info")]).unwrap()
