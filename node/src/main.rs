@@ -111,6 +111,7 @@ fn run(args: Args) -> Result<(), String> {
     }
     let folders = if args.kubelet_dir.is_empty() { vec![KUBELET.into()] } else { args.kubelet_dir };
     let node = Node::new(Folders::new(folders)?);
+    let stop_work = node.stop();
     let configured = Configured { node_id: args.node_id, vmid: args.vmid, region: args.region, zone: args.zone };
     if let Err(unknown) = info::look(&configured, node.sysfs()) {
         // It stays up: NodeGetInfo says the same, and the volumes that are here already are served.
@@ -131,6 +132,7 @@ fn run(args: Args) -> Result<(), String> {
                 proto::error!("signals: {cause}");
                 std::future::pending::<()>().await;
             }
+            stop_work.request();
         };
         serve(&endpoint, Identity::new(env!("CARGO_PKG_VERSION")), NodeServer::new(Service::new(node, configured)), stop, DRAIN).await
     });

@@ -207,6 +207,7 @@ fn code(cause: &Cause) -> Code {
         Cause::Outside { .. } | Cause::Geometry(_) => Code::InvalidArgument,
         Cause::TooSmall(_) => Code::OutOfRange,
         Cause::Crowded { .. }
+        | Cause::Stopped { .. }
         | Cause::NoDisk { .. }
         | Cause::SizeNotSeen { .. }
         | Cause::OtherDiskNow { .. }

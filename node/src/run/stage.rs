@@ -9,7 +9,7 @@ use super::look::{Room, is_empty_folder, not_named, usable};
 use super::publish::make_folder;
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
 use crate::error::{AtStep, Cause, Error};
-use crate::format;
+use crate::format::{self, Ground};
 use crate::identity::{self, Found};
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
@@ -134,8 +134,8 @@ impl Node {
         if surface != expected {
             return Err(Cause::NotBlankAnyMore { surface: format!("{surface:?}") });
         }
-        let reads_as_zeros = want.zeroed == Zeroed::Yes && !unfinished;
-        format::make(&device, &want.volume, options, &scsi::topology(&self.sysfs, disk)?, reads_as_zeros)
+        let ground = if want.zeroed == Zeroed::Yes && !unfinished { Ground::Zeros } else { Ground::Unknown };
+        format::make(&device, &want.volume, options, &scsi::topology(&self.sysfs, disk)?, ground, &self.stop)
     }
 
     fn mount(&self, want: &StageRequest, disk: &Disk, by: Filesystem) -> Result<(), Cause> {

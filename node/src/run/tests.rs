@@ -37,6 +37,7 @@ impl Bench {
             folders: Folders::new(vec![kubelet]).unwrap(),
             workers: Slots::new(1),
             legacy_mounts: Slots::new(1),
+            stop: Stop::default(),
         };
         Self { root, node }
     }
