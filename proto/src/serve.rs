@@ -99,7 +99,12 @@ where
     S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + NamedService + Clone + Send + 'static,
     S::Future: Send + 'static,
 {
-    Socket::open(endpoint.path())?.serve(Mux { identity: IdentityServer::new(identity), service }, stop, drain).await
+    Socket::open(endpoint.path())?.serve(with_identity(identity, service), stop, drain).await
+}
+
+/// Both services as one, for [`Socket::serve`].
+pub fn with_identity<S>(identity: Identity, service: S) -> Mux<S> {
+    Mux { identity: IdentityServer::new(identity), service }
 }
 
 /// A listening socket.
@@ -252,9 +257,15 @@ where
 
 /// Two services on one socket, told apart by the path's first part (`/csi.v1.Identity/…`).
 #[derive(Clone)]
-struct Mux<S> {
+pub struct Mux<S> {
     identity: IdentityServer<Identity>,
     service: S,
+}
+
+impl<S> fmt::Debug for Mux<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mux").finish_non_exhaustive()
+    }
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send>>;
