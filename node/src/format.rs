@@ -38,6 +38,25 @@ impl Stop {
     }
 }
 
+/// The UUID of a LUKS header that we make, as the header has it.
+#[must_use]
+pub fn luks_uuid(volume: &Volume) -> String {
+    let digits: String = volume.handle.uuid("luks").iter().map(|byte| format!("{byte:02x}")).collect();
+    let parts = [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)].map(|(from, to)| digits.get(from..to).unwrap_or_default());
+    parts.join("-")
+}
+
+/// Whether such a filesystem fits a device of that size, before anything is written to what will be below it.
+///
+/// # Errors
+/// The options do not fit.
+pub fn check(size_bytes: u64, volume: &Volume, options: FormatOptions, topology: &Topology) -> Result<(), Cause> {
+    match options.filesystem {
+        Filesystem::Ext4 => ext4_plan(size_bytes, volume, options, topology, Ground::Unknown, 0).map(drop),
+        Filesystem::Xfs => xfs_plan(size_bytes, volume, options, topology, Ground::Unknown, 0).map(drop),
+    }
+}
+
 /// Makes a filesystem on the device, which must be held exclusively. Its UUID comes from the volume's name, so that a
 /// damaged volume of ours is told from a stranger's leftovers.
 ///
@@ -132,7 +151,7 @@ pub struct Written {
 ///
 /// # Errors
 /// A write failed, or the process is about to end.
-pub fn execute(device: &Device, writes: impl Iterator<Item = Write>, stop: &Stop) -> Result<Written, Cause> {
+pub fn execute(device: &Device, writes: impl IntoIterator<Item = Write>, stop: &Stop) -> Result<Written, Cause> {
     let mut written = Written::default();
     for write in writes {
         match write {
