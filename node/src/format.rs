@@ -11,6 +11,25 @@ use crate::sys;
 use crate::sys::block::Device;
 use crate::sys::scsi::Topology;
 
+/// The UUID of a LUKS header that we make, as the header has it.
+#[must_use]
+pub fn luks_uuid(volume: &Volume) -> String {
+    let digits: String = volume.handle.uuid("luks").iter().map(|byte| format!("{byte:02x}")).collect();
+    let parts = [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)].map(|(from, to)| digits.get(from..to).unwrap_or_default());
+    parts.join("-")
+}
+
+/// Whether such a filesystem fits a device of that size, before anything is written to what will be below it.
+///
+/// # Errors
+/// The options do not fit.
+pub fn check(size_bytes: u64, volume: &Volume, options: FormatOptions, topology: &Topology) -> Result<(), Cause> {
+    match options.filesystem {
+        Filesystem::Ext4 => ext4_plan(size_bytes, volume, options, topology, false, 0).map(drop),
+        Filesystem::Xfs => xfs_plan(size_bytes, volume, options, topology, false, 0).map(drop),
+    }
+}
+
 /// Makes a filesystem on the device, which must be held exclusively. Its UUID comes from the volume's name, so that a
 /// damaged volume of ours is told from a stranger's leftovers.
 ///
@@ -83,7 +102,11 @@ fn xfs_plan(
     })
 }
 
-fn execute(device: &Device, writes: impl Iterator<Item = Write>) -> Result<(), sys::Error> {
+/// Writes, in their order.
+///
+/// # Errors
+/// The first write that failed.
+pub fn execute(device: &Device, writes: impl IntoIterator<Item = Write>) -> Result<(), sys::Error> {
     for write in writes {
         match write {
             Write::Data { offset, bytes } => device.write_at(offset, &bytes)?,

@@ -11,6 +11,7 @@ pub mod kmsg;
 pub mod memory;
 pub mod mount;
 pub mod mountinfo;
+pub mod random;
 pub mod scsi;
 
 use std::fmt;

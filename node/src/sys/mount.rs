@@ -130,19 +130,18 @@ fn split(flags: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Mounts the filesystem on `source` (a device node) at `target`.
+/// Mounts the filesystem on `source` (a device node, which the kernel's log calls `device`) at `target`.
 ///
 /// # Errors
 /// With the option at fault and the kernel's words.
-pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options) -> Result<(), Refused> {
-    let device = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, options: &Options) -> Result<(), Refused> {
     let mut log = kmsg::Log::from_now();
     let context =
         fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Refused::from(Error::at("fsopen", Path::new(fstype))(errno)))?;
     let mut refuse = |call: &'static str, option: Option<String>, errno: Errno| {
         let mut said = messages(&context);
         if said.is_empty() {
-            said = log.lines_about(&device);
+            said = log.lines_about(device);
         }
         Refused { error: Error { call, subject: source.into(), errno }, option, said }
     };
