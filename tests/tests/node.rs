@@ -5,6 +5,8 @@
 
 #[path = "node/crash.rs"]
 mod crash;
+#[path = "node/dm.rs"]
+mod dm;
 #[path = "node/harness.rs"]
 mod harness;
 #[path = "node/life.rs"]
