@@ -19,3 +19,5 @@ mod surfaces;
 mod together;
 #[path = "node/xfs.rs"]
 mod xfs;
+#[path = "node/zeros.rs"]
+mod zeros;
