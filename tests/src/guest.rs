@@ -23,11 +23,12 @@ use guest_init::{CONSOLE_PREFIX, CONTROL_PORT, NODE_PORT, NODE_ROOT, Request};
 pub use bridge::Bridge;
 pub use control::{Ended, Job, Program};
 pub use initramfs::with_libraries;
+pub use plug::{Fault, FaultyIo};
 
 use crate::calls::Calls;
 use crate::console::Console;
 use crate::folder;
-use crate::machine::Machine;
+use crate::machine::{Machine, PluggedDrive};
 use crate::process::Process;
 use crate::tools;
 
@@ -161,6 +162,11 @@ impl Guest {
     #[must_use]
     pub fn machine(&self) -> Arc<dyn Machine> {
         Arc::clone(&self.qemu) as Arc<dyn Machine>
+    }
+
+    /// Plugs a drive whose disk fails at what the faults say.
+    pub fn plug_faulty(&self, drive: &PluggedDrive, faults: &[Fault]) -> Result<()> {
+        self.qemu.plug_faulty(drive, faults).map_err(|error| anyhow::anyhow!("guest {}: plug: {error}", self.name))
     }
 
     /// One QMP command, for what [`Machine`] does not cover (`stop`, `cont`).

@@ -9,6 +9,10 @@ mod crash;
 mod harness;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/limits.rs"]
+mod limits;
+#[path = "node/matrix.rs"]
+mod matrix;
 #[path = "node/modes.rs"]
 mod modes;
 #[path = "node/plug.rs"]

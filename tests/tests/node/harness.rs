@@ -113,7 +113,12 @@ pub(crate) const NODE_ID: &str = "guest-1/101";
 impl Agent {
     /// `None`, after saying so, where guests cannot run.
     pub(crate) fn start(name: &str) -> Option<Self> {
-        let guest = boot(&GuestOptions::named(name).with_node())?;
+        Self::start_on(&GuestOptions::named(name).with_node())
+    }
+
+    /// The same on a machine of another kind.
+    pub(crate) fn start_on(options: &GuestOptions) -> Option<Self> {
+        let guest = boot(options)?;
         let job = start_node(&guest);
         let calls = guest.node().unwrap();
         Some(Self { guest, calls, job })
@@ -176,7 +181,7 @@ impl Agent {
     }
 }
 
-fn start_node(guest: &Guest) -> Job {
+pub(crate) fn start_node(guest: &Guest) -> Job {
     let args =
         ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
     guest.start_node(&args, &[("LOG_LEVEL", "info")]).unwrap()
