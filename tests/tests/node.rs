@@ -25,3 +25,5 @@ mod surfaces;
 mod together;
 #[path = "node/xfs.rs"]
 mod xfs;
+#[path = "node/zeros.rs"]
+mod zeros;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use proto::VolumeHandle;
+use serde_json::json;
 use testbed::calls::{Calls, NodeVolume};
 use testbed::guest::{self, Guest, GuestOptions, Job, wait};
 use testbed::machine::PluggedDrive;
@@ -156,6 +157,12 @@ impl Agent {
 
     pub(crate) fn publish(&self, volume: &NodeVolume) {
         self.calls.node_publish_volume(volume.publish()).unwrap_or_else(|status| panic!("publish: {status:?}; {}", self.guest.quote()));
+    }
+
+    /// How fast disk `lun` is: QEMU's throttle limits (`{}`: as fast as it can).
+    pub(crate) fn throttle(&self, lun: u8, limits: serde_json::Value) {
+        let arguments = json!({ "path": format!("/objects/throttle-drive-scsi{lun}"), "property": "limits", "value": limits });
+        self.guest.monitor("qom-set", arguments).unwrap();
     }
 
     /// Unpublish and unstage.
