@@ -5,6 +5,8 @@
 
 pub mod blkid;
 pub mod block;
+pub mod confine;
+pub mod kernel;
 pub mod kmsg;
 pub mod mount;
 pub mod mountinfo;
