@@ -1,7 +1,9 @@
 //! How long the caller of an RPC still waits: gRPC's `grpc-timeout`, known to all that works for the call.
 
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// Taken off the caller's patience: the answer must still reach it.
 const MARGIN: Duration = Duration::from_secs(1);

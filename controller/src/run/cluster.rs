@@ -1,6 +1,8 @@
 //! What a cluster says of itself: which VM a node id names, whether everything is shown to us, who is quorate, who is off.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
 
 use super::Controller;
 use super::region::{EVIDENCE_AGE, Region, STATE_AGE, ago, locked};

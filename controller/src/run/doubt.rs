@@ -3,7 +3,9 @@
 //! Proxmox carries a config write out only onto the config of its digest, so a lost one is harmless as soon as that config
 //! changed, or the VM was looked at after the last moment at which it could come.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::region::{Region, STATE_AGE, locked};
 use crate::error::Error;

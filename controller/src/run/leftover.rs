@@ -5,9 +5,9 @@
 //! only if the operator still lists its node as fenced and another VM has the volume.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use proto::VolumeHandle;
+use tokio::time::Instant;
 
 use super::evidence::Depth;
 use super::region::{EVIDENCE_AGE, Region, STATE_AGE, ago, locked};

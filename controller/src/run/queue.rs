@@ -7,10 +7,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::VolumeHandle;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::batch::Batch;
 use super::region::Region;
@@ -127,7 +128,7 @@ impl Region {
             biased;
             done = &mut answered => return done.unwrap_or_else(|_| Err(broke_off())),
             alone = self.change_alone(vm.vmid) => alone,
-            () = tokio::time::sleep_until(due.unwrap_or_else(|| Instant::now() + PATIENCE).into()) => {
+            () = tokio::time::sleep_until(due.unwrap_or_else(|| Instant::now() + PATIENCE)) => {
                 if slot.queue.leave(id) {
                     return Err(self.still_busy(vm.vmid));
                 }
