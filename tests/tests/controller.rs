@@ -13,6 +13,8 @@ mod create;
 mod detach;
 #[path = "controller/expand.rs"]
 mod expand;
+#[path = "controller/hold.rs"]
+mod hold;
 #[path = "controller/life.rs"]
 mod life;
 #[path = "controller/trouble.rs"]
