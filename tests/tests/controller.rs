@@ -9,6 +9,8 @@ mod bed;
 mod claims;
 #[path = "controller/create.rs"]
 mod create;
+#[path = "controller/dead.rs"]
+mod dead;
 #[path = "controller/detach.rs"]
 mod detach;
 #[path = "controller/expand.rs"]

@@ -57,7 +57,11 @@ async fn w05_a_vm_that_is_hidden_from_us_is_not_gone() {
     bed.publish(&volume, "node-101/101").await.unwrap();
     bed.sim.set_acl(vec![acl("/", "CSI"), acl("/vms/101", "NoAccess")]);
     let fresh = again(&bed);
-    assert_refused(unpublish_by(&fresh, &volume, "node-101/101").await, Code::PermissionDenied, &["VM 101 is there", "/vms/101", "NoAccess"]);
+    assert_refused(
+        unpublish_by(&fresh, &volume, "node-101/101").await,
+        Code::PermissionDenied,
+        &["VM 101 is there", "/vms/101", "NoAccess"],
+    );
     assert_refused(publish_by(&fresh, &volume, "node-101/101").await, Code::PermissionDenied, &["VM.Audit on /vms/101"]);
     assert_eq!(bed.traces(101, &volume).len(), 2);
     bed.sim.set_acl(vec![acl("/", "CSI")]);
@@ -74,7 +78,11 @@ async fn w05_a_renamed_vm_is_not_gone() {
     bed.publish(&volume, "node-101").await.unwrap();
     bed.sim.set_config(101, "name", Some("worker"));
     let fresh = again(&bed);
-    assert_refused(unpublish_by(&fresh, &volume, "node-101").await, Code::FailedPrecondition, &["\"node-101\"", "VM 101 on pve1", "new name"]);
+    assert_refused(
+        unpublish_by(&fresh, &volume, "node-101").await,
+        Code::FailedPrecondition,
+        &["\"node-101\"", "VM 101 on pve1", "new name"],
+    );
     bed.unpublish(&volume, "worker/101").await.unwrap();
     unpublish_by(&fresh, &volume, "node-101").await.unwrap();
 }
