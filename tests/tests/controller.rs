@@ -9,10 +9,14 @@ mod bed;
 mod claims;
 #[path = "controller/create.rs"]
 mod create;
+#[path = "controller/dead.rs"]
+mod dead;
 #[path = "controller/detach.rs"]
 mod detach;
 #[path = "controller/expand.rs"]
 mod expand;
+#[path = "controller/hold.rs"]
+mod hold;
 #[path = "controller/life.rs"]
 mod life;
 #[path = "controller/trouble.rs"]

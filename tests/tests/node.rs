@@ -5,10 +5,14 @@
 
 #[path = "node/crash.rs"]
 mod crash;
+#[path = "node/dm.rs"]
+mod dm;
 #[path = "node/harness.rs"]
 mod harness;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/limits.rs"]
+mod limits;
 #[path = "node/luks.rs"]
 mod luks;
 #[path = "node/matrix.rs"]
@@ -23,3 +27,5 @@ mod surfaces;
 mod together;
 #[path = "node/xfs.rs"]
 mod xfs;
+#[path = "node/zeros.rs"]
+mod zeros;

@@ -154,7 +154,7 @@ impl CryptTable<'_> {
 
 fn parse_key(word: &str) -> Option<Key> {
     let Some(reference) = word.strip_prefix(':') else {
-        let is_hex = word == "-" || (word.len() % 2 == 0 && word.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        let is_hex = word == "-" || (word.len().is_multiple_of(2) && word.bytes().all(|byte| byte.is_ascii_hexdigit()));
         return is_hex.then(|| Key::Hex(HexKey(Zeroizing::new(word.to_owned()))));
     };
     let mut parts = reference.splitn(3, ':');
