@@ -1,6 +1,7 @@
 //! DeleteVolume: only when no VM refers to the volume in any view. Proxmox itself unlinks a file under a running QEMU.
 
 use proto::VolumeHandle;
+use tokio::time::Instant;
 
 use super::Controller;
 use super::evidence::Depth;
@@ -24,7 +25,8 @@ impl Controller {
             proto::warn!("{step}: Proxmox node {} is not in the cluster; the volume went with it", handle.zone);
             return Ok(());
         };
-        let references = region.references_before_refusal(handle, None, Depth::Snapshots).await.map_err(|error| error.during(&step))?;
+        // Nobody can look after a deletion, as after an attachment: what was read before this call does not count.
+        let references = region.references(handle, Instant::now(), None, Depth::Snapshots).await.map_err(|error| error.during(&step))?;
         if !references.is_empty() {
             let all: Vec<String> = references.iter().map(ToString::to_string).collect();
             return Err(Error::precondition(format!("{step}: refused while in use: {}", all.join("; "))));
