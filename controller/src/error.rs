@@ -46,6 +46,7 @@ by_code! {
     not_found NotFound,
     already_exists AlreadyExists,
     precondition FailedPrecondition,
+    denied PermissionDenied,
     aborted Aborted,
     exhausted ResourceExhausted,
     out_of_range OutOfRange,
@@ -82,6 +83,7 @@ pub fn code(meaning: Meaning) -> Code {
         | Meaning::BootDisk
         | Meaning::Protected
         | Meaning::NoSuchHost
+        | Meaning::VmidTaken
         | Meaning::NoSuchEndpoint => Code::FailedPrecondition,
         Meaning::Forbidden => Code::PermissionDenied,
         Meaning::Unreachable
@@ -134,13 +136,14 @@ fn advice(meaning: Meaning) -> &'static str {
         Meaning::Shrinking => "a volume cannot be made smaller",
         Meaning::TaskKilled => "the task was cut short; the next call looks what became of it",
         Meaning::NoSuchEndpoint => "is the url Proxmox VE 7 or later?",
-        Meaning::NoSuchVolume
-        | Meaning::VolumeExists
-        | Meaning::TooLarge
-        | Meaning::HotplugFailed
-        | Meaning::NoSuchTask
-        | Meaning::BadRequest
-        | Meaning::Other => "",
+        Meaning::VmidTaken => "another VM or container has this number",
+        Meaning::NoSuchVolume => "the volume is not on this storage; look at the storage's content in Proxmox",
+        Meaning::VolumeExists => "a volume of that name is there already",
+        Meaning::TooLarge => "the storage takes no volume of this size",
+        Meaning::HotplugFailed => "the change is taken back and repeated; look at the VM's log and at the task",
+        Meaning::NoSuchTask => "Proxmox has forgotten the task; the next call looks what became of it",
+        Meaning::BadRequest => "Proxmox does not take what was asked for; look at the parameters of the StorageClass",
+        Meaning::Other => "look at the task and the system log of the Proxmox node; repeated",
     }
 }
 

@@ -117,6 +117,8 @@ pub enum Meaning {
     Protected,
     /// A disk cannot be made smaller.
     Shrinking,
+    /// A VM or container of that number is there.
+    VmidTaken,
     /// The task is not known (any more).
     NoSuchTask,
     /// The task was killed, or its end was not written.
@@ -236,6 +238,7 @@ const TEXTS: &[(&[&str], Meaning)] = &[
     (&["error opening image", "(2) No such file or directory"], Meaning::NoSuchVolume),
     (&["volume '", "' does not exist"], Meaning::NoSuchVolume),
     (&["volume rbd:", "does not exist"], Meaning::NoSuchVolume),
+    (&["vmid: VM ", " already exists"], Meaning::VmidTaken),
     (&["No such storage."], Meaning::NoSuchStorage),
     (&["storage '", "' does not exist"], Meaning::NoSuchStorage),
     (&["storage '", "' is disabled"], Meaning::StorageNotHere),
@@ -424,7 +427,7 @@ mod tests {
         (74, None, "unexpected status", &[], Meaning::TaskKilled),
         (74, None, "received interrupt", &[], Meaning::TaskKilled),
         (75, None, "migration aborted", &[], Meaning::Other),
-        (76, Some(400), VERIFY, &[("vmid", "VM 100 already exists")], Meaning::BadRequest),
+        (76, Some(400), VERIFY, &[("vmid", "VM 100 already exists")], Meaning::VmidTaken),
         (77, Some(500), "no such cluster node 'pve2'", &[], Meaning::NoSuchHost),
         (78, None, "volume 'ds1:9999/x.raw' does not exist", &[], Meaning::NoSuchVolume),
         // Of §12: trouble with plugging that has no row of its own.

@@ -16,7 +16,7 @@ impl Controller {
     pub async fn delete(&self, handle: &VolumeHandle) -> Result<(), Error> {
         let step = format!("delete {handle}");
         let region = self.region(&handle.region)?;
-        let Some(host) = region.host_of(handle).await? else {
+        let Some(host) = region.host_of(handle).await.map_err(|error| error.during(&step))? else {
             if handle.zone.is_empty() {
                 return Err(Error::unavailable(format!("{step}: storage {:?} is active on no Proxmox node", handle.storage)));
             }
