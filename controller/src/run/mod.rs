@@ -128,7 +128,7 @@ impl Controller {
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client.calls_in_flight()).sum()
+        loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client().calls_in_flight()).sum()
     }
 
     /// Bytes free in all, and in the zone with most; unknown storages and zones have none.
