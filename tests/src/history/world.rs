@@ -209,6 +209,11 @@ impl World {
         for incarnation in &self.incarnations {
             line = line.replace(&incarnation.door.url, &format!("http://{}", incarnation.door.name));
         }
+        // The controller tells people when it first saw a lock or an absence, by the calendar.
+        if let Some((before, after)) = line.split_once("since ").and_then(|(before, rest)| Some((before, rest.split_once(" or longer")?.1)))
+        {
+            line = format!("{before}since then{after}");
+        }
         self.log.push(line);
     }
 
