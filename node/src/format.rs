@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use disk::{Format, Write, ext4, xfs};
 
 use crate::error::Cause;
+use crate::kill;
 use crate::probe;
 use crate::request::{Filesystem, FormatOptions, Volume};
 use crate::sys;
@@ -108,11 +109,13 @@ fn xfs_plan(
 /// The first write that failed.
 pub fn execute(device: &Device, writes: impl IntoIterator<Item = Write>) -> Result<(), sys::Error> {
     for write in writes {
+        let is_flush = matches!(write, Write::Flush);
         match write {
             Write::Data { offset, bytes } => device.write_at(offset, &bytes)?,
             Write::Zeros { offset, length } => device.zero(offset, length)?,
             Write::Flush => device.flush()?,
         }
+        kill::wrote(is_flush);
     }
     Ok(())
 }
