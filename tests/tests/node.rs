@@ -15,6 +15,8 @@ mod kill;
 mod life;
 #[path = "node/limits.rs"]
 mod limits;
+#[path = "node/luks.rs"]
+mod luks;
 #[path = "node/matrix.rs"]
 mod matrix;
 #[path = "node/modes.rs"]

@@ -185,7 +185,7 @@ impl Agent {
 pub(crate) fn start_node(guest: &Guest, env: &[(&str, &str)]) -> Job {
     let args =
         ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
-    guest.start_node(&args, &[&[("LOG_LEVEL", "info")], env].concat()).unwrap()
+    guest.start_node(&args, &[&[("LOG_LEVEL", "debug")], env].concat()).unwrap()
 }
 
 pub(crate) fn handle(name: &str) -> VolumeHandle {
