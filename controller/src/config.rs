@@ -168,6 +168,15 @@ fn parse(text: &str) -> Result<(u32, Vec<ClusterText>), Refusal> {
     Ok((controller_vmid, clusters))
 }
 
+/// For the fuzz target: what the text alone says (VMID; region and url of each cluster), without the files that it names.
+///
+/// # Errors
+/// As [`load`].
+#[cfg(fuzzing)]
+pub fn fuzz(text: &str) -> Result<(u32, Vec<(String, String)>), Refusal> {
+    parse(text).map(|(vmid, clusters)| (vmid, clusters.into_iter().map(|cluster| (cluster.region, cluster.url)).collect()))
+}
+
 fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<u32, Refusal> {
     let map = match value {
         None | Some(Value::Null) => return Ok(DEFAULT_CONTROLLER_VMID),
