@@ -11,10 +11,12 @@ mod http;
 
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::config::{ClusterConfig, Credentials};
@@ -38,6 +40,24 @@ pub struct Client {
     agent: Result<ureq::Agent, String>,
     url: String,
     auth: Auth,
+    in_flight: Arc<AtomicUsize>,
+}
+
+/// A call that has not ended: it lasts as long as its last clone.
+#[derive(Debug)]
+struct Flight(Arc<AtomicUsize>);
+
+impl Flight {
+    fn begin(of: &Arc<AtomicUsize>) -> Arc<Self> {
+        of.fetch_add(1, Ordering::SeqCst);
+        Arc::new(Self(Arc::clone(of)))
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 enum Auth {
@@ -69,7 +89,7 @@ impl Client {
                 Auth::Password { username: username.clone(), password: password.clone(), ticket: Mutex::new(None) }
             }
         };
-        Self { agent, url: cluster.url.clone(), auth }
+        Self { agent, url: cluster.url.clone(), auth, in_flight: Arc::default() }
     }
 
     /// Performs one request on a blocking thread and gives the answer's `data`.
@@ -78,10 +98,23 @@ impl Client {
     /// Every status above 399, and every way not to get an answer.
     pub async fn call(self: &Arc<Self>, request: Request) -> Result<Value, Error> {
         let (client, call) = (Arc::clone(self), request.name());
-        match tokio::task::spawn_blocking(move || client.call_blocking(&request)).await {
+        // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
+        let flight = Flight::begin(&self.in_flight);
+        let sent = Arc::clone(&flight);
+        let work = move || {
+            let _sent = sent;
+            client.call_blocking(&request)
+        };
+        match tokio::task::spawn_blocking(work).await {
             Ok(answer) => answer,
             Err(cause) => Err(Error { call, cause: Cause::NoAnswer(format!("our own call broke off: {cause}")) }),
         }
+    }
+
+    /// Calls that have begun and not ended.
+    #[must_use]
+    pub fn calls_in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
     }
 
     /// Waits for a task to end well. `WARNINGS: n` is well.

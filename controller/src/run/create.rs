@@ -5,10 +5,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use proto::VolumeHandle;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::region::{EVIDENCE_AGE, Region, ago};
 use super::{Clusters, Controller, MAX_TRIED, TRIED_AGE};

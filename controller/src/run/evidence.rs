@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
 
 use proto::VolumeHandle;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::attach::{Seen, unexplained};

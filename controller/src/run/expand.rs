@@ -1,7 +1,8 @@
 //! ControllerExpandVolume: Proxmox grows attached disks only, the volume first and then the guest's view of it.
 
 use std::sync::Arc;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::Controller;
 use super::evidence::{Depth, Reference, View};

@@ -14,9 +14,10 @@ mod unpublish;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use proto::VolumeHandle;
+use tokio::time::Instant;
 
 use crate::config;
 use crate::error::Error;
@@ -115,6 +116,13 @@ impl Controller {
             let known: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
             Error::precondition(format!("region {name:?} is not in the config file; known are {}", known.join(", ")))
         })
+    }
+
+    /// Calls to Proxmox that have begun and not ended, also those whose caller has given up.
+    #[must_use]
+    pub fn calls_in_flight(&self) -> usize {
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client.calls_in_flight()).sum()
     }
 
     /// Bytes free in all, and in the zone with most; unknown storages and zones have none.

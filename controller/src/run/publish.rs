@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::{VolumeHandle, publish_context};
+use tokio::time::Instant;
 
 use super::Controller;
 use super::evidence::{Depth, Reference};

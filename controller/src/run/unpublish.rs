@@ -1,9 +1,9 @@
 //! ControllerUnpublishVolume: OK only when no view of the VM holds the volume any more.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use proto::VolumeHandle;
+use tokio::time::Instant;
 
 use super::Controller;
 use super::evidence::Depth;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
+    fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick, move_mount, open_tree, unmount,
 };
 
 use super::{Dev, Error, kmsg};
@@ -130,19 +130,18 @@ fn split(flags: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Mounts the filesystem on `source` (a device node) at `target`.
+/// Mounts the filesystem on `source` (a device node, which the kernel's log calls `device`) at `target`.
 ///
 /// # Errors
 /// With the option at fault and the kernel's words.
-pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options) -> Result<(), Refused> {
-    let device = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, options: &Options) -> Result<(), Refused> {
     let mut log = kmsg::Log::from_now();
     let context =
         fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Refused::from(Error::at("fsopen", Path::new(fstype))(errno)))?;
     let mut refuse = |call: &'static str, option: Option<String>, errno: Errno| {
         let mut said = messages(&context);
         if said.is_empty() {
-            said = log.lines_about(&device);
+            said = log.lines_about(device);
         }
         Refused { error: Error { call, subject: source.into(), errno }, option, said }
     };
@@ -159,6 +158,24 @@ pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options)
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
     attach(&mount, target)?;
     Ok(())
+}
+
+/// Adds one option to the mounted filesystem of the device `dev` at `point`; its other options and its mounts' stay as they are.
+///
+/// # Errors
+/// With the kernel's words; ESTALE: something else is at `point` now.
+pub fn add_option(point: &Path, dev: Dev, option: &str) -> Result<(), Refused> {
+    use rustix::fs::{Mode, OFlags};
+    let folder = rustix::fs::open(point, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Error::at("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
+    let context = fspick(&folder, "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC).map_err(Error::at("fspick", point))?;
+    let refuse = |call: &'static str, errno: Errno| Refused {
+        error: Error { call, subject: point.into(), errno },
+        option: Some(option.to_string()),
+        said: messages(&context),
+    };
+    fsconfig_set_flag(&context, option).map_err(|errno| refuse("fsconfig", errno))?;
+    fsconfig_reconfigure(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_RECONFIGURE)", errno))
 }
 
 /// What a path must lead to, still, when it is used: between the look at it and the deed a mount may have gone, and the

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use proto::VolumeHandle;
+use serde_json::json;
 use testbed::calls::{Calls, NodeVolume};
 use testbed::guest::{self, Guest, GuestOptions, Job, wait};
 use testbed::machine::PluggedDrive;
@@ -112,7 +113,12 @@ pub(crate) const NODE_ID: &str = "guest-1/101";
 impl Agent {
     /// `None`, after saying so, where guests cannot run.
     pub(crate) fn start(name: &str) -> Option<Self> {
-        let guest = boot(&GuestOptions::named(name).with_node())?;
+        Self::start_on(&GuestOptions::named(name).with_node())
+    }
+
+    /// The same on a machine of another kind.
+    pub(crate) fn start_on(options: &GuestOptions) -> Option<Self> {
+        let guest = boot(options)?;
         let job = start_node(&guest);
         let calls = guest.node().unwrap();
         Some(Self { guest, calls, job })
@@ -153,6 +159,12 @@ impl Agent {
         self.calls.node_publish_volume(volume.publish()).unwrap_or_else(|status| panic!("publish: {status:?}; {}", self.guest.quote()));
     }
 
+    /// How fast disk `lun` is: QEMU's throttle limits (`{}`: as fast as it can).
+    pub(crate) fn throttle(&self, lun: u8, limits: serde_json::Value) {
+        let arguments = json!({ "path": format!("/objects/throttle-drive-scsi{lun}"), "property": "limits", "value": limits });
+        self.guest.monitor("qom-set", arguments).unwrap();
+    }
+
     /// Unpublish and unstage.
     pub(crate) fn put_away(&self, volume: &NodeVolume) {
         self.calls
@@ -169,7 +181,7 @@ impl Agent {
     }
 }
 
-fn start_node(guest: &Guest) -> Job {
+pub(crate) fn start_node(guest: &Guest) -> Job {
     let args =
         ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
     guest.start_node(&args, &[("LOG_LEVEL", "info")]).unwrap()
