@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 /// Text before pages, which may hold any byte but 0xFF.
-const ATTRIBUTES: [&str; 16] = [
+const ATTRIBUTES: [&str; 17] = [
     "block/sda/dev",
     "block/sda/size",
     "state",
@@ -27,6 +27,7 @@ const ATTRIBUTES: [&str; 16] = [
     "block/sda/queue/rotational",
     "block/sda/alignment_offset",
     "../../../../class/dmi/id/product_serial",
+    "../../../../labels",
 ];
 
 static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
@@ -51,9 +52,10 @@ fuzz_target!(init: fuzz::limit_memory(), |data: &[u8]| {
     let address: Address = "0:0:0:1".parse().expect("an address");
     let seen = disk(&ROOT, address);
     assert_eq!(scan(&ROOT).map(|disks| disks.first().cloned()), seen.clone());
-    let configured = Configured { node_id: "n".into(), vmid: None, region: Some("r".into()), zone: Some("z".into()) };
-    if let Ok(info) = look(&configured, &ROOT) {
-        assert!((1..=29).contains(&info.max_volumes) && info.node_id.starts_with('n'));
+    let labels = Configured { node_id: "n".into(), labels: Some(ROOT.join("labels")), ..Configured::default() };
+    let flags = Configured { region: Some("r".into()), zone: Some("z".into()), ..labels.clone() };
+    for info in [&labels, &flags].into_iter().filter_map(|configured| look(configured, &ROOT).ok()) {
+        assert!((1..=29).contains(&info.max_volumes) && info.node_id.starts_with('n') && !info.region.is_empty());
     }
     let Ok(Some(seen)) = seen else { return };
     assert_eq!(seen.dev.to_string().parse::<sys::Dev>(), Ok(seen.dev));

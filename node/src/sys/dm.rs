@@ -22,6 +22,8 @@ use super::keyring;
 use super::kmsg;
 use super::{Dev, Error};
 
+#[cfg(fuzzing)]
+pub use call::fuzz;
 pub use node::Node;
 pub use table::{Crypt, CryptTable, HexKey, Key};
 
