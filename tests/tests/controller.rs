@@ -3,6 +3,8 @@
 
 #[path = "controller/attach.rs"]
 mod attach;
+#[path = "controller/batch.rs"]
+mod batch;
 #[path = "controller/bed.rs"]
 mod bed;
 #[path = "controller/claims.rs"]

@@ -9,6 +9,8 @@ mod crash;
 mod dm;
 #[path = "node/harness.rs"]
 mod harness;
+#[path = "node/kill.rs"]
+mod kill;
 #[path = "node/life.rs"]
 mod life;
 #[path = "node/limits.rs"]

@@ -246,7 +246,7 @@ async fn an_attach_of_a_controller_before_us_is_waited_for() {
     let second = tokio::spawn(async move { publish_by(&fresh, &wanted, "node-102/102").await });
     until(|| bed.sim.requests().iter().filter(|request| request.contains("/tasks?")).count() >= 2).await;
     assert!(bed.traces(102, &volume).is_empty() && !second.is_finished());
-    drop((stopped, held));
+    drop((held, stopped));
     lost.await.unwrap().unwrap();
     assert_refused(second.await.unwrap(), Code::FailedPrecondition, &["VM 101 on pve1", "scsi1"]);
 }
