@@ -90,6 +90,9 @@ pub enum Cause {
     NoEnd {
         turns: usize,
     },
+    Stopped {
+        zeroed_bytes: u64,
+    },
 }
 
 impl fmt::Display for Error {
@@ -154,6 +157,11 @@ impl fmt::Display for Cause {
                 waited.as_secs()
             ),
             Self::NoEnd { turns } => write!(f, "still not done after {turns} steps"),
+            Self::Stopped { zeroed_bytes } => write!(
+                f,
+                "the node agent is ending, and the format was stopped after it had zeroed {zeroed_bytes} bytes; the disk is marked as \
+                 unfinished, and the next call formats it again"
+            ),
         }
     }
 }

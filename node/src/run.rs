@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use crate::error::{AtStep, Cause, Error};
+use crate::format::Stop;
 use crate::identity::{self, Found, Want};
 use crate::request::{Folders, StatsRequest, Volume};
 use crate::sys::block::{Access, Device};
@@ -58,6 +59,7 @@ pub struct Node {
     kdf: Slots,
     /// One at a time; see `stage.rs`.
     legacy_mounts: Slots,
+    stop: Stop,
 }
 
 /// What NodeGetVolumeStats tells.
@@ -82,7 +84,14 @@ impl Node {
             workers: Slots::new(MAX_DISK_WORKERS),
             kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
+            stop: Stop::default(),
         }
+    }
+
+    /// To tell the work that is under way that the process is about to end.
+    #[must_use]
+    pub fn stop(&self) -> Stop {
+        self.stop.clone()
     }
 
     /// Where sysfs is.

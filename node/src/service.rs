@@ -11,6 +11,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::error::{Cause, Error};
 use crate::info::{self, Configured};
+use crate::metrics;
 use crate::plan;
 use crate::request::{
     self, ExpandRequest, Passphrases, PublishRequest, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume,
@@ -189,6 +190,7 @@ fn refused(doing: &str, volume_id: &str, refusal: &request::Refusal) -> Status {
 /// The code of an outcome. kubelet repeats all of these calls whatever the code; what differs is how it counts: for stage,
 /// UNAVAILABLE leaves it open whether something was done, so that unstage is called before the disk is given up.
 fn status(error: &Error) -> Status {
+    metrics::count(&error.cause);
     Status::new(code(&error.cause), error.to_string())
 }
 
@@ -222,6 +224,7 @@ fn code(cause: &Cause) -> Code {
         Cause::Outside { .. } | Cause::Geometry(_) | Cause::WrongPassphrase(_) | Cause::NoKey => Code::InvalidArgument,
         Cause::TooSmall(_) => Code::OutOfRange,
         Cause::Crowded { .. }
+        | Cause::Stopped { .. }
         | Cause::KdfBusy { .. }
         | Cause::NoDisk { .. }
         | Cause::SizeNotSeen { .. }

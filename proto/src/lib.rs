@@ -1,12 +1,14 @@
 //! What controller, node and Kubernetes must agree on.
 //!
 //! Names here are wire contract: the CSI specification's, or the reference driver's, whose volumes we take over
-//! (docs/decisions.md, 1). Nothing here does I/O but [`serve`].
+//! (docs/decisions.md, 1). Nothing here does I/O but [`serve`], [`health`] and the log.
 
 pub mod flags;
 pub mod handle;
+pub mod health;
 pub mod identity;
 pub mod log;
+pub mod metrics;
 pub mod serve;
 
 /// CSI 1.12 messages, clients (feature `client`) and servers, generated from `csi.proto`.
@@ -19,8 +21,14 @@ pub mod serve;
 pub mod csi {
     tonic::include_proto!("csi.v1");
 
-    /// The compiled `FileDescriptorSet` of `csi.proto`, for the test that compares it with the official one.
-    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/csi.descriptors"));
+    /// The compiled `FileDescriptorSet` of all our files, for the test that compares them with the official ones.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors"));
+}
+
+/// kubelet's plugin registration, generated from `pluginregistration.proto`.
+#[allow(missing_debug_implementations, unreachable_pub, clippy::allow_attributes_without_reason, reason = "generated code")]
+pub mod pluginregistration {
+    tonic::include_proto!("pluginregistration");
 }
 
 pub use handle::VolumeHandle;

@@ -13,6 +13,10 @@ mod harness;
 mod kill;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/limits.rs"]
+mod limits;
+#[path = "node/luks.rs"]
+mod luks;
 #[path = "node/matrix.rs"]
 mod matrix;
 #[path = "node/modes.rs"]
@@ -25,3 +29,5 @@ mod surfaces;
 mod together;
 #[path = "node/xfs.rs"]
 mod xfs;
+#[path = "node/zeros.rs"]
+mod zeros;

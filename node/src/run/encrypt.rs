@@ -61,7 +61,7 @@ impl Node {
         if surface != expected || device.size_bytes()? != disk.size_bytes {
             return Err(Cause::NotBlankAnyMore { surface: format!("{surface:?}") });
         }
-        format::execute(&device, Format::new(writes, &probe::mark(&want.volume)?))?;
+        format::execute(&device, Format::new(writes, &probe::mark(&want.volume)?), &self.stop)?;
         proto::info!(
             "{}: made a LUKS2 volume of {} bytes in {} ms (key: {derived_ms} ms)",
             want.volume,
@@ -87,7 +87,7 @@ impl Node {
                 proto::warn!("{}: one copy of its LUKS header is mended from the other: {damage}", want.volume);
                 let mut salt = [0; 64];
                 random::fill(&mut salt)?;
-                format::execute(&device, header.heal(&salt)?)?;
+                format::execute(&device, header.heal(&salt)?, &self.stop)?;
                 header = read_header(&device)?;
             }
             let key = self.unlock_and_rotate(&want.volume, encryption, disk, &device, &mut header, passphrases)?;
@@ -165,7 +165,7 @@ impl Node {
             header.add_keyslot(key, &new, noise()?)?
         };
         kill::inside("add-keyslot");
-        format::execute(device, writes)?;
+        format::execute(device, writes, &self.stop)?;
         kill::inside("keyslot-added");
         *header = read_header(device)?;
         match self.try_keyslot(header, device, number, passphrase)? {
@@ -194,7 +194,7 @@ impl Node {
             }
             let writes: Vec<Write> = header.remove_keyslot(number, &salts, noise()?)?;
             kill::inside("remove-keyslot");
-            format::execute(device, writes)?;
+            format::execute(device, writes, &self.stop)?;
             kill::inside("keyslot-removed");
             *header = read_header(device)?;
             proto::info!("{volume}: the previous passphrase's keyslot {number} is gone");

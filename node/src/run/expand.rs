@@ -12,7 +12,7 @@ use crate::kill;
 use crate::plan::{self, ExpandSeen, ExpandStep, Growth, Shown};
 use crate::request::{ExpandRequest, Filesystem, Passphrases};
 use crate::sys::scsi::{self, Disk};
-use crate::sys::{Dev, block, mountinfo};
+use crate::sys::{Dev, block, mount, mountinfo};
 
 impl Node {
     /// Grows the volume that is shown at the path; answers the disk's size in bytes.
@@ -111,7 +111,14 @@ impl Node {
 /// Grows the filesystem that is mounted at `point` to its disk.
 pub(super) fn grow(point: &Path, dev: Dev, room: Room) -> Result<(), Cause> {
     match room.filesystem {
-        Filesystem::Ext4 => block::ext4_grow(point, dev, room.wanted_blocks)?,
+        Filesystem::Ext4 => {
+            if room.noinit_itable {
+                // The kernel zeroes them in the background then, as it does by default.
+                mount::add_option(point, dev, "init_itable")?;
+                proto::info!("{}: noinit_itable taken back: growing would zero all new inode tables at once", point.display());
+            }
+            block::ext4_grow(point, dev, room.wanted_blocks)?;
+        }
         Filesystem::Xfs => block::xfs_grow(point, dev, room.wanted_blocks)?,
     }
     proto::info!("{}: grown from {} to {} blocks of {} bytes", point.display(), room.blocks, room.wanted_blocks, room.block_size);

@@ -60,6 +60,8 @@ pub(super) struct Room {
     pub(super) block_size: u32,
     /// A tail below this may stay behind when the kernel has grown it.
     pub(super) blocks_per_group: u32,
+    /// Mounted so that growing would zero all new inode tables before it answers: 1.6 % of the disk.
+    pub(super) noinit_itable: bool,
 }
 
 impl Node {
@@ -184,7 +186,7 @@ impl Node {
         let device = self.open_medium(medium, Access::Shared)?;
         let size_bytes = device.size_bytes()?;
         Ok(Some(match filesystem {
-            Filesystem::Ext4 => Room::of_ext(&probe::ext_superblock(&device)?, size_bytes),
+            Filesystem::Ext4 => Room::of_ext(&probe::ext_superblock(&device)?, size_bytes, mount.noinit_itable),
             // Its superblock on the disk lags behind while it is mounted.
             Filesystem::Xfs => Room::of_xfs(block::xfs_geometry(&mount.point, medium.dev())?, size_bytes),
         }))
@@ -200,16 +202,18 @@ impl Room {
             wanted_blocks: wanted.unwrap_or(geometry.blocks),
             block_size: geometry.block_size,
             blocks_per_group: 0,
+            noinit_itable: false,
         }
     }
 
-    fn of_ext(superblock: &Superblock, disk_bytes: u64) -> Self {
+    fn of_ext(superblock: &Superblock, disk_bytes: u64, noinit_itable: bool) -> Self {
         Self {
             filesystem: Filesystem::Ext4,
             blocks: superblock.blocks,
             wanted_blocks: superblock.blocks_to_grow_to(disk_bytes).unwrap_or(superblock.blocks),
             block_size: superblock.block_size,
             blocks_per_group: superblock.blocks_per_group,
+            noinit_itable,
         }
     }
 

@@ -10,7 +10,7 @@ use super::mapping::{self, Medium};
 use super::publish::make_folder;
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
 use crate::error::{AtStep, Cause, Error};
-use crate::format;
+use crate::format::{self, Ground};
 use crate::identity::{self, Found};
 use crate::kill;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
@@ -208,8 +208,8 @@ impl Node {
         if surface != expected {
             return Err(Cause::NotBlankAnyMore { surface: format!("{surface:?}") });
         }
-        let reads_as_zeros = zeroed == Zeroed::Yes && !unfinished;
-        format::make(&device, &want.volume, options, &topology, reads_as_zeros)
+        let ground = if zeroed == Zeroed::Yes && !unfinished { Ground::Zeros } else { Ground::Unknown };
+        format::make(&device, &want.volume, options, &topology, ground, &self.stop)
     }
 
     fn mount(&self, want: &StageRequest, medium: &Medium, by: Filesystem) -> Result<(), Cause> {

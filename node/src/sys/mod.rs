@@ -5,7 +5,9 @@
 
 pub mod blkid;
 pub mod block;
+pub mod confine;
 pub mod dm;
+pub mod kernel;
 pub mod keyring;
 pub mod kmsg;
 pub mod memory;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use proto::VolumeHandle;
+use serde_json::json;
 use testbed::calls::{Calls, NodeVolume};
 use testbed::guest::{self, Guest, GuestOptions, Job, wait};
 use testbed::machine::PluggedDrive;
@@ -158,6 +159,12 @@ impl Agent {
         self.calls.node_publish_volume(volume.publish()).unwrap_or_else(|status| panic!("publish: {status:?}; {}", self.guest.quote()));
     }
 
+    /// How fast disk `lun` is: QEMU's throttle limits (`{}`: as fast as it can).
+    pub(crate) fn throttle(&self, lun: u8, limits: serde_json::Value) {
+        let arguments = json!({ "path": format!("/objects/throttle-drive-scsi{lun}"), "property": "limits", "value": limits });
+        self.guest.monitor("qom-set", arguments).unwrap();
+    }
+
     /// Unpublish and unstage.
     pub(crate) fn put_away(&self, volume: &NodeVolume) {
         self.calls
@@ -178,7 +185,7 @@ impl Agent {
 pub(crate) fn start_node(guest: &Guest, env: &[(&str, &str)]) -> Job {
     let args =
         ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
-    guest.start_node(&args, &[&[("LOG_LEVEL", "info")], env].concat()).unwrap()
+    guest.start_node(&args, &[&[("LOG_LEVEL", "debug")], env].concat()).unwrap()
 }
 
 pub(crate) fn handle(name: &str) -> VolumeHandle {
