@@ -3,15 +3,18 @@
 //! The agent for these tests (`scripts/build --kill-points`) tells the points that it passes, so the first life of a volume
 //! lists them, and what is built in later is killed too. Further volumes live and die until every point has had its death.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
+use proto::csi;
 use proto::publish_context::SERIAL;
-use testbed::calls::NodeVolume;
+use testbed::calls::{NodeVolume, mount_capability};
 use testbed::guest::{GuestOptions, wait};
 use testbed::tools;
 use tonic::Status;
 
+use crate::ciphertext::{assert_cryptsetup_opens, decrypted};
 use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, boot, handle, start_node};
+use crate::luks::{PASSPHRASE, encrypted, mappings};
 use crate::xfs::assert_clean_xfs;
 
 const KILL_AT: &str = "PROXMOX_CSI_KILL_AT";
@@ -29,8 +32,15 @@ struct Kind {
     fstype: &'static str,
     size_bytes: u64,
     grown_bytes: u64,
+    is_encrypted: bool,
     judge: fn(&Image),
+    /// Points that there must be at least.
+    must: &'static [&'static str],
 }
+
+/// Of every kind.
+const MUST: [&str; 4] =
+    ["inside:stage:MakeFilesystem:write-4", "inside:stage:Mount:mounted", "inside:publish:Bind:cloned", "after:unstage:RemoveFolder"];
 
 /// A volume's image after its life, and what was written into it.
 struct Lived {
@@ -65,7 +75,11 @@ impl Mortal<'_> {
         move || match call.as_str() {
             "stage" => calls.node_stage_volume(volume.stage()).map(drop),
             "publish" => calls.node_publish_volume(volume.publish()).map(drop),
-            "expand" => calls.node_expand_volume(volume.expand(grown)).map(drop),
+            // The secret is not told again: the kernel still has the key, whichever agent gave it.
+            "expand" => {
+                let request = csi::NodeExpandVolumeRequest { secrets: HashMap::new(), ..volume.expand(grown) };
+                calls.node_expand_volume(request).map(drop)
+            }
             "unpublish" => calls.node_unpublish_volume(volume.unpublish()).map(drop),
             _ => calls.node_unstage_volume(volume.unstage()).map(drop),
         }
@@ -139,16 +153,27 @@ impl Mortal<'_> {
         }
         let left = self.agent.guest.mounts_below("/node/var/lib/kubelet").unwrap();
         assert!(left.len() == 1, "life {number}: a mount is left: {left:?}");
+        assert_eq!(mappings(&self.agent), Vec::<String>::new(), "life {number}");
+        self.assert_no_key_is_left();
         self.agent.detach(LUN);
         self.is_plugged = false;
         (self.kind.judge)(&image);
         Lived { number, image, written }
     }
 
+    /// The kernel takes a key away a moment after its last link is gone.
+    fn assert_no_key_is_left(&self) {
+        let gone = wait::until(SEEN_LIMIT, || {
+            let keys = self.agent.guest.read("/proc/keys")?;
+            Ok::<_, anyhow::Error>((!keys.contains("proxmox-csi:") && !keys.contains("logon")).then_some(()))
+        });
+        assert!(gone.unwrap().is_some(), "keys are left: {}", self.agent.guest.read("/proc/keys").unwrap());
+    }
+
     fn volume(&self, number: usize, image: &Image) -> NodeVolume {
         let mut volume = self.agent.volume(&handle(&format!("{}-{number}", self.kind.name)), image, LUN);
-        volume.capability = testbed::calls::mount_capability(self.kind.fstype);
-        volume
+        volume.capability = mount_capability(self.kind.fstype);
+        if self.kind.is_encrypted { encrypted(volume, PASSPHRASE) } else { volume }
     }
 
     /// What was written is there, in all of them.
@@ -187,9 +212,7 @@ fn walk(kind: &Kind) {
     let mut points = points(&output);
     let told: String = points.values().flatten().map(|point| format!("{point}\n")).collect();
     assert!(points.keys().map(String::as_str).eq(["expand", "publish", "stage", "unpublish", "unstage"]), "{told}");
-    for must in
-        ["inside:stage:MakeFilesystem:write-4", "inside:stage:Mount:mounted", "inside:publish:Bind:cloned", "after:unstage:RemoveFolder"]
-    {
+    for must in MUST.iter().chain(kind.must) {
         assert!(told.contains(must), "{must} is not among the points:\n{told}");
     }
     while points.values().any(|left| !left.is_empty()) {
@@ -202,13 +225,61 @@ fn walk(kind: &Kind) {
     mortal.agent.guest.power_off().unwrap();
 }
 
+fn assert_clean_inside(image: &Image, judge: fn(&Image)) {
+    assert_cryptsetup_opens(image, PASSPHRASE);
+    judge(&decrypted(image, PASSPHRASE));
+}
+
+const EXT4: Kind = Kind {
+    name: "killed-ext4",
+    fstype: "ext4",
+    size_bytes: 64 * MIB,
+    grown_bytes: 96 * MIB,
+    is_encrypted: false,
+    judge: assert_clean,
+    must: &["inside:expand:Grow:ioctl"],
+};
+
+const XFS: Kind = Kind {
+    name: "killed-xfs",
+    fstype: "xfs",
+    size_bytes: 300 * MIB,
+    grown_bytes: 400 * MIB,
+    judge: |image| assert_clean_xfs(&image.0),
+    ..EXT4
+};
+
+const LUKS: Kind = Kind {
+    is_encrypted: true,
+    must: &[
+        "inside:stage:Encrypt:write-16",
+        "inside:stage:Open:created",
+        "inside:stage:Open:key-held",
+        "inside:stage:Open:loaded",
+        "inside:expand:GrowMapping:loaded",
+        "inside:unstage:Close:key-forgotten",
+        "inside:unstage:Close:removed",
+    ],
+    ..EXT4
+};
+
 #[test]
 fn guest_ext4_killed_at_every_point() {
-    walk(&Kind { name: "killed-ext4", fstype: "ext4", size_bytes: 64 * MIB, grown_bytes: 96 * MIB, judge: assert_clean });
+    walk(&EXT4);
 }
 
 #[test]
 fn guest_xfs_killed_at_every_point() {
-    let judge = |image: &Image| assert_clean_xfs(&image.0);
-    walk(&Kind { name: "killed-xfs", fstype: "xfs", size_bytes: 300 * MIB, grown_bytes: 400 * MIB, judge });
+    walk(&XFS);
+}
+
+#[test]
+fn guest_encrypted_ext4_killed_at_every_point() {
+    walk(&Kind { name: "killed-luks-ext4", judge: |image| assert_clean_inside(image, assert_clean), ..LUKS });
+}
+
+#[test]
+fn guest_encrypted_xfs_killed_at_every_point() {
+    let judge = |image: &Image| assert_clean_inside(image, XFS.judge);
+    walk(&Kind { name: "killed-luks-xfs", fstype: "xfs", size_bytes: 316 * MIB, grown_bytes: 416 * MIB, judge, ..LUKS });
 }
