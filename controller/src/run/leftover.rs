@@ -39,7 +39,7 @@ impl Region {
             all.filter(|(handle, vmid)| handle.volid() == volid || *vmid == vm.vmid).collect()
         };
         for (handle, vmid) in noted {
-            let Some(back) = self.resources(ago(EVIDENCE_AGE)).await?.vms.get(&vmid).cloned() else { continue };
+            let Some(back) = self.resources(Instant::now()).await?.vms.get(&vmid).cloned() else { continue };
             if self.off(&back.host).await?.is_some() {
                 continue;
             }

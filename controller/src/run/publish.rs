@@ -190,6 +190,13 @@ impl Region {
     }
 }
 
-fn held_elsewhere(holder: &Reference) -> Error {
-    Error::precondition(format!("refused, it would have two writers: {holder}; detach it there first"))
+pub(super) fn held_elsewhere(holder: &Reference) -> Error {
+    let then = match &holder.off {
+        Some(_) => format!(
+            "bring the node back and detach it there, or, if the node is off for certain, write fencedNodes: [{}] into the config file",
+            holder.host
+        ),
+        None => "detach it there first".into(),
+    };
+    Error::precondition(format!("refused, it would have two writers: {holder}; {then}"))
 }

@@ -128,7 +128,7 @@ impl Region {
             biased;
             done = &mut answered => return done.unwrap_or_else(|_| Err(broke_off())),
             alone = self.change_alone(vm.vmid) => alone,
-            () = tokio::time::sleep_until(due.unwrap_or_else(|| Instant::now() + PATIENCE).into()) => {
+            () = tokio::time::sleep_until(due.unwrap_or_else(|| Instant::now() + PATIENCE)) => {
                 if slot.queue.leave(id) {
                     return Err(self.still_busy(vm.vmid));
                 }

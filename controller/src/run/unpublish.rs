@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use proto::VolumeHandle;
 use tokio::time::Instant;
+use tonic::Code;
 
 use super::Controller;
 use super::evidence::Depth;
@@ -80,7 +81,17 @@ impl Region {
     }
 
     async fn unpublish(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) -> Result<(), Error> {
-        let Some(off) = self.off(&vm.host).await? else { return self.detach(handle, vm).await };
+        let off = match self.off(&vm.host).await? {
+            Some(off) => off,
+            None => match self.detach(handle, vm).await {
+                Err(error) if error.code == Code::Unavailable => {
+                    // Gone off since the cluster was read, perhaps.
+                    self.resources(Instant::now()).await?;
+                    self.off(&vm.host).await?.ok_or(error)?
+                }
+                done => return done,
+            },
+        };
         if off.fenced {
             proto::warn!("detach {handle} from VM {}: {} is {off}, and fenced; its drive is removed when it is back", vm.vmid, vm.host);
             self.note_leftover(handle, vm.vmid);

@@ -412,6 +412,12 @@ impl Simulator {
         self.cluster.state().vms.insert(vm.vmid, made);
     }
 
+    /// A container with these lines in its config (`mp0`, `rootfs`).
+    pub fn set_container(&self, vmid: u32, node: &str, lines: &[(&str, &str)]) {
+        let lines = lines.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        self.cluster.state().containers.insert(vmid, (node.to_owned(), lines));
+    }
+
     pub fn remove_vm(&self, vmid: u32) {
         self.cluster.state().vms.remove(&vmid);
     }

@@ -271,6 +271,7 @@ async fn dispatch(cluster: Arc<Cluster>, call: Call) -> Result<Reply, ApiError> 
         Endpoint::VmStatus => vms::status(&cluster, &call).await,
         Endpoint::VmConfig => vms::config(&cluster, &call),
         Endpoint::VmPending => vms::pending(&cluster, &call),
+        Endpoint::ContainerConfig => inventory::container(&cluster, &call),
         Endpoint::VmUpdate => update::put(&cluster, &call).await,
         Endpoint::VmUpdateAsync => update::post(&cluster, &call).await,
         Endpoint::VmUnlink => update::unlink(&cluster, &call).await,

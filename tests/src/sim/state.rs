@@ -90,6 +90,8 @@ pub(crate) struct State {
     pub(crate) down_since: BTreeMap<String, Duration>,
     pub(crate) storages: BTreeMap<String, Storage>,
     pub(crate) vms: BTreeMap<u32, Vm>,
+    /// Containers: VMID to node and config.
+    pub(crate) containers: BTreeMap<u32, (String, BTreeMap<String, String>)>,
     pub(crate) access: Access,
     pub(crate) tasks: Tasks,
     pub(crate) faults: Faults,
@@ -141,6 +143,7 @@ impl Cluster {
             down_since: BTreeMap::new(),
             storages,
             vms: vms.collect(),
+            containers: BTreeMap::new(),
             access: Access::new(description),
             tasks: Tasks::default(),
             faults: Faults::default(),
