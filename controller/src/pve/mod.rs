@@ -8,6 +8,8 @@ pub mod api;
 pub mod drive;
 pub mod error;
 mod http;
+#[cfg(test)]
+pub(crate) mod known;
 
 use std::collections::HashMap;
 use std::fmt;

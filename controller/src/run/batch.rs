@@ -554,7 +554,7 @@ impl Region {
     /// After a plug that failed alone: what it left is undone. Not done: look again.
     async fn failed_plug(self: &Arc<Self>, request: &Publish, vm: &Vm, lun: u8, error: pve::Error, work: &mut Work) {
         let (meaning, key, volid) = (error.meaning(), slot(lun), request.handle.volid());
-        let is_lost = matches!(meaning, Meaning::OutcomeUnknown | Meaning::TaskKilled);
+        let is_lost = meaning.is_outcome_unknown();
         if !is_lost {
             // What it left, if anything, is in the config already.
             self.settle(&volid);

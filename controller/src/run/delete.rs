@@ -38,7 +38,7 @@ impl Controller {
         }
         region.check_no_doubt(&handle.volid()).await?;
         let mut freed = region.free(&host, &handle.storage, &handle.volid()).await;
-        if freed.as_ref().is_err_and(|error| matches!(error.meaning(), Meaning::OutcomeUnknown | Meaning::TaskKilled)) {
+        if freed.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
             // Asking again is the look: a volume that is gone is OK, or said to be missing.
             freed = region.free(&host, &handle.storage, &handle.volid()).await;
         }
