@@ -16,6 +16,7 @@ use super::describe::{Description, Node};
 use super::faults::Faults;
 use super::storage::{Name, Storage};
 use super::tasks::{Log, Tasks};
+use super::turns::Turns;
 use super::version::Version;
 
 /// How long the config flock and a local storage's flock are waited for.
@@ -115,6 +116,8 @@ pub(crate) struct Cluster {
     pub(crate) version: Version,
     pub(crate) latency: Latency,
     pub(crate) clock: Clock,
+    /// Requests wait until they are let in.
+    pub(crate) turns: Option<Turns>,
     pub(crate) state: Mutex<State>,
 }
 
@@ -151,7 +154,7 @@ impl Cluster {
             key_order: Vec::new(),
             slow_allocation: Duration::ZERO,
         };
-        Ok(Cluster { name: description.cluster.clone(), entry_node, version, latency, clock, state: Mutex::new(state) })
+        Ok(Cluster { name: description.cluster.clone(), entry_node, version, latency, clock, turns: None, state: Mutex::new(state) })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
