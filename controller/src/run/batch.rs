@@ -10,6 +10,8 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::evidence::{Depth, Reference};
+use super::publish::held_elsewhere;
 use super::queue::{Done, Entry, Wish};
 use super::region::{Known, Region, STATE_AGE, ago, locked};
 use super::unpublish::words;
@@ -63,6 +65,8 @@ enum Step {
     Plug(u8, Box<Drive>),
     Remove(String),
     Forget(String),
+    /// Write a plan again that QEMU has carried out.
+    Finish(String, String),
 }
 
 /// The VM as all of them see it in one turn.
@@ -328,6 +332,7 @@ impl<'a> Batch<'a> {
                     }
                     Ok(DetachStep::Detach(key)) => Some(Step::Remove(key)),
                     Ok(DetachStep::Revert(key)) => Some(Step::Forget(key)),
+                    Ok(DetachStep::Finish(key, line)) => Some(Step::Finish(key, line)),
                 },
             };
             if let Some(Step::Plug(lun, _)) = &step {
@@ -373,6 +378,7 @@ impl<'a> Batch<'a> {
                 }
                 Step::Remove(key) => drop(change.delete.insert(key.clone())),
                 Step::Forget(key) => drop(change.revert.insert(key.clone())),
+                Step::Finish(key, line) => drop(change.set.insert(key.clone(), line.clone())),
             }
             if let (Some(Work { wish: Wish::Attach(request), .. }), Step::Remove(_) | Step::Forget(_)) = (self.works.get(*index), step) {
                 proto::warn!("attach {} to VM {}: first {step:?}, which an earlier attach or a removal left", request.handle, self.vm.vmid);
@@ -416,7 +422,7 @@ impl<'a> Batch<'a> {
                     Some(_) => phantoms.push((index, lun)),
                 },
                 Step::Remove(key) => verify_removal(work, &key, look, &state, vmid),
-                Step::Forget(_) => (),
+                Step::Forget(_) | Step::Finish(..) => (),
             }
         }
         if !phantoms.is_empty() {
@@ -444,6 +450,12 @@ impl<'a> Batch<'a> {
             self.region.leak(vmid, *lun);
             work.avoid.insert(*lun);
             work.phantoms += 1;
+            // Most often a rival on the same node has the image open: one more try would cost one more slot.
+            let others = self.region.references(work.wish.handle(), Instant::now(), Some(vmid), Depth::Config).await;
+            if let Some(rival) = others.ok().and_then(|others| others.into_iter().find(Reference::counts)) {
+                work.fail(held_elsewhere(&rival));
+                continue;
+            }
             let refused = Error::internal(format!(
                 "Proxmox said OK, but QEMU has no scsi{lun}: it refused the drive (another QEMU may have the image open; see the log of QEMU)"
             ));
@@ -500,11 +512,11 @@ impl<'a> Batch<'a> {
             let known = self.region.config(&self.vm.host, self.vm.vmid, Instant::now()).await?;
             let is_planned = |(_, step): &&(usize, Step)| match step {
                 Step::Plug(lun, _) => known.config.lines.get(&slot(*lun)).is_some_and(|line| line.pending.is_some()),
-                Step::Remove(_) | Step::Forget(_) => false,
+                Step::Remove(_) | Step::Forget(_) | Step::Finish(..) => false,
             };
             let keys = plan.iter().filter(is_planned).filter_map(|(_, step)| match step {
                 Step::Plug(lun, _) => Some(slot(*lun)),
-                Step::Remove(_) | Step::Forget(_) => None,
+                Step::Remove(_) | Step::Forget(_) | Step::Finish(..) => None,
             });
             let change = Change { revert: keys.collect(), ..Change::default() };
             if change.is_empty() {
@@ -570,7 +582,9 @@ fn attach_step(work: &mut Work, request: &Publish, next: Result<AttachStep, Refu
             )));
             None
         }
-        Ok(AttachStep::AttachAt(lun)) => Some(Step::Plug(lun, Box::new(request.parameters.drive(&request.handle, lun, request.readonly)))),
+        Ok(AttachStep::AttachAt(lun) | AttachStep::Finish(lun)) => {
+            Some(Step::Plug(lun, Box::new(request.parameters.drive(&request.handle, lun, request.readonly))))
+        }
     }
 }
 
@@ -623,12 +637,13 @@ impl Region {
             let error = if meaning == Meaning::NoSuchVolume { self.missing(&request.handle, error).await } else { error.into() };
             return work.fail(error);
         };
-        if is_lost && line.value.is_some() {
-            // It was carried out: the next look says whether QEMU has it, and whether a rival has it, too.
-            if let Err(error) = self.state_now(&vm.host, vm.vmid).await {
-                work.fail(error);
+        if is_lost {
+            // Carried out, or half: the next look says what QEMU has, and whether a rival has it, too.
+            match self.state_now(&vm.host, vm.vmid).await {
+                Ok(state) if line.value.is_none() && state.plugged.as_ref().is_none_or(|plugged| !plugged.contains(&key)) => (),
+                Ok(_) => return,
+                Err(error) => return work.fail(error),
             }
-            return;
         }
         let change = if line.value.is_some() { Change::remove(&key) } else { Change::forget(&key) };
         let undone = self.undo(vm, &change, Some(&known.config.digest)).await;

@@ -202,7 +202,7 @@ impl Region {
     }
 }
 
-fn held_elsewhere(holder: &Reference) -> Error {
+pub(super) fn held_elsewhere(holder: &Reference) -> Error {
     let then = match &holder.off {
         Some(_) => format!(
             "bring the node back and detach it there, or, if the node is off for certain, write fencedNodes: [{}] into the config file",
