@@ -1,10 +1,13 @@
-//! csi.proto → Rust without protoc: protox compiles, tonic-prost-build generates.
+//! The .proto files → Rust without protoc: protox compiles, tonic-prost-build generates.
 
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("cargo:rerun-if-changed=csi.proto");
-    let descriptors = protox::compile(["csi.proto"], ["."])?;
+    let files = ["csi.proto", "pluginregistration.proto"];
+    for file in files {
+        println!("cargo:rerun-if-changed={file}");
+    }
+    let descriptors = protox::compile(files, ["."])?;
 
     // A message that carries secrets gets no Debug at all: it cannot be printed by accident.
     let with_secrets: Vec<String> = descriptors
@@ -18,7 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // The descriptor test reads what was really compiled.
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
-    std::fs::write(out.join("csi.descriptors"), prost_bytes(&descriptors))?;
+    std::fs::write(out.join("descriptors"), prost_bytes(&descriptors))?;
 
     tonic_prost_build::configure()
         .build_client(std::env::var_os("CARGO_FEATURE_CLIENT").is_some())

@@ -1,18 +1,25 @@
 //! Flags and environment → configuration → serve. The only exit.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use argh::FromArgs;
 use node::info::{self, Configured};
+use node::metrics;
+use node::registration::{self, Kubelet, Standing};
 use node::request::Folders;
 use node::run::Node;
 use node::service::Service;
+use node::sys::confine::confine;
+use node::sys::kernel;
 use proto::csi::node_server::NodeServer;
 use proto::flags::Flag;
+use proto::health::{self, Pages};
 use proto::identity::Identity;
-use proto::serve::{Endpoint, serve, terminated};
+use proto::serve::{Endpoint, Socket, terminated, with_identity};
+use tokio::sync::watch;
 
 /// How long running calls may go on after SIGTERM: a pod has 30 s by default.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -31,7 +38,12 @@ const FLAGS: &[Flag] = &[
     Flag::value("vmid", Some("VMID")),
     Flag::value("region", Some("REGION")),
     Flag::value("zone", Some("ZONE")),
+    Flag::value("max-volume-attachments", Some("MAX_VOLUME_ATTACHMENTS")),
+    Flag::value("labels-file", Some("LABELS_FILE")),
     Flag::value("kubelet-dir", Some("KUBELET_DIR")),
+    Flag::value("plugin-registration-path", Some("PLUGIN_REGISTRATION_PATH")),
+    Flag::value("kubelet-registration-path", Some("KUBELET_REGISTRATION_PATH")),
+    Flag::value("metrics-address", Some("METRICS_ADDRESS")),
     Flag::value("kubeconfig", Some("KUBECONFIG")),
     Flag::value("master", Some("MASTER")),
     Flag::value("v", Some("LOG_LEVEL")).called("verbosity"),
@@ -56,9 +68,24 @@ struct Args {
     /// the Proxmox node [ZONE]
     #[argh(option)]
     zone: Option<String>,
+    /// how many volumes this node takes, 1 to 29; default: the slots that no other disk sits in [MAX_VOLUME_ATTACHMENTS]
+    #[argh(option)]
+    max_volume_attachments: Option<String>,
+    /// file of labels (key="value" a line, as the downward API writes them) for what no flag says [LABELS_FILE]
+    #[argh(option)]
+    labels_file: Option<PathBuf>,
     /// folder in which kubelet's paths lie, /var/lib/kubelet; may be given several times [KUBELET_DIR]
     #[argh(option)]
     kubelet_dir: Vec<PathBuf>,
+    /// kubelet's plugins_registry folder, to register without a registrar beside; off by default [PLUGIN_REGISTRATION_PATH]
+    #[argh(option)]
+    plugin_registration_path: Option<PathBuf>,
+    /// the CSI socket as kubelet sees it; default: KUBELET_DIR/plugins/csi.proxmox.sinextra.dev/csi.sock [KUBELET_REGISTRATION_PATH]
+    #[argh(option)]
+    kubelet_registration_path: Option<PathBuf>,
+    /// address of /healthz, /readyz and /metrics, :8080 or 127.0.0.1:8080; off by default [METRICS_ADDRESS]
+    #[argh(option)]
+    metrics_address: Option<String>,
     /// taken for the reference driver's sake, not used yet [KUBECONFIG]
     #[argh(option)]
     kubeconfig: Option<String>,
@@ -110,11 +137,22 @@ fn run(args: Args) -> Result<(), String> {
         return Err(format!("--vmid {vmid} is no VMID: Proxmox numbers VMs from 100 to 999999999"));
     }
     let folders = if args.kubelet_dir.is_empty() { vec![KUBELET.into()] } else { args.kubelet_dir };
+    let own_folder = folders.first().map(|folder| folder.join("plugins").join(proto::DRIVER_NAME).join("csi.sock"));
+    let csi_socket = args.kubelet_registration_path.or(own_folder).unwrap_or_default();
+    let kubelet = args.plugin_registration_path.map(|folder| Kubelet { folder, csi_socket });
     let node = Node::new(Folders::new(folders)?);
-    let configured = Configured { node_id: args.node_id, vmid: args.vmid, region: args.region, zone: args.zone };
-    if let Err(unknown) = info::look(&configured, node.sysfs()) {
-        // It stays up: NodeGetInfo says the same, and the volumes that are here already are served.
-        proto::warn!("{unknown}");
+    let configured = Configured {
+        node_id: args.node_id,
+        vmid: args.vmid,
+        region: args.region,
+        zone: args.zone,
+        max_volumes: args.max_volume_attachments,
+        labels: args.labels_file,
+    };
+    // Before the confinement, which allows no socket but unix ones.
+    let pages = args.metrics_address.as_deref().map(health::listen).transpose()?;
+    for wrong in confine().into_iter().chain(kernel::missing(Path::new("/proc"), node.sysfs())) {
+        proto::warn!("{wrong}");
     }
     if args.kubeconfig.is_some() || args.master.is_some() {
         proto::info!("--kubeconfig and --master are not used by this version");
@@ -125,15 +163,51 @@ fn run(args: Args) -> Result<(), String> {
         .thread_keep_alive(THREAD_IDLE)
         .build()
         .map_err(|cause| format!("start: {cause}"))?;
-    let served = runtime.block_on(async {
-        let stop = async {
-            if let Err(cause) = terminated().await {
-                proto::error!("signals: {cause}");
-                std::future::pending::<()>().await;
-            }
-        };
-        serve(&endpoint, Identity::new(env!("CARGO_PKG_VERSION")), NodeServer::new(Service::new(node, configured)), stop, DRAIN).await
-    });
+    let served = runtime.block_on(serve(&endpoint, node, configured, kubelet, pages));
     runtime.shutdown_timeout(LAST_WORK);
+    served
+}
+
+/// Serves until SIGTERM: the CSI socket, kubelet's registration where it is ours to do, and the pages where there is an address.
+async fn serve(
+    endpoint: &Endpoint,
+    node: Node,
+    configured: Configured,
+    kubelet: Option<Kubelet>,
+    pages: Option<std::net::TcpListener>,
+) -> Result<(), String> {
+    let socket = Socket::open(endpoint.path()).map_err(|error| error.to_string())?;
+    let (stopping, stop) = watch::channel(false);
+    let stop_work = node.stop();
+    tokio::spawn(async move {
+        match terminated().await {
+            Ok(()) => {
+                stop_work.request();
+                let _ = stopping.send(true);
+            }
+            Err(cause) => {
+                proto::error!("signals: {cause}");
+                // Kept: without it, everything that waits for the end would take it for reached.
+                std::future::pending::<()>().await;
+                drop(stopping);
+            }
+        }
+    });
+    let standing = Standing::default();
+    let (identity, sysfs) = (configured.clone(), node.sysfs().to_path_buf());
+    let known = move || info::look(&identity, &sysfs).map(drop).map_err(|unknown| unknown.to_string());
+    let registering = tokio::spawn(registration::run(kubelet, known, standing.clone(), stop.clone()));
+    if let Some(listener) = pages {
+        let (place, is_ready) = (socket.place(), standing.clone());
+        let alive = move || if place.is_ours() { Ok(()) } else { Err(format!("{} is not ours any more", place.path().display())) };
+        let metrics = move || metrics::page(is_ready.get().is_ok());
+        let pages = Pages { alive: Arc::new(alive), ready: Arc::new(move || standing.get()), metrics: Arc::new(metrics) };
+        tokio::spawn(health::serve(listener, pages));
+    }
+    let mut until = stop.clone();
+    let until = async { drop(until.wait_for(|stop| *stop).await) };
+    let service = NodeServer::new(Service::new(node, configured));
+    let served = socket.serve(with_identity(Identity::new(env!("CARGO_PKG_VERSION")), service), until, DRAIN).await;
+    let _ = registering.await;
     served.map_err(|error| error.to_string())
 }

@@ -1,4 +1,4 @@
-//! A private unix socket with Identity and one more service on it.
+//! A private unix socket with Identity and one more service on it, or with one service alone.
 //!
 //! hyper's HTTP/2 straight under tonic's generated services: no router, and a drain that really ends at its deadline
 //! (tonic's own waits for ever on a client that never answers).
@@ -6,7 +6,8 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tonic::body::Body;
 use tonic::server::NamedService;
@@ -98,42 +99,133 @@ where
     S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + NamedService + Clone + Send + 'static,
     S::Future: Send + 'static,
 {
-    let listener = listen(endpoint.path())?;
-    crate::info!("serving {} on {}", S::NAME, endpoint.path().display());
-    let mux = Mux { identity: IdentityServer::new(identity), service };
-    // Each connection holds a receiver: when all are dropped, all connections have ended.
-    let (stopping, stopped) = watch::channel(false);
-    tokio::pin!(stop);
-    loop {
-        tokio::select! {
-            () = &mut stop => break,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => { tokio::spawn(connection(stream, mux.clone(), stopped.clone())); }
-                // Out of descriptors, a client that left at once: the next one may do better. Paced by the pause below.
-                Err(cause) => { crate::error!("accept: {cause}"); tokio::time::sleep(Duration::from_millis(50)).await; }
-            },
+    Socket::open(endpoint.path())?.serve(with_identity(identity, service), stop, drain).await
+}
+
+/// Both services as one, for [`Socket::serve`].
+pub fn with_identity<S>(identity: Identity, service: S) -> Mux<S> {
+    Mux { identity: IdentityServer::new(identity), service }
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Socket {
+    listener: std::os::unix::net::UnixListener,
+    place: Place,
+}
+
+/// Where a socket of ours is, so that one can see whether it still is.
+#[derive(Debug, Clone)]
+pub struct Place {
+    path: PathBuf,
+    /// Device and inode.
+    file: (u64, u64),
+}
+
+impl Place {
+    /// Whether a client that goes to the path comes to us.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        std::fs::symlink_metadata(&self.path).is_ok_and(|there| (there.dev(), there.ino()) == self.file)
+    }
+
+    /// The path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Socket {
+    /// Makes the socket: bound under another name, made private, then renamed into place. A stale one is replaced.
+    ///
+    /// # Errors
+    /// It cannot be made, or another process serves it.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let failed = |step: &'static str| move |cause: std::io::Error| Error { step, path: path.to_path_buf(), cause };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(failed("make its folder"))?;
         }
+        if let Ok(there) = std::fs::symlink_metadata(path) {
+            if !there.file_type().is_socket() {
+                let cause =
+                    std::io::Error::new(std::io::ErrorKind::AlreadyExists, "it is there and no socket: remove it or name another path");
+                return Err(failed("look")(cause));
+            }
+            // A socket that nobody listens on refuses: it is what a killed process left behind.
+            if UnixStream::connect(path).is_ok() {
+                let cause = std::io::Error::new(std::io::ErrorKind::AddrInUse, "another process serves it: stop that one first");
+                return Err(failed("look")(cause));
+            }
+        }
+        // Beside it, short (a socket's path has 107 bytes at most), and never seen by a client: kubelet, too, passes over
+        // names that begin with a dot.
+        let fresh = path.with_file_name(format!(".{}", std::process::id()));
+        let _ = std::fs::remove_file(&fresh);
+        let listener = std::os::unix::net::UnixListener::bind(&fresh).map_err(failed("bind"))?;
+        listener.set_nonblocking(true).map_err(failed("make it non-blocking"))?;
+        std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600)).map_err(failed("make it private"))?;
+        let file = std::fs::symlink_metadata(&fresh).map_err(failed("look"))?;
+        std::fs::rename(&fresh, path).map_err(failed("put it in place"))?;
+        Ok(Self { listener, place: Place { path: path.into(), file: (file.dev(), file.ino()) } })
     }
-    crate::info!("stopping: running calls have {} s to end", drain.as_secs());
-    drop(listener);
-    let _ = std::fs::remove_file(endpoint.path());
-    drop(stopped);
-    let _ = stopping.send(true);
-    if tokio::time::timeout(drain, stopping.closed()).await.is_err() {
-        crate::warn!("stopped with calls still running after {} s", drain.as_secs());
+
+    /// Where it is.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        self.place.clone()
     }
-    Ok(())
+
+    /// Serves until `stop` resolves, then lets running calls end within `drain`. The socket is removed as soon as it stops,
+    /// unless another process has put its own there.
+    ///
+    /// # Errors
+    /// The runtime does not take the socket.
+    pub async fn serve<S>(self, service: S, stop: impl Future<Output = ()>, drain: Duration) -> Result<(), Error>
+    where
+        S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + NamedService + Clone + Send + 'static,
+        S::Future: Send + 'static,
+    {
+        let Self { listener, place } = self;
+        let taken = UnixListener::from_std(listener);
+        let listener = taken.map_err(|cause| Error { step: "listen", path: place.path.clone(), cause })?;
+        crate::info!("serving {} on {}", S::NAME, place.path.display());
+        // Each connection holds a receiver: when all are dropped, all connections have ended.
+        let (stopping, stopped) = watch::channel(false);
+        tokio::pin!(stop);
+        loop {
+            tokio::select! {
+                () = &mut stop => break,
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => { tokio::spawn(connection(stream, service.clone(), stopped.clone())); }
+                    // Out of descriptors, a client that left at once: the next one may do better. Paced by the pause below.
+                    Err(cause) => { crate::error!("accept: {cause}"); tokio::time::sleep(Duration::from_millis(50)).await; }
+                },
+            }
+        }
+        crate::info!("stopping {}: running calls have {} s to end", S::NAME, drain.as_secs());
+        drop(listener);
+        if place.is_ours() {
+            let _ = std::fs::remove_file(&place.path);
+        }
+        drop(stopped);
+        let _ = stopping.send(true);
+        if tokio::time::timeout(drain, stopping.closed()).await.is_err() {
+            crate::warn!("stopped {} with calls still running after {} s", S::NAME, drain.as_secs());
+        }
+        Ok(())
+    }
 }
 
 /// One client's connection, until it closes or is drained.
-async fn connection<S>(stream: UnixStream, mux: Mux<S>, mut stopped: watch::Receiver<bool>)
+async fn connection<S>(stream: tokio::net::UnixStream, service: S, mut stopped: watch::Receiver<bool>)
 where
     S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send + 'static,
 {
     let served = http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(MAX_CONCURRENT_CALLS)
-        .serve_connection(TokioIo::new(stream), hyper::service::service_fn(move |request| mux.clone().call(request)));
+        .serve_connection(TokioIo::new(stream), hyper::service::service_fn(move |request| logged(service.clone(), request)));
     tokio::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => Some(ended),
@@ -151,37 +243,29 @@ where
     }
 }
 
-/// Makes the socket: bound under another name, made private, then renamed into place.
-fn listen(path: &Path) -> Result<UnixListener, Error> {
-    let failed = |step: &'static str| move |cause: std::io::Error| Error { step, path: path.to_path_buf(), cause };
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(failed("make its folder"))?;
-    }
-    if let Ok(there) = std::fs::symlink_metadata(path) {
-        if !there.file_type().is_socket() {
-            let cause = std::io::Error::new(std::io::ErrorKind::AlreadyExists, "it is there and no socket: remove it or name another path");
-            return Err(failed("look")(cause));
-        }
-        // A socket that nobody listens on refuses: it is what a killed process left behind.
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            let cause = std::io::Error::new(std::io::ErrorKind::AddrInUse, "another process serves it: stop that one first");
-            return Err(failed("look")(cause));
-        }
-    }
-    // Beside it, short (a socket's path has 107 bytes at most), and never seen by a client.
-    let fresh = path.with_file_name(format!(".{}", std::process::id()));
-    let _ = std::fs::remove_file(&fresh);
-    let listener = UnixListener::bind(&fresh).map_err(failed("bind"))?;
-    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600)).map_err(failed("make it private"))?;
-    std::fs::rename(&fresh, path).map_err(failed("put it in place"))?;
-    Ok(listener)
+/// One call, with its line in the log and its place in the metrics.
+async fn logged<S>(mut service: S, request: http::Request<Incoming>) -> Result<http::Response<Body>, Infallible>
+where
+    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible>,
+{
+    let begun = Instant::now();
+    let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_string();
+    let answer = service.call(request).await?;
+    log_call(&rpc, &answer, begun.elapsed());
+    Ok(answer)
 }
 
 /// Two services on one socket, told apart by the path's first part (`/csi.v1.Identity/…`).
 #[derive(Clone)]
-struct Mux<S> {
+pub struct Mux<S> {
     identity: IdentityServer<Identity>,
     service: S,
+}
+
+impl<S> fmt::Debug for Mux<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mux").finish_non_exhaustive()
+    }
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send>>;
@@ -200,23 +284,20 @@ where
     }
 
     fn call(&mut self, request: http::Request<Incoming>) -> Answer {
-        let begun = Instant::now();
-        let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_string();
         let identity = request.uri().path().starts_with("/csi.v1.Identity/");
-        let answer: Answer = if identity { Box::pin(self.identity.call(request)) } else { Box::pin(self.service.call(request)) };
-        Box::pin(async move {
-            let answer = answer.await;
-            if let Ok(answer) = &answer {
-                log_call(&rpc, answer, begun.elapsed());
-            }
-            answer
-        })
+        if identity { Box::pin(self.identity.call(request)) } else { Box::pin(self.service.call(request)) }
     }
+}
+
+impl<S: NamedService> NamedService for Mux<S> {
+    const NAME: &'static str = S::NAME;
 }
 
 /// The call log: RPC, code, message, time. Nothing of the request, so no secret; messages name the volume.
 fn log_call(rpc: &str, answer: &http::Response<Body>, took: Duration) {
-    match tonic::Status::from_header_map(answer.headers()) {
+    let status = tonic::Status::from_header_map(answer.headers());
+    crate::metrics::count_call(rpc, status.as_ref().map_or(tonic::Code::Ok, tonic::Status::code), took);
+    match status {
         Some(status) if status.code() != tonic::Code::Ok => {
             crate::warn!("{rpc}: {:?} after {} ms: {}", status.code(), took.as_millis(), status.message());
         }

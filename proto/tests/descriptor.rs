@@ -1,4 +1,4 @@
-//! Our csi.proto against the official one: every message, field, number, enum and RPC.
+//! Our .proto files against the official ones: every message, field, number, enum and RPC.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
 
 use std::collections::BTreeMap;
@@ -53,8 +53,8 @@ fn enum_facts(facts: &mut BTreeMap<String, String>, parent: &str, enumeration: &
     }
 }
 
-fn csi_file(set: FileDescriptorSet) -> FileDescriptorProto {
-    set.file.into_iter().find(|file| file.package() == "csi.v1").unwrap()
+fn file_of(set: FileDescriptorSet, package: &str) -> FileDescriptorProto {
+    set.file.into_iter().find(|file| file.package() == package).unwrap()
 }
 
 /// What we left out of our file on purpose: two services that we do not serve, and what only they use.
@@ -64,23 +64,26 @@ fn left_out(fact: &str) -> bool {
     top.contains("Group") || top.contains("GetMetadata") || top.contains("BlockMetadata") || top == "SnapshotMetadata"
 }
 
-#[test]
-fn our_proto_is_the_official_contract() {
+/// The facts of the official file and of ours; `None`, after saying so, where the official one was not fetched.
+fn both(official: &str, package: &str) -> Option<[BTreeMap<String, String>; 2]> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = set("PROXMOX_CSI_CACHE")
         .unwrap_or_else(|| set("XDG_CACHE_HOME").unwrap_or_else(|| set("HOME").unwrap().join(".cache")).join("proxmox-csi"));
-    let official = cache.join("csi-v1.12.0.proto");
+    let official = cache.join(official);
     if !official.exists() {
         assert!(std::env::var_os("CI").is_none(), "{} is missing: run scripts/tools test", official.display());
         // Past the test runner's capture, so that it is seen although the test passes.
         let _ = std::io::stderr().write_all(format!("SKIPPED: {} is missing: run scripts/tools test\n", official.display()).as_bytes());
-        return;
+        return None;
     }
-    let theirs = facts(&csi_file(protox::compile([&official], [&cache]).unwrap()));
-    let ours = facts(&csi_file(FileDescriptorSet::decode(proto::csi::DESCRIPTORS).unwrap()));
-    assert!(ours.len() > 300, "only {} facts: the comparison compares nothing", ours.len());
+    let theirs = facts(&file_of(protox::compile([&official], [&cache]).unwrap(), package));
+    let ours = facts(&file_of(FileDescriptorSet::decode(proto::csi::DESCRIPTORS).unwrap(), package));
+    Some([ours, theirs])
+}
+
+fn assert_same(ours: &BTreeMap<String, String>, theirs: &BTreeMap<String, String>) {
     let mut differences: Vec<String> = Vec::new();
-    for (fact, value) in &ours {
+    for (fact, value) in ours {
         if theirs.get(fact) != Some(value) {
             differences.push(format!("{fact}: ours {value:?}, official {:?}", theirs.get(fact)));
         }
@@ -91,6 +94,20 @@ fn our_proto_is_the_official_contract() {
         }
     }
     assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+#[test]
+fn our_csi_proto_is_the_official_contract() {
+    let Some([ours, theirs]) = both("csi-v1.12.0.proto", "csi.v1") else { return };
+    assert!(ours.len() > 300, "only {} facts: the comparison compares nothing", ours.len());
+    assert_same(&ours, &theirs);
+}
+
+#[test]
+fn our_registration_proto_is_kubelets() {
+    let Some([ours, theirs]) = both("pluginregistration-v0.34.0.proto", "pluginregistration") else { return };
+    assert!(ours.len() >= 12, "only {} facts: the comparison compares nothing", ours.len());
+    assert_same(&ours, &theirs);
 }
 
 #[test]

@@ -1,0 +1,88 @@
+//! What the agent counts beside its calls, and its `/metrics` page.
+
+use proto::metrics::{self, Counter};
+
+use crate::error::Cause;
+use crate::plan::Refusal;
+
+/// A disk that is not the volume's: the reason to look at what Proxmox has plugged where.
+pub static IDENTITY_MISMATCHES: Counter =
+    Counter::new("proxmox_csi_node_identity_mismatches_total", "Calls refused because a disk is not the one that the volume should be on.");
+/// Something on the disk that is not overwritten.
+pub static REFUSED_FORMATS: Counter =
+    Counter::new("proxmox_csi_node_refused_formats_total", "Calls refused because the disk is not blank, or may never be formatted.");
+/// A filesystem in trouble.
+pub static FILESYSTEM_ERRORS: Counter = Counter::new(
+    "proxmox_csi_node_filesystem_errors_total",
+    "Filesystems that the kernel refused to mount or to grow, or that it reports as damaged.",
+);
+
+/// Counts what a failed call was about.
+pub fn count(cause: &Cause) {
+    match cause {
+        Cause::Disk(_) | Cause::OtherDiskNow { .. } | Cause::Refused(Refusal::OtherMount { .. }) => IDENTITY_MISMATCHES.add(),
+        Cause::NotBlankAnyMore { .. }
+        | Cause::Refused(Refusal::HoldsOther { .. } | Refusal::NeverFormat { .. } | Refusal::NeverFinish { .. } | Refusal::ReadOnlyBlank) =>
+        {
+            REFUSED_FORMATS.add();
+        }
+        Cause::Mount(_) | Cause::NotGrown { .. } => FILESYSTEM_ERRORS.add(),
+        _ => (),
+    }
+}
+
+/// The page.
+#[must_use]
+pub fn page(is_ready: bool) -> String {
+    let mut page = String::new();
+    metrics::fact(&mut page, "proxmox_csi_build_info", "The agent's version.", &[("version", env!("CARGO_PKG_VERSION"))]);
+    metrics::gauge(
+        &mut page,
+        "proxmox_csi_node_ready",
+        "1: it knows who it is, and kubelet has registered it (where that is its own task).",
+        u8::from(is_ready),
+    );
+    for counter in [&IDENTITY_MISMATCHES, &REFUSED_FORMATS, &FILESYSTEM_ERRORS] {
+        counter.write(&mut page);
+    }
+    metrics::calls(&mut page);
+    if let Some(bytes) = resident_bytes() {
+        metrics::gauge(&mut page, "process_resident_memory_bytes", "Resident memory.", bytes);
+    }
+    if let Ok(open) = std::fs::read_dir("/proc/self/fd") {
+        metrics::gauge(&mut page, "process_open_fds", "Open descriptors.", open.count());
+    }
+    page
+}
+
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(kib.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity;
+
+    #[test]
+    fn a_cause_is_counted_by_what_it_is_about() {
+        let before = [IDENTITY_MISMATCHES.value(), REFUSED_FORMATS.value()];
+        count(&Cause::Disk(identity::Refusal::Ambiguous { what: String::new(), disks: String::new() }));
+        count(&Cause::Refused(Refusal::HoldsOther { what: String::new() }));
+        assert!(IDENTITY_MISMATCHES.value() > before[0] && REFUSED_FORMATS.value() > before[1]);
+    }
+
+    #[test]
+    fn the_page_is_prometheus_text() {
+        let page = page(true);
+        for line in page.lines() {
+            let sample = line.rsplit_once(' ').is_some_and(|(_, value)| value.parse::<f64>().is_ok());
+            assert!(line.starts_with("# HELP ") || line.starts_with("# TYPE ") || sample, "{line}");
+        }
+        for name in ["proxmox_csi_node_ready 1\n", "proxmox_csi_node_refused_formats_total ", "process_resident_memory_bytes "] {
+            assert!(page.contains(name), "{page}");
+        }
+    }
+}
