@@ -280,9 +280,13 @@ async fn serve(
 ) -> Result<(), String> {
     let socket = Socket::open(endpoint.path()).map_err(|error| error.to_string())?;
     let (stopping, stop) = watch::channel(false);
+    let stop_work = node.stop();
     tokio::spawn(async move {
         match terminated().await {
-            Ok(()) => drop(stopping.send(true)),
+            Ok(()) => {
+                stop_work.request();
+                let _ = stopping.send(true);
+            }
             Err(cause) => {
                 proto::error!("signals: {cause}");
                 // Kept: without it, everything that waits for the end would take it for reached.

@@ -7,10 +7,20 @@
 mod agent;
 #[path = "node/crash.rs"]
 mod crash;
+#[path = "node/dm.rs"]
+mod dm;
 #[path = "node/harness.rs"]
 mod harness;
+#[path = "node/kill.rs"]
+mod kill;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/limits.rs"]
+mod limits;
+#[path = "node/luks.rs"]
+mod luks;
+#[path = "node/matrix.rs"]
+mod matrix;
 #[path = "node/modes.rs"]
 mod modes;
 #[path = "node/plug.rs"]
@@ -21,3 +31,5 @@ mod surfaces;
 mod together;
 #[path = "node/xfs.rs"]
 mod xfs;
+#[path = "node/zeros.rs"]
+mod zeros;

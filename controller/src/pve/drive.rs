@@ -108,6 +108,12 @@ pub fn is_disk_slot(key: &str) -> bool {
     numbered(key, &["scsi", "virtio", "sata"])
 }
 
+/// Whether a key of a container's config is a mount point, or a volume set aside.
+#[must_use]
+pub fn is_mount_point(key: &str) -> bool {
+    numbered(key, &["mp", "unused"])
+}
+
 fn numbered(key: &str, prefixes: &[&str]) -> bool {
     prefixes.iter().any(|prefix| key.strip_prefix(prefix).is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())))
 }

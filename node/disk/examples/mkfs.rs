@@ -61,6 +61,10 @@ struct Ext4 {
     /// inode size in bytes: 256 (default) up to the block size
     #[argh(option, short = 'I')]
     inode_size: Option<u32>,
+    /// the target reads as zeros: nothing is discarded, and no zeros are written, as
+    /// `mke2fs -E assume_storage_prezeroed=1,nodiscard`
+    #[argh(switch)]
+    prezeroed: bool,
     /// an existing image file or block device; a file is said to be zeroed (INODE_ZEROED), a block device is not
     #[argh(positional)]
     target: PathBuf,
@@ -82,6 +86,9 @@ struct Xfs {
     /// inode size in bytes: 512 (default), 1024 or 2048, at most half a block, as `mkfs.xfs -i size=`
     #[argh(option, short = 'i')]
     inode_size: Option<u32>,
+    /// the target reads as zeros: nothing is discarded, and no zeros are written
+    #[argh(switch)]
+    prezeroed: bool,
     /// an existing image file or block device
     #[argh(positional)]
     target: PathBuf,
@@ -131,7 +138,8 @@ fn make_xfs(xfs: &Xfs) -> Result<(), Box<dyn std::error::Error>> {
     }
     // Before anything is discarded: a refusal leaves the target as it was.
     xfs::plan(&options)?;
-    if is_block_device {
+    options.reads_zeros = xfs.prezeroed;
+    if is_block_device && !xfs.prezeroed {
         // mkfs.xfs discards a device first, where that can be, and does not rely on it. Of a file it discards nothing.
         let _ = rustix::fs::fallocate(&file, punch(), 0, size_bytes);
     }
@@ -154,8 +162,8 @@ fn make_ext4(ext4: &Ext4) -> Result<(), Box<dyn std::error::Error>> {
     }
     let filesystem_bytes = ext4::plan(&options)?.filesystem_bytes();
     // mke2fs discards first. Of a plain file it then knows that it reads as zeros; of a block device it does not.
-    let is_punched = rustix::fs::fallocate(&file, punch(), 0, filesystem_bytes).is_ok();
-    options.inode_tables_zeroed = is_punched && !is_block_device;
+    let is_punched = !ext4.prezeroed && rustix::fs::fallocate(&file, punch(), 0, filesystem_bytes).is_ok();
+    options.reads_zeros = ext4.prezeroed || (is_punched && !is_block_device);
     for write in ext4::plan(&options)? {
         perform(&file, &write)?;
     }

@@ -31,6 +31,16 @@ pub enum Write {
 }
 
 impl Write {
+    /// Whether this leaves a disk of zeros as it is, where it writes at all.
+    #[must_use]
+    pub fn is_zeros(&self) -> bool {
+        match self {
+            Self::Data { bytes, .. } => bytes.iter().all(|byte| *byte == 0),
+            Self::Zeros { .. } => true,
+            Self::Flush => false,
+        }
+    }
+
     /// The bytes of the disk that this touches: offset and length. A flush touches none.
     #[must_use]
     pub fn range(&self) -> Option<(u64, u64)> {

@@ -34,6 +34,23 @@ impl fmt::Debug for Mark {
     }
 }
 
+/// How much of a disk's beginning its judges want to see: the largest sector that our xfs has; ext4's superblock lies within.
+pub const HEAD_BYTES: usize = 4096;
+
+/// What a disk is, as far as the mark and the reader of one format can tell; `S` is what that finds. A disk is Blank for the
+/// probe only when the other looks of decision 3 (every range read, libblkid, backups) agree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Surface<S> {
+    /// The head is all zeros: neither mark nor superblock.
+    Blank,
+    /// A format of this very volume was cut short: to be formatted again, never to be mounted.
+    Unfinished,
+    /// A superblock with a good checksum, and no mark.
+    Complete(S),
+    /// Something else: the mark of another volume, a damaged superblock, other data.
+    Other(&'static str),
+}
+
 /// Which mark a sector carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Marked {
@@ -87,6 +104,19 @@ impl Mark {
             Some(sector) if sector == self.sector => Marked::Ours,
             Some(sector) if get_u32(sector, CHECKSUM_AT) == Some(checksum(sector)) => Marked::Others,
             _ => Marked::Damaged,
+        }
+    }
+
+    /// Judges the first [`HEAD_BYTES`] of a disk that should be this mark's volume; `read` says what a head is that is neither
+    /// marked nor zeros. Fewer bytes are Other, never Blank.
+    pub fn surface<S>(&self, head: &[u8], read: impl FnOnce(&[u8]) -> Surface<S>) -> Surface<S> {
+        let Some(head) = head.get(..HEAD_BYTES) else { return Surface::Other("fewer than 4096 bytes could be read") };
+        match self.judge(head) {
+            Marked::Ours => Surface::Unfinished,
+            Marked::Others => Surface::Other("the mark of an unfinished format of another volume"),
+            Marked::Damaged => Surface::Other("a damaged mark of an unfinished format"),
+            Marked::No if head.iter().all(|byte| *byte == 0) => Surface::Blank,
+            Marked::No => read(head),
         }
     }
 }
@@ -148,16 +178,14 @@ impl<P: Iterator<Item = Write>> Iterator for Format<P> {
                 if !self.is_flushed {
                     self.due.push_back(Write::Flush);
                 }
-                let last = if self.sector == [0; SECTOR_BYTES] {
-                    Write::Zeros { offset: 0, length: SECTOR_BYTES as u64 }
-                } else {
-                    Write::Data { offset: 0, bytes: self.sector.to_vec() }
-                };
-                self.due.extend([last, Write::Flush]);
+                self.due.extend([Write::Data { offset: 0, bytes: self.sector.to_vec() }, Write::Flush]);
                 break;
             };
-            if let Some(write) = self.without_sector_0(write) {
-                self.is_flushed = write == Write::Flush;
+            let Some(write) = self.without_sector_0(write) else { continue };
+            let is_flush = write == Write::Flush;
+            // A second flush waits for the disk once more, for nothing.
+            if !(is_flush && self.is_flushed) {
+                self.is_flushed = is_flush;
                 return Some(write);
             }
         }
@@ -197,12 +225,15 @@ mod tests {
     }
 
     #[test]
-    fn the_mark_is_first_and_sector_0_is_last() {
+    fn the_mark_is_first_and_sector_0_is_last_and_no_flush_is_idle() {
         let plan = [
+            Write::Flush,
             Write::Zeros { offset: 0, length: 4096 },
             Write::Data { offset: 256, bytes: vec![7; 1024] },
             Write::Data { offset: 0, bytes: vec![1; 100] },
             Write::Data { offset: 8192, bytes: vec![2; 512] },
+            Write::Flush,
+            Write::Flush,
         ];
         let mark = Mark::new(SERIAL).unwrap();
         let mut last = vec![1; 100];

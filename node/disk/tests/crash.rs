@@ -3,7 +3,8 @@
 //! from the other two the next format must end in the right image.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-use disk::ext4::{HEAD_BYTES, Options, Surface, judge, plan};
+use disk::ext4::{Options, Surface, judge, plan};
+use disk::mark::HEAD_BYTES;
 use disk::{Format, Mark, Write};
 
 const RANDOM_SUBSETS: u64 = 1000;
@@ -46,12 +47,14 @@ fn apply_torn(disk: &mut [u8], write: &Write, chance: &mut Chance) {
     }
 }
 
-/// One volume, one surface, one format.
+/// One volume, one surface, one format; and the one that follows where that was cut short: there, nothing is taken for zeros.
 struct Crash {
     mark: Mark,
     surface: Vec<u8>,
     writes: Vec<Write>,
     complete: Vec<u8>,
+    writes_again: Vec<Write>,
+    complete_again: Vec<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -63,29 +66,30 @@ struct Seen {
 
 impl Crash {
     fn new(surface: Vec<u8>) -> Self {
-        let options = Options::new(surface.len() as u64, UUID, [9; 16], 1_700_000_000);
+        Self::of(surface, false)
+    }
+
+    fn of(surface: Vec<u8>, reads_zeros: bool) -> Self {
         let mark = Mark::new("csi-0123456789abcdef").unwrap();
-        let mut complete = surface.clone();
-        plan(&options).unwrap().for_each(|write| apply(&mut complete, &write));
-        let writes: Vec<Write> = Format::new(plan(&options).unwrap(), &mark).collect();
-        let crash = Self { mark, surface, writes, complete };
-        let mut formatted = crash.surface.clone();
-        crash.writes.iter().for_each(|write| apply(&mut formatted, write));
-        assert!(formatted == crash.complete, "the mark leaves nothing behind");
-        crash
+        let format = |reads_zeros| {
+            let options = Options { reads_zeros, ..Options::new(surface.len() as u64, UUID, [9; 16], 1_700_000_000) };
+            let (mut complete, mut formatted) = (surface.clone(), surface.clone());
+            plan(&options).unwrap().for_each(|write| apply(&mut complete, &write));
+            let writes: Vec<Write> = Format::new(plan(&options).unwrap(), &mark).collect();
+            writes.iter().for_each(|write| apply(&mut formatted, write));
+            assert!(formatted == complete, "the mark leaves nothing behind");
+            (writes, complete)
+        };
+        let ((writes, complete), (writes_again, complete_again)) = (format(reads_zeros), format(false));
+        Self { mark, surface, writes, complete, writes_again, complete_again }
     }
 
-    /// How many of the first `issued` writes are surely there: all up to the last flush.
-    fn flushed(&self, issued: usize) -> usize {
-        self.writes[..issued].iter().rposition(|write| *write == Write::Flush).map_or(0, |flush| flush + 1)
-    }
-
-    /// `before` with `issued` writes made, of which those since the last flush went as `fate` says.
-    fn after(&self, before: &[u8], issued: usize, mut fate: impl FnMut(&mut [u8], usize, &Write)) -> Vec<u8> {
+    /// `before` with `issued` of these writes made, of which those since the last flush went as `fate` says.
+    fn after(before: &[u8], writes: &[Write], issued: usize, mut fate: impl FnMut(&mut [u8], usize, &Write)) -> Vec<u8> {
         let mut disk = before.to_vec();
-        let flushed = self.flushed(issued);
-        self.writes[..flushed].iter().for_each(|write| apply(&mut disk, write));
-        for (index, write) in self.writes[..issued].iter().enumerate().skip(flushed) {
+        let flushed = flushed(writes, issued);
+        writes[..flushed].iter().for_each(|write| apply(&mut disk, write));
+        for (index, write) in writes[..issued].iter().enumerate().skip(flushed) {
             fate(&mut disk, index, write);
         }
         disk
@@ -99,7 +103,7 @@ impl Crash {
             }
             Surface::Unfinished => seen.unfinished += 1,
             Surface::Complete(superblock) => {
-                assert!(disk == self.complete, "{}: looks complete, but is not", what());
+                assert!(disk == self.complete || disk == self.complete_again, "{}: looks complete, but is not", what());
                 assert_eq!(superblock.uuid, UUID);
                 seen.complete += 1;
                 return;
@@ -107,18 +111,18 @@ impl Crash {
             Surface::Other(why) => panic!("{}: {why}", what()),
         }
         let mut again = disk.to_vec();
-        self.writes.iter().for_each(|write| apply(&mut again, write));
-        assert!(again == self.complete, "{}: formatted again, but not the right image", what());
+        self.writes_again.iter().for_each(|write| apply(&mut again, write));
+        assert!(again == self.complete_again, "{}: formatted again, but not the right image", what());
     }
 
     /// `step`: of the single ones, every how many-th.
     fn every_write_and_every_single_one_missing(&self, step: usize) {
         let mut seen = Seen::default();
         for issued in 0..=self.writes.len() {
-            let disk = self.after(&self.surface, issued, |disk, _, write| apply(disk, write));
+            let disk = Self::after(&self.surface, &self.writes, issued, |disk, _, write| apply(disk, write));
             self.check(&disk, &mut seen, &|| format!("after write {issued}"));
-            for missing in (self.flushed(issued)..issued).rev().step_by(step) {
-                let disk = self.after(&self.surface, issued, |disk, index, write| {
+            for missing in (flushed(&self.writes, issued)..issued).rev().step_by(step) {
+                let disk = Self::after(&self.surface, &self.writes, issued, |disk, index, write| {
                     if index != missing {
                         apply(disk, write);
                     }
@@ -135,10 +139,10 @@ impl Crash {
         for number in 0..RANDOM_SUBSETS {
             let mut chance = Chance(number);
             let mut disk = self.surface.clone();
-            for _ in 0..1 + number % 2 {
+            for writes in [&self.writes, &self.writes_again].into_iter().take(if number % 2 == 0 { 1 } else { 2 }) {
                 // Where only a flush or two remain there is little to lose: most crashes are in the long part.
-                let issued = 1 + chance.below(self.writes.len());
-                disk = self.after(&disk, issued, |disk, _, write| match chance.below(3) {
+                let issued = 1 + chance.below(writes.len());
+                disk = Self::after(&disk, writes, issued, |disk, _, write| match chance.below(3) {
                     0 => {}
                     1 => apply_torn(disk, write, &mut Chance(number ^ 0xABCD)),
                     _ => apply(disk, write),
@@ -151,6 +155,11 @@ impl Crash {
         }
         assert!(seen.unfinished > 500, "{seen:?}");
     }
+}
+
+/// How many of the first `issued` writes are surely there: all up to the last flush.
+fn flushed(writes: &[Write], issued: usize) -> usize {
+    writes[..issued].iter().rposition(|write| *write == Write::Flush).map_or(0, |flush| flush + 1)
 }
 
 const MIB: usize = 1 << 20;
@@ -189,6 +198,17 @@ fn crash_on_zeros_with_random_subsets_missing() {
     Crash::new(zeros(2 * MIB)).random_subsets_missing();
 }
 
+/// Where what would only write zeros is left out, the format that follows a cut one leaves nothing out.
+#[test]
+fn crash_on_what_is_taken_for_zeros_at_every_write() {
+    Crash::of(zeros(9 * MIB), true).every_write_and_every_single_one_missing(1);
+}
+
+#[test]
+fn crash_on_what_is_taken_for_zeros_with_random_subsets_missing() {
+    Crash::of(zeros(9 * MIB), true).random_subsets_missing();
+}
+
 #[test]
 fn crash_on_old_bytes_with_random_subsets_missing() {
     Crash::new(old_bytes(2 * MIB)).random_subsets_missing();
@@ -199,7 +219,7 @@ fn crash_on_old_bytes_with_random_subsets_missing() {
 fn crash_in_a_format_over_an_unfinished_one() {
     let first = Crash::new(old_bytes(MIB));
     let middle = first.writes.len() / 2;
-    let mut unfinished = first.after(&first.surface, middle, |disk, _, write| apply(disk, write));
+    let mut unfinished = Crash::after(&first.surface, &first.writes, middle, |disk, _, write| apply(disk, write));
     assert_eq!(judge(&unfinished[..HEAD_BYTES], &first.mark), Surface::Unfinished);
     let stranger = Mark::new("csi-fedcba9876543210").unwrap();
     assert!(matches!(judge(&unfinished[..HEAD_BYTES], &stranger), Surface::Other(_)));

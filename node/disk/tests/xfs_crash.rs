@@ -4,7 +4,8 @@
 
 mod image;
 
-use disk::xfs::{HEAD_BYTES, Options, Surface, judge, plan};
+use disk::mark::HEAD_BYTES;
+use disk::xfs::{Options, Surface, judge, plan};
 use disk::{Format, Mark, Write};
 use image::Image;
 

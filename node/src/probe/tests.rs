@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::Cause;
-use crate::format;
+use crate::format::{self, Ground, Stop};
 use crate::request::{Filesystem, FormatOptions};
 use crate::sys::scsi::Topology;
 use crate::testing::{Folder, volume};
@@ -54,7 +54,7 @@ impl Image {
     fn formatted(handle: &str) -> Self {
         let image = Self::new(SIZE);
         let options = FormatOptions { block_size: Some(4096), ..FormatOptions::default() };
-        format::make(&image.device, &volume(handle), options, &TOPOLOGY, true).unwrap();
+        format::make(&image.device, &volume(handle), options, &TOPOLOGY, Ground::Zeros, &Stop::default()).unwrap();
         image
     }
 
@@ -135,7 +135,7 @@ fn a_backup_whose_checksum_is_wrong_still_speaks() {
 fn xfs(handle: &str) -> Image {
     let image = Image::new(XFS_SIZE);
     let options = FormatOptions { filesystem: Filesystem::Xfs, ..FormatOptions::default() };
-    format::make(&image.device, &volume(handle), options, &TOPOLOGY, true).unwrap();
+    format::make(&image.device, &volume(handle), options, &TOPOLOGY, Ground::Zeros, &Stop::default()).unwrap();
     image
 }
 
@@ -178,7 +178,7 @@ fn a_damaged_xfs_is_neither_blank_nor_mounted() {
 fn an_xfs_below_its_minimum_is_refused_before_anything_is_written() {
     let image = Image::new(XFS_SIZE - 512);
     let options = FormatOptions { filesystem: Filesystem::Xfs, ..FormatOptions::default() };
-    let refused = format::make(&image.device, &volume(OURS), options, &TOPOLOGY, false).unwrap_err();
+    let refused = format::make(&image.device, &volume(OURS), options, &TOPOLOGY, Ground::Unknown, &Stop::default()).unwrap_err();
     let Cause::TooSmall(sentence) = refused else { panic!("{refused:?}") };
     assert!(sentence.contains("314572800") && sentence.contains("314572288"), "{sentence}");
     assert_eq!(image.probe(Zeroed::Yes), Surface::Blank);

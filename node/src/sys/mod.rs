@@ -6,10 +6,14 @@
 pub mod blkid;
 pub mod block;
 pub mod confine;
+pub mod dm;
 pub mod kernel;
+pub mod keyring;
 pub mod kmsg;
+pub mod memory;
 pub mod mount;
 pub mod mountinfo;
+pub mod random;
 pub mod scsi;
 
 use std::fmt;
@@ -81,6 +85,10 @@ pub fn words(errno: Errno) -> String {
         Errno::UCLEAN => "EUCLEAN",
         Errno::BADMSG => "EBADMSG",
         Errno::REMOTEIO => "EREMOTEIO",
+        Errno::DQUOT => "EDQUOT",
+        Errno::NOKEY => "ENOKEY",
+        Errno::KEYREVOKED => "EKEYREVOKED",
+        Errno::KEYEXPIRED => "EKEYEXPIRED",
         _ => "errno",
     };
     format!("{name} ({})", std::io::Error::from_raw_os_error(errno.raw_os_error()))

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, mount_remount, move_mount, open_tree, unmount,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
+    fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick, mount_remount, move_mount, open_tree, unmount,
 };
 
 use super::{Dev, Error, kmsg};
+use crate::kill;
 
 /// Messages read from a filesystem context; each is at most a line.
 const MAX_MESSAGES: usize = 16;
@@ -130,19 +131,18 @@ fn split(flags: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Mounts the filesystem on `source` (a device node) at `target`.
+/// Mounts the filesystem on `source` (a device node, which the kernel's log calls `device`) at `target`.
 ///
 /// # Errors
 /// With the option at fault and the kernel's words.
-pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options) -> Result<(), Refused> {
-    let device = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, options: &Options) -> Result<(), Refused> {
     let mut log = kmsg::Log::from_now();
     let context =
         fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Refused::from(Error::at("fsopen", Path::new(fstype))(errno)))?;
     let mut refuse = |call: &'static str, option: Option<String>, errno: Errno| {
         let mut said = messages(&context);
         if said.is_empty() {
-            said = log.lines_about(&device);
+            said = log.lines_about(device);
         }
         Refused { error: Error { call, subject: source.into(), errno }, option, said }
     };
@@ -154,11 +154,31 @@ pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options)
         }
         .map_err(|errno| refuse("fsconfig", Some(key.clone()), errno))?;
     }
+    kill::called("create");
     fsconfig_create(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_CREATE)", None, errno))?;
     let attributes = MountAttrFlags::from_bits_retain(options.attributes);
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
+    kill::inside("mounted");
     attach(&mount, target)?;
     Ok(())
+}
+
+/// Adds one option to the mounted filesystem of the device `dev` at `point`; its other options and its mounts' stay as they are.
+///
+/// # Errors
+/// With the kernel's words; ESTALE: something else is at `point` now.
+pub fn add_option(point: &Path, dev: Dev, option: &str) -> Result<(), Refused> {
+    use rustix::fs::{Mode, OFlags};
+    let folder = rustix::fs::open(point, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Error::at("open", point))?;
+    Leads::Into(dev).check(&folder, point)?;
+    let context = fspick(&folder, "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC).map_err(Error::at("fspick", point))?;
+    let refuse = |call: &'static str, errno: Errno| Refused {
+        error: Error { call, subject: point.into(), errno },
+        option: Some(option.to_string()),
+        said: messages(&context),
+    };
+    fsconfig_set_flag(&context, option).map_err(|errno| refuse("fsconfig", errno))?;
+    fsconfig_reconfigure(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_RECONFIGURE)", errno))
 }
 
 /// What a path must lead to, still, when it is used: between the look at it and the deed a mount may have gone, and the
@@ -195,6 +215,7 @@ pub fn bind(source: &Path, leads: Leads, target: &Path, read_only: bool) -> Resu
     let tree = open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
         .map_err(Error::at("open_tree", source))?;
     leads.check(&tree, source)?;
+    kill::inside("cloned");
     if !read_only {
         return attach(&tree, target);
     }
@@ -225,6 +246,7 @@ fn attach_then_set_read_only(tree: &OwnedFd, target: &Path) -> Result<(), Error>
 }
 
 fn attach(mount: &OwnedFd, target: &Path) -> Result<(), Error> {
+    kill::called("move_mount");
     move_mount(mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(Error::at("move_mount", target))
 }
 
@@ -244,6 +266,7 @@ pub fn usage(point: &Path, dev: Dev) -> Result<rustix::fs::StatVfs, Error> {
 /// # Errors
 /// EBUSY: a process works in it. EINVAL: nothing is mounted there.
 pub fn take_away(target: &Path) -> Result<(), Error> {
+    kill::called("umount2");
     unmount(target, UnmountFlags::NOFOLLOW).map_err(Error::at("umount2", target))
 }
 

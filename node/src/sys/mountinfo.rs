@@ -28,6 +28,8 @@ pub struct Mount {
     pub source: String,
     /// The filesystem itself is read-only.
     pub filesystem_read_only: bool,
+    /// ext4 does not zero inode tables in the background, and so all of the new ones at once when it grows.
+    pub noinit_itable: bool,
 }
 
 /// All mounts of this mount namespace.
@@ -66,11 +68,20 @@ fn line(line: &[u8]) -> Option<Mount> {
     let fstype = String::from_utf8_lossy(&unescape(fields.next()?)).into_owned();
     let source = String::from_utf8_lossy(&unescape(fields.next()?)).into_owned();
     let filesystem_options = fields.next()?;
-    Some(Mount { dev, root, point, read_only: has_ro(options), fstype, source, filesystem_read_only: has_ro(filesystem_options) })
+    Some(Mount {
+        dev,
+        root,
+        point,
+        read_only: has(options, b"ro"),
+        fstype,
+        source,
+        filesystem_read_only: has(filesystem_options, b"ro"),
+        noinit_itable: has(filesystem_options, b"noinit_itable"),
+    })
 }
 
-fn has_ro(options: &[u8]) -> bool {
-    options.split(|byte| *byte == b',').any(|option| option == b"ro")
+fn has(options: &[u8], wanted: &[u8]) -> bool {
+    options.split(|byte| *byte == b',').any(|option| option == wanted)
 }
 
 fn path(field: &[u8]) -> PathBuf {
@@ -111,13 +122,14 @@ mod tests {
     #[test]
     fn lines_of_a_real_node() {
         let text = b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,errors=remount-ro\n\
-            98 22 8:16 / /var/lib/kubelet/plugins/a\\040b/globalmount ro,noatime shared:7 master:2 - ext4 /dev/sdb rw\n\
+            98 22 8:16 / /var/lib/kubelet/plugins/a\\040b/globalmount ro,noatime shared:7 master:2 - ext4 /dev/sdb rw,noinit_itable\n\
             99 22 0:5 /sdb /var/lib/kubelet/x rw - devtmpfs udev ro,size=4k\n";
         let mounts = parse(text).unwrap();
         assert_eq!(mounts.len(), 3);
         assert_eq!(mounts[1].point, Path::new("/var/lib/kubelet/plugins/a b/globalmount"));
         assert_eq!((mounts[1].read_only, mounts[1].filesystem_read_only), (true, false));
         assert_eq!(mounts[1].dev, Dev { major: 8, minor: 16 });
+        assert!(mounts[1].noinit_itable && !mounts[0].noinit_itable);
         assert_eq!((mounts[2].root.as_path(), mounts[2].fstype.as_str()), (Path::new("/sdb"), "devtmpfs"));
         assert!(mounts[2].filesystem_read_only && !mounts[2].read_only);
     }

@@ -236,6 +236,22 @@ impl Guest {
         Ok(Some(sectors * 512))
     }
 
+    /// What the guest's kernel has written to disk `lun` since it appeared, in bytes, requests for zeros included: the seventh number
+    /// of Documentation/block/stat.rst counts 512-byte sectors.
+    pub fn disk_written_bytes(&self, lun: u8) -> Result<u64> {
+        let disk = self.disk_at(lun)?.with_context(|| format!("guest {}: no disk at LUN {lun}", self.name))?;
+        let stat = self.read(&format!("/sys/block/{disk}/stat"))?;
+        let sectors: u64 = stat.split_whitespace().nth(6).with_context(|| format!("/sys/block/{disk}/stat: {stat:?}"))?.parse()?;
+        Ok(sectors * 512)
+    }
+
+    /// Whether a kernel thread of this name runs.
+    pub fn has_thread(&self, name: &str) -> Result<bool> {
+        let pids = self.list("/proc")?.into_iter().filter(|entry| entry.bytes().all(|byte| byte.is_ascii_digit()));
+        // A process may end between the two looks.
+        Ok(pids.into_iter().any(|pid| self.read(&format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name)))
+    }
+
     /// Turns the guest off and judges its verdict.
     pub fn power_off(&self) -> Result<()> {
         // The verdict judges: the reply itself may be lost when the machine is gone first.

@@ -57,8 +57,26 @@ impl Qemu {
     }
 }
 
-impl Machine for Qemu {
-    fn plug(&self, drive: &PluggedDrive) -> Result<(), String> {
+/// What a faulty disk fails at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultyIo {
+    Read,
+    Write,
+    Flush,
+}
+
+/// A fault of a disk, for ever, by QEMU's `blkdebug` below the format: serial, WWN and LUN stay right.
+#[derive(Debug, Clone, Copy)]
+pub struct Fault {
+    pub io: FaultyIo,
+    /// Any request that touches this sector of 512 bytes; `None`: every request.
+    pub sector: Option<u64>,
+    /// Linux's number.
+    pub errno: u32,
+}
+
+impl Qemu {
+    pub(super) fn plug_faulty(&self, drive: &PluggedDrive, faults: &[Fault]) -> Result<(), String> {
         let qmp = &mut *self.monitor();
         let index = drive.index;
         let bus = self.add_controller(qmp, index, drive.iothread)?;
@@ -66,7 +84,7 @@ impl Machine for Qemu {
         // Fails where nothing is left of an earlier drive, which is the rule.
         let _ = qmp.execute("object-del", json!({ "id": group }));
         qmp.execute("object-add", json!({ "qom-type": "throttle-group", "id": group, "limits": {} }))?;
-        qmp.execute("blockdev-add", block_node(drive))?;
+        qmp.execute("blockdev-add", block_node(drive, faults))?;
         let mut device = format!(
             "device_add driver=scsi-hd,bus={bus},channel=0,scsi-id=0,lun={index},drive=drive-scsi{index},id=scsi{index},device_id=drive-scsi{index}"
         );
@@ -79,6 +97,12 @@ impl Machine for Qemu {
             }
         }
         qmp.human(&(device + ",write-cache=on")).map(drop)
+    }
+}
+
+impl Machine for Qemu {
+    fn plug(&self, drive: &PluggedDrive) -> Result<(), String> {
+        self.plug_faulty(drive, &[])
     }
 
     fn unplug(&self, index: u8) -> Result<(), String> {
@@ -108,21 +132,40 @@ impl Machine for Qemu {
     }
 }
 
-fn block_node(drive: &PluggedDrive) -> Value {
+fn block_node(drive: &PluggedDrive, faults: &[Fault]) -> Value {
     let (discard, zeroes) = if drive.discard { ("unmap", "unmap") } else { ("ignore", "on") };
     let is_device = std::fs::metadata(&drive.file).is_ok_and(|data| std::os::unix::fs::FileTypeExt::is_block_device(&data.file_type()));
+    // The host's page cache outlives QEMU: only the guest and QEMU die in our tests, so the host's fsync would prove nothing.
+    let mut file = json!({
+        "driver": if is_device { "host_device" } else { "file" }, "filename": drive.file, "aio": "threads", "read-only": drive.read_only,
+        "discard": discard, "cache": { "direct": false, "no-flush": true },
+    });
+    if !faults.is_empty() {
+        let rules: Vec<Value> = faults.iter().map(Fault::rule).collect();
+        file = json!({ "driver": "blkdebug", "image": file, "inject-error": rules, "discard": discard, "read-only": drive.read_only });
+    }
     json!({
         "driver": "throttle", "node-name": format!("drive-scsi{}", drive.index), "throttle-group": format!("throttle-drive-scsi{}", drive.index),
         "discard": discard, "detect-zeroes": zeroes, "read-only": drive.read_only,
         "file": {
-            "driver": drive.format, "read-only": drive.read_only, "discard": discard,
-            // The host's page cache outlives QEMU: only the guest and QEMU die in our tests, so the host's fsync would prove nothing.
-            "file": {
-                "driver": if is_device { "host_device" } else { "file" }, "filename": drive.file, "aio": "threads", "read-only": drive.read_only,
-                "discard": discard, "cache": { "direct": false, "no-flush": true },
-            },
+            "driver": drive.format, "read-only": drive.read_only, "discard": discard, "file": file,
         },
     })
+}
+
+impl Fault {
+    fn rule(&self) -> Value {
+        let io = match self.io {
+            FaultyIo::Read => "read",
+            FaultyIo::Write => "write",
+            FaultyIo::Flush => "flush",
+        };
+        let mut rule = json!({ "event": "none", "iotype": io, "errno": self.errno, "once": false, "immediately": false });
+        if let (Some(sector), Some(rule)) = (self.sector, rule.as_object_mut()) {
+            rule.insert("sector".into(), json!(sector));
+        }
+        rule
+    }
 }
 
 /// `query-block` names a drive's device by its QOM path's last word.

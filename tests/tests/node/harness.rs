@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use proto::VolumeHandle;
+use serde_json::json;
 use testbed::calls::{Calls, NodeVolume};
 use testbed::guest::{self, Guest, GuestOptions, Job, wait};
 use testbed::machine::PluggedDrive;
@@ -112,8 +113,13 @@ pub(crate) const NODE_ID: &str = "guest-1/101";
 impl Agent {
     /// `None`, after saying so, where guests cannot run.
     pub(crate) fn start(name: &str) -> Option<Self> {
-        let guest = boot(&GuestOptions::named(name).with_node())?;
-        let job = start_node(&guest);
+        Self::start_on(&GuestOptions::named(name).with_node())
+    }
+
+    /// The same on a machine of another kind.
+    pub(crate) fn start_on(options: &GuestOptions) -> Option<Self> {
+        let guest = boot(options)?;
+        let job = start_node(&guest, &[]);
         let calls = guest.node().unwrap();
         Some(Self { guest, calls, job })
     }
@@ -122,7 +128,7 @@ impl Agent {
     pub(crate) fn restart(&mut self) {
         self.guest.signal(self.job, 9).unwrap();
         self.guest.wait(self.job, SEEN_LIMIT).unwrap();
-        self.job = start_node(&self.guest);
+        self.job = start_node(&self.guest, &[]);
     }
 
     /// Plugs the volume's disk at `lun` and makes kubelet's folders for it.
@@ -153,6 +159,12 @@ impl Agent {
         self.calls.node_publish_volume(volume.publish()).unwrap_or_else(|status| panic!("publish: {status:?}; {}", self.guest.quote()));
     }
 
+    /// How fast disk `lun` is: QEMU's throttle limits (`{}`: as fast as it can).
+    pub(crate) fn throttle(&self, lun: u8, limits: serde_json::Value) {
+        let arguments = json!({ "path": format!("/objects/throttle-drive-scsi{lun}"), "property": "limits", "value": limits });
+        self.guest.monitor("qom-set", arguments).unwrap();
+    }
+
     /// Unpublish and unstage.
     pub(crate) fn put_away(&self, volume: &NodeVolume) {
         self.calls
@@ -169,10 +181,11 @@ impl Agent {
     }
 }
 
-fn start_node(guest: &Guest) -> Job {
+/// The node agent, with this environment beside the usual one.
+pub(crate) fn start_node(guest: &Guest, env: &[(&str, &str)]) -> Job {
     let args =
         ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
-    guest.start_node(&args, &[("LOG_LEVEL", "info")]).unwrap()
+    guest.start_node(&args, &[&[("LOG_LEVEL", "debug")], env].concat()).unwrap()
 }
 
 pub(crate) fn handle(name: &str) -> VolumeHandle {

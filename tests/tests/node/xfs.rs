@@ -105,13 +105,9 @@ fn guest_agent_killed_while_it_formats_an_xfs() {
     let mut volume = attach_xfs(&agent, "killed-xfs", &image, 1);
     // Nothing said of zeros: the log is zeroed, 64 writes of 1 MiB.
     volume.publish_context.remove(publish_context::ZEROED);
-    let throttle = |agent: &Agent, limits: serde_json::Value| {
-        let arguments = json!({ "path": "/objects/throttle-drive-scsi1", "property": "limits", "value": limits });
-        agent.guest.monitor("qom-set", arguments).unwrap();
-    };
     for round in 0..3 {
         image.write_at(0, &[0; 512]);
-        throttle(&agent, json!({ "iops-write": 20 }));
+        agent.throttle(1, json!({ "iops-write": 20 }));
         let (calls, request) = (agent.calls.clone(), volume.stage());
         let staging = std::thread::spawn(move || calls.node_stage_volume(request));
         let marked = wait::until(SEEN_LIMIT, || Ok::<_, ()>((image.read_at(0, 512) != [0; 512]).then_some(())));
@@ -119,7 +115,7 @@ fn guest_agent_killed_while_it_formats_an_xfs() {
         agent.restart();
         let killed = staging.join().unwrap();
         assert!(killed.is_err() && image.read_at(0, 4) != b"XFSB", "round {round}: the kill came too late: {killed:?}");
-        throttle(&agent, json!({}));
+        agent.throttle(1, json!({}));
     }
     agent.stage(&volume);
     assert_eq!(agent.mounted_at(&volume.staging), ["xfs"]);

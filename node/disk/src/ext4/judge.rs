@@ -1,40 +1,18 @@
 //! What the first 4 KiB of a disk say about ext4 on it: the part of the probe that needs no library.
 
 use super::superblock::{self, NotAsuperblock, Superblock};
-use crate::mark::{Mark, Marked};
+use crate::mark::{self, Mark};
 
-/// How much of the disk's beginning [`judge`] wants to see.
-pub const HEAD_BYTES: usize = 4096;
+/// What a disk is, as far as ext4 and the mark of an unfinished format can tell.
+pub type Surface = mark::Surface<Superblock>;
 
-/// What a disk is, as far as ext4 and the mark of an unfinished format can tell. A disk is Blank for the probe only when
-/// the other looks of decision 3 (every range read, libblkid, backups) agree.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Surface {
-    /// The head is all zeros: neither mark nor superblock.
-    Blank,
-    /// A format of this very volume was cut short: to be formatted again, never to be mounted.
-    Unfinished,
-    /// A superblock with a good checksum, and no mark.
-    Complete(Superblock),
-    /// Something else: the mark of another volume, a damaged superblock, other data.
-    Other(&'static str),
-}
-
-/// Judges the first [`HEAD_BYTES`] of a disk that should be `mark`'s volume. Fewer bytes are Other, never Blank.
+/// Judges the first [`mark::HEAD_BYTES`] of a disk that should be `mark`'s volume. Fewer bytes are Other, never Blank.
 #[must_use]
 pub fn judge(head: &[u8], mark: &Mark) -> Surface {
-    let Some(head) = head.get(..HEAD_BYTES) else { return Surface::Other("fewer than 4096 bytes could be read") };
-    match mark.judge(head) {
-        Marked::Ours => return Surface::Unfinished,
-        Marked::Others => return Surface::Other("the mark of an unfinished format of another volume"),
-        Marked::Damaged => return Surface::Other("a damaged mark of an unfinished format"),
-        Marked::No => {}
-    }
-    match superblock::parse(head.get(1024..).unwrap_or_default()) {
+    mark.surface(head, |head| match superblock::parse(head.get(1024..).unwrap_or_default()) {
         Ok(superblock) => Surface::Complete(superblock),
-        Err(NotAsuperblock::NoMagic) if head.iter().all(|byte| *byte == 0) => Surface::Blank,
         Err(NotAsuperblock::NoMagic | NotAsuperblock::Short) => Surface::Other("data that is no ext4"),
         Err(NotAsuperblock::BadChecksum) => Surface::Other("an ext4 superblock whose checksum does not match"),
         Err(NotAsuperblock::Senseless) => Surface::Other("an ext4 superblock with impossible sizes"),
-    }
+    })
 }

@@ -17,7 +17,7 @@ mod raw;
 mod space;
 pub mod superblock;
 
-pub use judge::{HEAD_BYTES, Surface, judge};
+pub use judge::{Surface, judge};
 pub use plan::{Plan, plan};
 pub use superblock::{Superblock, backup_offsets};
 
@@ -45,9 +45,10 @@ pub struct Options {
     pub hash_seed: [u8; 16],
     /// Seconds since 1970.
     pub time: u32,
-    /// The disk reads as zeros wherever the plan does not write, so that the kernel need not zero inode tables after the
-    /// first mount. mke2fs says so of plain files, never of block devices.
-    pub inode_tables_zeroed: bool,
+    /// The disk reads as zeros wherever the plan does not write: then nothing is written that would only write zeros, not
+    /// even in the journal, and the kernel need not zero inode tables after the first mount. As `mke2fs -E
+    /// assume_storage_prezeroed=1`; without it, mke2fs says the latter of plain files alone.
+    pub reads_zeros: bool,
 }
 
 impl Options {
@@ -65,7 +66,7 @@ impl Options {
             uuid,
             hash_seed,
             time,
-            inode_tables_zeroed: false,
+            reads_zeros: false,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The writes of a fresh ext4, in order: superblock destroyed, everything else, flush, superblock, flush.
+//! The writes of a fresh ext4, in order: superblock destroyed, everything else, flush, superblock, flush. On a disk of zeros,
+//! those of them that change something.
 //!
 //! Bitmaps, descriptors and their backups are made when they are asked for; what is kept is a few numbers per 16 groups.
 
@@ -74,11 +75,12 @@ pub fn plan(options: &Options) -> Result<Plan, Refusal> {
     let mut inode_bitmap = vec![0xFF_u8; length(geometry.block_size)];
     inode_bitmap.get_mut(..length(geometry.inodes_per_group / 8)).unwrap_or_default().fill(0);
     set_bits(&mut inode_bitmap, 0, USED_INODES);
-    let zeroed = if options.inode_tables_zeroed { raw::BG_INODE_ZEROED } else { 0 };
+    let zeroed = if options.reads_zeros { raw::BG_INODE_ZEROED } else { 0 };
     Ok(Plan {
         current: None,
         pieces: pieces.into_iter(),
         next: Next::Files,
+        reads_zeros: options.reads_zeros,
         image: Image { layout, superblock, seed, inode_bitmap, zeroed },
     })
 }
@@ -103,11 +105,11 @@ fn file_pieces(geometry: &Geometry, files: Files, options: &Options) -> Vec<Piec
     let tail_blocks = TAIL_BYTES / block_size;
     let mut tail = geometry.blocks / tail_blocks * tail_blocks;
     tail = if tail > tail_blocks { tail - tail_blocks } else { tail };
-    let mut pieces = vec![
-        Piece::Zeros { offset: 0, length: ZAPPED_BYTES },
-        Piece::Flush,
-        Piece::Zeros { offset: tail * block_size, length: (geometry.blocks - tail) * block_size },
-    ];
+    let mut pieces = vec![Piece::Zeros { offset: 0, length: ZAPPED_BYTES }];
+    if !options.reads_zeros {
+        pieces.push(Piece::Flush);
+    }
+    pieces.push(Piece::Zeros { offset: tail * block_size, length: (geometry.blocks - tail) * block_size });
     pieces.push(Piece::ReservedBlocks);
     pieces.extend(files.blocks.into_iter().map(|(block, bytes)| Piece::Bytes { offset: block * block_size, bytes }));
     pieces
@@ -127,6 +129,8 @@ pub struct Plan {
     current: Option<(Piece, u64)>,
     pieces: std::vec::IntoIter<Piece>,
     next: Next,
+    /// What would only write zeros is left out.
+    reads_zeros: bool,
     image: Image,
 }
 
@@ -191,6 +195,9 @@ impl Iterator for Plan {
                 && let Some((write, done)) = self.image.write(&piece, done)
             {
                 self.current = Some((piece, done));
+                if self.reads_zeros && write.is_zeros() {
+                    continue;
+                }
                 return Some(write);
             }
             // A piece may bring others behind it.

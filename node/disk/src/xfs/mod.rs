@@ -17,7 +17,7 @@ pub mod superblock;
 
 use std::fmt;
 
-pub use judge::{HEAD_BYTES, Surface, judge};
+pub use judge::{Surface, judge};
 pub use plan::{Plan, plan};
 pub use superblock::{Superblock, backup_offsets};
 
