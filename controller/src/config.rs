@@ -187,6 +187,16 @@ fn parse(text: &str) -> Result<(Features, Vec<ClusterText>), Refusal> {
     Ok((features, clusters))
 }
 
+/// For the fuzz target: what the text alone says (VMID; region and url of each cluster), without the files that it names.
+///
+/// # Errors
+/// As [`load`].
+#[cfg(fuzzing)]
+pub fn fuzz(text: &str) -> Result<(u32, Vec<(String, String)>), Refusal> {
+    let (features, clusters) = parse(text)?;
+    Ok((features.controller_vmid, clusters.into_iter().map(|cluster| (cluster.region, cluster.url)).collect()))
+}
+
 fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<Features, Refusal> {
     let map = match value {
         None | Some(Value::Null) => return Ok(Features::default()),
@@ -330,6 +340,10 @@ fn known_keys(map: &Mapping, known: &[&str], place: &str, lines: &Lines<'_>, nth
         if known.contains(&key) {
             continue;
         }
+        // `{token_secret:abc}` is YAML for a key that is `token_secret:abc`: what is no plain word is not shown.
+        if !key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte)) {
+            return Err(format!("{place} has a key with other than letters, digits and '_'; is a space missing after its colon?"));
+        }
         let plain = |text: &str| text.to_ascii_lowercase().replace(['_', '-'], "");
         let line = lines.of_key(key, nth);
         let meant = known.iter().find(|known| plain(known) == plain(key));
@@ -437,6 +451,9 @@ mod tests {
         }
         let twice = format!("{base}  - {{url: 'http://b', region: r1, username: a@pam, password: p}}\n");
         assert!(refusal(&twice).contains("region \"r1\" twice"));
+        // Found by fuzzing: without its space, key and secret are one key.
+        let why = refusal("clusters: [{url: 'http://b', region: r1, username: a@pam, password:hunter2}]");
+        assert!(why.contains("space") && !why.contains("hunter2"), "{why}");
         for (text, word) in
             [("", "empty"), ("[]", "mapping"), ("clusters: []", "at least one"), ("a: [", "YAML"), ("features: {}", "clusters")]
         {

@@ -310,8 +310,11 @@ fn node_id(given: &str) -> Result<NodeId, Error> {
     }
     match given.split_once('/') {
         None => Ok(NodeId::Name(given.into())),
-        Some((name, vmid)) => match vmid.parse() {
-            Ok(vmid) if !name.is_empty() && (100..=999_999_999).contains(&vmid) => Ok(NodeId::Vmid(name.into(), vmid)),
+        Some((name, digits)) => match digits.parse::<u32>() {
+            // One spelling only: two ids of one VM would be two nodes to Kubernetes.
+            Ok(vmid) if !name.is_empty() && (100..=999_999_999).contains(&vmid) && digits == vmid.to_string() => {
+                Ok(NodeId::Vmid(name.into(), vmid))
+            }
             _ => wrong("has no VMID from 100 to 999999999 after its name"),
         },
     }
@@ -421,7 +424,9 @@ mod tests {
         );
         assert_eq!(code(request("fake-vol-id", "fake-node-id")), Code::NotFound);
         assert_eq!(code(request("r/z/ds/vm-9999-a", "n/x")), Code::InvalidArgument);
-        assert_eq!(code(request("r/z/ds/vm-9999-a", "n/1/2")), Code::InvalidArgument);
+        for wrong in ["n/1/2", "n/+101", "n/0101"] {
+            assert_eq!(code(request("r/z/ds/vm-9999-a", wrong)), Code::InvalidArgument, "{wrong}");
+        }
         let publish = Publish::try_from(request("r/z/ds/vm-9999-a", "n/101")).unwrap();
         assert_eq!(publish.node, NodeId::Vmid("n".into(), 101));
     }

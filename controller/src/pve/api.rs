@@ -501,7 +501,7 @@ pub fn read_upid(data: &Value) -> Option<String> {
 /// # Errors
 /// A text that is no UPID.
 pub fn task_status(upid: &str) -> Result<Request, Error> {
-    let host = upid.strip_prefix("UPID:").and_then(|rest| rest.split(':').next()).filter(|host| !host.is_empty());
+    let host = upid.strip_prefix("UPID:").and_then(|rest| rest.split(':').next()).filter(|host| !matches!(*host, "" | "." | ".."));
     let host = host.ok_or_else(|| misread("task", format!("{upid:?} is no UPID")))?;
     Ok(Request::new(Method::Get, format!("/nodes/{}/tasks/{}/status", segment(host), segment(upid))))
 }
@@ -619,7 +619,10 @@ mod tests {
             task_status(upid).map(|request| request.target()).unwrap(),
             "/nodes/pve1/tasks/UPID%3Apve1%3A0003A2B1%3A01C9A2F0%3A66A1B2C3%3Aresize%3A100%3Acsi%40pve%21csi%3A/status"
         );
-        assert!(task_status("nonsense").is_err());
+        // Found by fuzzing: a host that leads to another path.
+        for wrong in ["nonsense", "UPID:", "UPID:.:", "UPID:..:0003A2B1:"] {
+            assert!(task_status(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

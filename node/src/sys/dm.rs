@@ -23,6 +23,8 @@ use super::kmsg;
 use super::{Dev, Error};
 use crate::kill;
 
+#[cfg(fuzzing)]
+pub use call::fuzz;
 pub use node::Node;
 pub use table::{Crypt, CryptTable, HexKey, Key};
 

@@ -37,6 +37,16 @@ pub(super) fn status(control: &File, which: Which<'_>, subject: &Path) -> Result
     }))
 }
 
+/// For the fuzz target: an answer of the kernel, all of whose readers must agree that it can be read; and what its crypt targets say, printed again.
+#[cfg(fuzzing)]
+#[must_use]
+pub fn fuzz(answer: &[u8]) -> Vec<(Target, Option<zeroize::Zeroizing<String>>)> {
+    let message = Message::of(answer.to_vec());
+    let _ = (message.header(), message.devices(), message.version());
+    let targets = message.targets().into_iter().map(target);
+    targets.map(|target| (target.clone(), target.crypt.map(|crypt| crypt.print()))).collect()
+}
+
 pub(super) fn target(raw: RawTarget) -> Target {
     let crypt = if raw.kind == CRYPT { Crypt::parse(&raw.params) } else { None };
     Target { start_sectors: raw.start_sectors, length_sectors: raw.length_sectors, kind: raw.kind, crypt }
