@@ -3,6 +3,8 @@
 //! `guest_…`: QEMU and the guest's kernel are needed; without them a test says SKIPPED, under CI it fails.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
 
+#[path = "node/agent.rs"]
+mod agent;
 #[path = "node/crash.rs"]
 mod crash;
 #[path = "node/dm.rs"]
