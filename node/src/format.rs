@@ -7,6 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use disk::{Format, Write, ext4, xfs};
 
 use crate::error::Cause;
+use crate::kill;
 use crate::probe;
 use crate::request::{Filesystem, FormatOptions, Volume};
 use crate::sys::block::Device;
@@ -154,6 +155,7 @@ pub struct Written {
 pub fn execute(device: &Device, writes: impl IntoIterator<Item = Write>, stop: &Stop) -> Result<Written, Cause> {
     let mut written = Written::default();
     for write in writes {
+        let is_flush = matches!(write, Write::Flush);
         match write {
             Write::Data { offset, bytes } => {
                 device.write_at(offset, &bytes)?;
@@ -166,6 +168,7 @@ pub fn execute(device: &Device, writes: impl IntoIterator<Item = Write>, stop: &
             }
             Write::Flush => device.flush()?,
         }
+        kill::wrote(is_flush);
     }
     Ok(written)
 }

@@ -23,8 +23,6 @@ use crate::sys::block::{Access, Device};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, mountinfo};
 
-pub use stage::kill_point;
-
 /// More steps than the longest honest way through any plan (13, see plan/tests.rs), with stacked mounts to take away.
 const MAX_TURNS: usize = 20;
 /// kubelet waits two minutes for a node call; a sentence from us within them is better than its "deadline exceeded".

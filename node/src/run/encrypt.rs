@@ -20,7 +20,7 @@ use crate::sys::block::{Access, Device};
 use crate::sys::dm::{self, CryptTable};
 use crate::sys::random;
 use crate::sys::scsi::{self, Disk};
-use crate::{format, probe};
+use crate::{format, kill, probe};
 
 /// dm-crypt's sectors.
 const SECTOR_BYTES: u64 = 512;
@@ -164,9 +164,9 @@ impl Node {
             let _alone = self.derive_alone(encryption.kdf.memory_kib())?;
             header.add_keyslot(key, &new, noise()?)?
         };
-        super::kill_point("rotate", "Add");
+        kill::inside("add-keyslot");
         format::execute(device, writes, &self.stop)?;
-        super::kill_point("rotate", "Added");
+        kill::inside("keyslot-added");
         *header = read_header(device)?;
         match self.try_keyslot(header, device, number, passphrase)? {
             Some(opened) if opened == *key => Ok(number),
@@ -193,9 +193,9 @@ impl Node {
                 random::fill(salt)?;
             }
             let writes: Vec<Write> = header.remove_keyslot(number, &salts, noise()?)?;
-            super::kill_point("rotate", "Remove");
+            kill::inside("remove-keyslot");
             format::execute(device, writes, &self.stop)?;
-            super::kill_point("rotate", "Removed");
+            kill::inside("keyslot-removed");
             *header = read_header(device)?;
             proto::info!("{volume}: the previous passphrase's keyslot {number} is gone");
         }

@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use super::look::{Room, ShownAt, grown_as};
 use super::mapping::{self, Medium};
-use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, kill_point, poll};
+use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, poll};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity;
+use crate::kill;
 use crate::plan::{self, ExpandSeen, ExpandStep, Growth, Shown};
 use crate::request::{ExpandRequest, Filesystem, Passphrases};
 use crate::sys::scsi::{self, Disk};
@@ -26,7 +27,7 @@ impl Node {
             let step = plan::next_expand_step(want, &seen).at(DOING, &want.volume, "")?;
             let (Some(step), Some(medium)) = (step, medium) else { return Ok(seen.size_bytes) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
-            kill_point(DOING, &format!("{step:?}"));
+            let deed = kill::step(DOING, &step);
             match (step, room) {
                 (ExpandStep::AwaitSize { required_bytes }, _) => {
                     self.await_size(&medium.disk, required_bytes).at(DOING, &want.volume, "wait for the disk's new size")?;
@@ -44,6 +45,7 @@ impl Node {
                 }
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
             }
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }

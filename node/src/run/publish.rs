@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use super::look::{ShownAt, usable};
 use super::mapping::Medium;
-use super::{MAX_TURNS, Node, failed, kill_point};
+use super::{MAX_TURNS, Node, failed};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
+use crate::kill;
 use crate::plan::{self, PublishSeen, PublishStep, Source, Target, UnpublishStep};
 use crate::request::{PublishRequest, PublishSource, UnpublishRequest};
 use crate::sys::scsi;
@@ -30,7 +31,9 @@ impl Node {
                 PublishStep::MakeFolder | PublishStep::MakeFile => "make the target",
                 PublishStep::Bind => "bind",
             };
+            let deed = kill::step(DOING, &step);
             self.perform_publish(want, step, medium.as_ref()).at(DOING, &want.volume, name)?;
+            deed.done();
             if step == PublishStep::Bind {
                 let mode = if want.read_only { "read-only" } else { "writable" };
                 proto::info!("{DOING} {}: shown at {}, {mode}", want.volume, want.target.display());
@@ -82,7 +85,6 @@ impl Node {
     }
 
     fn perform_publish(&self, want: &PublishRequest, step: PublishStep, medium: Option<&Medium>) -> Result<(), Cause> {
-        kill_point("publish", &format!("{step:?}"));
         let gone = || Cause::OtherDiskNow { disk: "the disk".into() };
         match (step, &want.source) {
             (PublishStep::FindDisk, PublishSource::Device(wanted)) => self.await_disk(wanted).map(|_| ()),
@@ -118,7 +120,7 @@ impl Node {
             let seen = looked().at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_unpublish_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
-            kill_point(DOING, &format!("{step:?}"));
+            let deed = kill::step(DOING, &step);
             let target = &want.target;
             match step {
                 UnpublishStep::Unmount => {
@@ -136,6 +138,7 @@ impl Node {
                     std::fs::remove_file(target).map_err(sys::Error::io("unlink", target)).at(DOING, &want.volume, "remove the target")?;
                 }
             }
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }

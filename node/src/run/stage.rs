@@ -12,6 +12,7 @@ use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
 use crate::error::{AtStep, Cause, Error};
 use crate::format::{self, Ground};
 use crate::identity::{self, Found};
+use crate::kill;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
 use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Volume, Zeroed};
@@ -74,7 +75,9 @@ impl Node {
                 StageStep::Mount(_) => "mount",
                 StageStep::Grow => "grow the filesystem",
             };
+            let deed = kill::step(DOING, &step);
             self.perform_stage(want, step, passphrases, &look, &mut memory).at(DOING, &want.volume, name)?;
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
@@ -126,7 +129,6 @@ impl Node {
         look: &StageLook,
         memory: &mut Memory,
     ) -> Result<(), Cause> {
-        kill_point("stage", &format!("{step:?}"));
         let medium = || look.medium.as_ref().ok_or_else(|| Cause::OtherDiskNow { disk: "the disk".into() });
         let disk = || medium().map(|medium| &medium.disk);
         let secrets = || passphrases.ok_or(Cause::Refused(plan::Refusal::NoPassphrase));
@@ -246,7 +248,7 @@ impl Node {
             seen.empty_folder &= !folder_stays;
             let Some(step) = plan::next_unstage_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
-            kill_point(DOING, &format!("{step:?}"));
+            let deed = kill::step(DOING, &step);
             match (step, &known.disk) {
                 (UnstageStep::Unmount, _) => {
                     mount::take_away(&want.staging).at(DOING, &want.volume, "unmount")?;
@@ -273,6 +275,7 @@ impl Node {
                     folder_stays = true;
                 }
             }
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
@@ -363,16 +366,4 @@ fn warn_of_another_kind(want: &StageRequest, surface: &Surface) {
     if let Some(wanted) = want.fstype.filter(|wanted| *wanted != found) {
         proto::warn!("stage {}: {wanted} is asked for, {found} is on the disk: mounting what is there", want.volume);
     }
-}
-
-/// For the crash tests (feature `kill-points`): dies before the step that `PROXMOX_CSI_KILL_AT` names, as in
-/// `stage:Mount`. In a release it is nothing.
-pub fn kill_point(doing: &str, step: &str) {
-    #[cfg(feature = "kill-points")]
-    if std::env::var("PROXMOX_CSI_KILL_AT").is_ok_and(|at| format!("{doing}:{step}").starts_with(&at)) {
-        eprintln!("killed at {doing}:{step}");
-        std::process::abort();
-    }
-    #[cfg(not(feature = "kill-points"))]
-    let _ = (doing, step);
 }

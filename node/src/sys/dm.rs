@@ -21,6 +21,7 @@ use self::message::{Message, Which};
 use super::keyring;
 use super::kmsg;
 use super::{Dev, Error};
+use crate::kill;
 
 #[cfg(fuzzing)]
 pub use call::fuzz;
@@ -218,6 +219,7 @@ pub fn create(devices: &Path, name: &str, uuid: &str, table: &CryptTable<'_>, re
         _ => error,
     })?;
     let it = It { control: &control, devices, subject: &subject, name, uuid, dev: created.header().dev };
+    kill::inside("created");
     let made = || -> Result<Mapping, Refused> {
         it.put_in_force(|| it.load_with_key(table, read_only))?;
         let gone = Error { call: Nr::TableStatus.call(), subject: subject.clone(), errno: Errno::NXIO };
@@ -269,8 +271,10 @@ pub fn resume(devices: &Path, mapping: &Mapping) -> Result<(), Error> {
 pub fn remove(devices: &Path, mapping: &Mapping) -> Result<(), Error> {
     // Where keyrings are refused, there is no key of ours.
     let _ = keyring::forget(&mapping.uuid);
+    kill::inside("key-forgotten");
     let (control, subject) = (node::control(devices)?, devices.join("mapper").join(&mapping.name));
     It::of(&control, devices, &subject, mapping).remove()?;
+    kill::inside("removed");
     node::forget(devices, &mapping.name, mapping.dev)
 }
 
@@ -333,6 +337,7 @@ impl<'a> It<'a> {
         };
         // Held until the table is loaded: dm-crypt finds it by this thread.
         if let Ok(_held) = keyring::hold(self.uuid, &description, table.key) {
+            kill::inside("key-held");
             let key = Key::Keyring { size_bytes, kind: "logon".into(), description };
             match self.load(&table.print(&key).ok_or_else(odd)?, table.length_sectors, read_only) {
                 // A kernel whose dm-crypt may not look keys up.
@@ -354,6 +359,7 @@ impl<'a> It<'a> {
 
     /// Puts the loaded table in force, and ends a suspension.
     fn resume(&self) -> Result<(), Error> {
+        kill::called("resume");
         self.plainly(Nr::DevSuspend, UDEV_COOKIE)
     }
 
@@ -361,7 +367,8 @@ impl<'a> It<'a> {
     /// when it is to be put in force.
     fn put_in_force(&self, loads: impl FnOnce() -> Result<(), Error>) -> Result<(), Refused> {
         let mut log = kmsg::Log::from_now();
-        loads().and_then(|()| self.resume()).map_err(|error| {
+        let loaded = loads().inspect(|()| kill::inside("loaded"));
+        loaded.and_then(|()| self.resume()).map_err(|error| {
             // `device-mapper: table: 253:0: crypt: …`
             let mark = format!(" {}: ", self.dev);
             Refused { error, said: log.lines_about("device-mapper").into_iter().filter(|line| line.contains(&mark)).collect() }
@@ -384,6 +391,7 @@ impl<'a> It<'a> {
     }
 
     fn remove(&self) -> Result<(), Error> {
+        kill::called("remove");
         match self.plainly(Nr::DevRemove, UDEV_COOKIE) {
             Err(error) if error.errno == Errno::NXIO => Ok(()),
             done => done,

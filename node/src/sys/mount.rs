@@ -14,6 +14,7 @@ use rustix::mount::{
 };
 
 use super::{Dev, Error, kmsg};
+use crate::kill;
 
 /// Messages read from a filesystem context; each is at most a line.
 const MAX_MESSAGES: usize = 16;
@@ -153,9 +154,11 @@ pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, opti
         }
         .map_err(|errno| refuse("fsconfig", Some(key.clone()), errno))?;
     }
+    kill::called("create");
     fsconfig_create(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_CREATE)", None, errno))?;
     let attributes = MountAttrFlags::from_bits_retain(options.attributes);
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
+    kill::inside("mounted");
     attach(&mount, target)?;
     Ok(())
 }
@@ -212,6 +215,7 @@ pub fn bind(source: &Path, leads: Leads, target: &Path, read_only: bool) -> Resu
     let tree = open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
         .map_err(Error::at("open_tree", source))?;
     leads.check(&tree, source)?;
+    kill::inside("cloned");
     if !read_only {
         return attach(&tree, target);
     }
@@ -242,6 +246,7 @@ fn attach_then_set_read_only(tree: &OwnedFd, target: &Path) -> Result<(), Error>
 }
 
 fn attach(mount: &OwnedFd, target: &Path) -> Result<(), Error> {
+    kill::called("move_mount");
     move_mount(mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(Error::at("move_mount", target))
 }
 
@@ -261,6 +266,7 @@ pub fn usage(point: &Path, dev: Dev) -> Result<rustix::fs::StatVfs, Error> {
 /// # Errors
 /// EBUSY: a process works in it. EINVAL: nothing is mounted there.
 pub fn take_away(target: &Path) -> Result<(), Error> {
+    kill::called("umount2");
     unmount(target, UnmountFlags::NOFOLLOW).map_err(Error::at("umount2", target))
 }
 
