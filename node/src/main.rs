@@ -256,6 +256,7 @@ fn run(args: Args) -> Result<(), String> {
     for wrong in confine().into_iter().chain(kernel::missing(Path::new("/proc"), node.sysfs())) {
         proto::warn!("{wrong}");
     }
+    node.forget_keys();
     if args.kubeconfig.is_some() || args.master.is_some() {
         proto::info!("--kubeconfig and --master are not used by this version");
     }

@@ -19,6 +19,8 @@ mod life;
 mod limits;
 #[path = "node/luks.rs"]
 mod luks;
+#[path = "node/luks_foreign.rs"]
+mod luks_foreign;
 #[path = "node/matrix.rs"]
 mod matrix;
 #[path = "node/modes.rs"]
