@@ -57,6 +57,8 @@ pub enum Refusal {
     ScsiHw(String),
     /// The drive is there with another write protection; the slot.
     ReadonlyDiffers(String),
+    /// `protection: 1`: a disk could be attached, and never be detached again.
+    Protected,
     /// Another change of that slot is planned.
     OtherPlan(String),
     /// On a bus or slot that is not ours.
@@ -65,12 +67,25 @@ pub enum Refusal {
     Full,
 }
 
-/// The next step of attaching `volid`; slots of `avoid` are not used.
+/// What is asked for, and what is not to be used for it.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// The volume.
+    pub volid: &'a str,
+    /// Write-protected.
+    pub readonly: bool,
+    /// Slots that are leaked, or taken by others meanwhile.
+    pub avoid: &'a BTreeSet<u8>,
+    /// Also where the VM's `protection: 1` would keep the disk there.
+    pub allow_protected: bool,
+}
+
+/// The next step of attaching a volume.
 ///
 /// # Errors
 /// The VM cannot take it, or has it otherwise.
-pub fn next_attach(volid: &str, readonly: bool, seen: Seen<'_>, avoid: &BTreeSet<u8>) -> Result<AttachStep, Refusal> {
-    let config = seen.config;
+pub fn next_attach(wanted: Wanted<'_>, seen: Seen<'_>) -> Result<AttachStep, Refusal> {
+    let (config, volid) = (seen.config, wanted.volid);
     if config.is_on("template") {
         return Err(Refusal::Template);
     }
@@ -97,14 +112,17 @@ pub fn next_attach(volid: &str, readonly: bool, seen: Seen<'_>, avoid: &BTreeSet
             return Ok(AttachStep::Detach(key.into()));
         }
         let (Some(lun), Ok(drive)) = (lun_of(key), configured.parse::<Drive>()) else { return Err(Refusal::OtherBus(key.into())) };
-        if drive.is_readonly() != readonly {
+        if drive.is_readonly() != wanted.readonly {
             return Err(Refusal::ReadonlyDiffers(key.into()));
         }
         return Ok(AttachStep::Attached(lun, Box::new(drive)));
     }
+    if config.is_on("protection") && !wanted.allow_protected {
+        return Err(Refusal::Protected);
+    }
     let is_free = |lun: &u8| {
         let key = slot(*lun);
-        !config.lines.contains_key(&key) && !plugged.contains(&key) && !avoid.contains(lun)
+        !config.lines.contains_key(&key) && !plugged.contains(&key) && !wanted.avoid.contains(lun)
     };
     proto::LUN_RANGE.clone().find(is_free).map(AttachStep::AttachAt).ok_or(Refusal::Full)
 }
@@ -183,9 +201,13 @@ mod tests {
         keys.iter().map(|key| (*key).to_string()).collect()
     }
 
+    fn wanted(avoid: &BTreeSet<u8>) -> Wanted<'_> {
+        Wanted { volid: VOLID, readonly: false, avoid, allow_protected: false }
+    }
+
     fn attach(lines: &[(&str, Line)], keys: &[&str]) -> Result<AttachStep, Refusal> {
         let (config, plugged) = (config(lines), plugged(keys));
-        next_attach(VOLID, false, Seen { config: &config, running: true, plugged: Some(&plugged) }, &BTreeSet::new())
+        next_attach(wanted(&BTreeSet::new()), Seen { config: &config, running: true, plugged: Some(&plugged) })
     }
 
     #[test]
@@ -199,7 +221,7 @@ mod tests {
         assert_eq!(attach(&all, &[]), Err(Refusal::Full));
         let (config, none) = (config(&[]), BTreeSet::new());
         let seen = Seen { config: &config, running: true, plugged: Some(&none) };
-        assert_eq!(next_attach(VOLID, false, seen, &BTreeSet::from([1, 2])), Ok(AttachStep::AttachAt(3)));
+        assert_eq!(next_attach(wanted(&BTreeSet::from([1, 2])), seen), Ok(AttachStep::AttachAt(3)));
     }
 
     #[test]
@@ -227,11 +249,18 @@ mod tests {
         assert_eq!(attach(&[("hotplug", value("disk"))], &[]), Ok(AttachStep::AttachAt(1)));
         assert_eq!(attach(&[("scsihw", value("lsi"))], &[]), Err(Refusal::ScsiHw("lsi".into())));
         assert_eq!(attach(&[("template", value("1"))], &[]), Err(Refusal::Template));
+        let protected = [("protection", value("1")), ("scsi5", value("ds:vm-9999-a"))];
+        assert_eq!(attach(&protected[..1], &[]), Err(Refusal::Protected));
+        assert!(matches!(attach(&protected, &["scsi5"]), Ok(AttachStep::Attached(5, _))), "what is there is there");
+        let (none, protected) = (BTreeSet::new(), config(&protected[..1]));
+        let overridden = Wanted { allow_protected: true, ..wanted(&none) };
+        let seen = Seen { config: &protected, running: true, plugged: Some(&BTreeSet::new()) };
+        assert_eq!(next_attach(overridden, seen), Ok(AttachStep::AttachAt(1)));
         let config = config(&[]);
         let seen = Seen { config: &config, running: true, plugged: None };
-        assert_eq!(next_attach(VOLID, false, seen, &BTreeSet::new()), Err(Refusal::QemuSilent));
+        assert_eq!(next_attach(wanted(&BTreeSet::new()), seen), Err(Refusal::QemuSilent));
         let seen = Seen { config: &config, running: false, plugged: None };
-        assert_eq!(next_attach(VOLID, false, seen, &BTreeSet::new()), Err(Refusal::NotRunning));
+        assert_eq!(next_attach(wanted(&BTreeSet::new()), seen), Err(Refusal::NotRunning));
     }
 
     #[test]

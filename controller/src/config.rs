@@ -21,10 +21,25 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Everything the file says.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The VMID that our disks carry as their owner; no such VM needs to exist.
-    pub controller_vmid: u32,
+    /// What `features` says.
+    pub features: Features,
     /// At least one; regions differ.
     pub clusters: Vec<ClusterConfig>,
+}
+
+/// The file's `features`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features {
+    /// The VMID that our disks carry as their owner; no such VM needs to exist.
+    pub controller_vmid: u32,
+    /// Attach to VMs with `protection: 1` though their disks cannot be detached until that is taken off.
+    pub attach_to_protected: bool,
+}
+
+impl Default for Features {
+    fn default() -> Self {
+        Self { controller_vmid: DEFAULT_CONTROLLER_VMID, attach_to_protected: false }
+    }
 }
 
 /// One Proxmox cluster.
@@ -38,6 +53,9 @@ pub struct ClusterConfig {
     pub insecure: bool,
     /// How we are known there.
     pub credentials: Credentials,
+    /// Proxmox nodes of which the operator says that they are off: what their VMs hold counts as let go while the cluster
+    /// calls them offline.
+    pub fenced: BTreeSet<String>,
 }
 
 /// An API token, or a user whose ticket is renewed.
@@ -72,6 +90,7 @@ struct ClusterText {
     url: String,
     insecure: bool,
     credentials: CredentialSources,
+    fenced: BTreeSet<String>,
 }
 
 #[derive(Debug)]
@@ -84,9 +103,9 @@ enum CredentialSources {
 pub type Refusal = String;
 
 const TOP_KEYS: &[&str] = &["features", "clusters"];
-const FEATURE_KEYS: &[&str] = &["provider", "controllerVmID"];
+const FEATURE_KEYS: &[&str] = &["provider", "controllerVmID", "attachToProtectedVMs"];
 const CLUSTER_KEYS: &[&str] =
-    &["url", "insecure", "token_id", "token_id_file", "token_secret", "token_secret_file", "username", "password", "region"];
+    &["url", "insecure", "token_id", "token_id_file", "token_secret", "token_secret_file", "username", "password", "region", "fencedNodes"];
 
 /// Reads `path` and the credential files that it names. Also gives every file that was read, so that a change is noticed.
 ///
@@ -95,7 +114,7 @@ const CLUSTER_KEYS: &[&str] =
 pub fn load(path: &Path) -> Result<(Config, Vec<PathBuf>), Refusal> {
     let mut files = vec![path.to_path_buf()];
     let text = read_bounded(path).map_err(|why| format!("config file {}: {why}", path.display()))?;
-    let (controller_vmid, texts) = parse(&text).map_err(|why| format!("config file {}: {why}", path.display()))?;
+    let (features, texts) = parse(&text).map_err(|why| format!("config file {}: {why}", path.display()))?;
     let mut clusters = Vec::new();
     for cluster in texts {
         let region = cluster.region;
@@ -123,9 +142,9 @@ pub fn load(path: &Path) -> Result<(Config, Vec<PathBuf>), Refusal> {
             }
             CredentialSources::Password { username, password } => Credentials::Password { username, password },
         };
-        clusters.push(ClusterConfig { region, url: cluster.url, insecure: cluster.insecure, credentials });
+        clusters.push(ClusterConfig { region, url: cluster.url, insecure: cluster.insecure, credentials, fenced: cluster.fenced });
     }
-    Ok((Config { controller_vmid, clusters }, files))
+    Ok((Config { features, clusters }, files))
 }
 
 fn read_bounded(path: &Path) -> Result<String, Refusal> {
@@ -136,7 +155,7 @@ fn read_bounded(path: &Path) -> Result<String, Refusal> {
     std::fs::read_to_string(path).map_err(|cause| format!("cannot be read: {cause}"))
 }
 
-fn parse(text: &str) -> Result<(u32, Vec<ClusterText>), Refusal> {
+fn parse(text: &str) -> Result<(Features, Vec<ClusterText>), Refusal> {
     let value: Value = serde_yaml::from_str(text).map_err(|cause| format!("is no YAML: {cause}"))?;
     let top = match &value {
         Value::Mapping(top) => top,
@@ -145,7 +164,7 @@ fn parse(text: &str) -> Result<(u32, Vec<ClusterText>), Refusal> {
     };
     let lines = Lines { text };
     known_keys(top, TOP_KEYS, "the file", &lines, 0)?;
-    let controller_vmid = features(top.get("features"), &lines)?;
+    let features = features(top.get("features"), &lines)?;
     let Some(Value::Sequence(list)) = top.get("clusters") else {
         return Err("has no clusters; write clusters: and under it a list with url, region and token_id, token_secret of each".into());
     };
@@ -165,12 +184,22 @@ fn parse(text: &str) -> Result<(u32, Vec<ClusterText>), Refusal> {
         }
         clusters.push(one);
     }
-    Ok((controller_vmid, clusters))
+    Ok((features, clusters))
 }
 
-fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<u32, Refusal> {
+/// For the fuzz target: what the text alone says (VMID; region and url of each cluster), without the files that it names.
+///
+/// # Errors
+/// As [`load`].
+#[cfg(fuzzing)]
+pub fn fuzz(text: &str) -> Result<(u32, Vec<(String, String)>), Refusal> {
+    let (features, clusters) = parse(text)?;
+    Ok((features.controller_vmid, clusters.into_iter().map(|cluster| (cluster.region, cluster.url)).collect()))
+}
+
+fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<Features, Refusal> {
     let map = match value {
-        None | Some(Value::Null) => return Ok(DEFAULT_CONTROLLER_VMID),
+        None | Some(Value::Null) => return Ok(Features::default()),
         Some(Value::Mapping(map)) => map,
         Some(_) => return Err("features should be a mapping with controllerVmID".into()),
     };
@@ -188,13 +217,35 @@ fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<u32, Refusal> {
             _ => return Err(format!("{}features.provider should be default", lines.of_key("provider", 0))),
         }
     }
-    match map.get("controllerVmID") {
-        None | Some(Value::Null) => Ok(DEFAULT_CONTROLLER_VMID),
+    let controller_vmid = match map.get("controllerVmID") {
+        None | Some(Value::Null) => DEFAULT_CONTROLLER_VMID,
         Some(given) => given
             .as_u64()
             .and_then(|id| u32::try_from(id).ok())
             .filter(|id| CONTROLLER_VMIDS.contains(id))
-            .ok_or_else(|| format!("{}controllerVmID should be a number from 101 to 999999999", lines.of_key("controllerVmID", 0))),
+            .ok_or_else(|| format!("{}controllerVmID should be a number from 101 to 999999999", lines.of_key("controllerVmID", 0)))?,
+    };
+    Ok(Features { controller_vmid, attach_to_protected: flag(map, "attachToProtectedVMs", "features", lines, 0)? })
+}
+
+fn flag(map: &Mapping, key: &str, place: &str, lines: &Lines<'_>, nth: usize) -> Result<bool, Refusal> {
+    match map.get(key) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(on)) => Ok(*on),
+        Some(_) => Err(format!("{}{place}: {key} should be true or false", lines.of_key(key, nth))),
+    }
+}
+
+/// Names of Proxmox nodes: a list, or nothing.
+fn fenced(map: &Mapping, place: &str, lines: &Lines<'_>, nth: usize) -> Result<BTreeSet<String>, Refusal> {
+    let wrong = || format!("{}{place}: fencedNodes should be a list of names of Proxmox nodes", lines.of_key("fencedNodes", nth));
+    match map.get("fencedNodes") {
+        None | Some(Value::Null) => Ok(BTreeSet::new()),
+        Some(Value::Sequence(list)) => {
+            let name = |value: &Value| value.as_str().map(str::trim).filter(|name| !name.is_empty()).map(String::from);
+            list.iter().map(|value| name(value).ok_or_else(wrong)).collect()
+        }
+        Some(_) => Err(wrong()),
     }
 }
 
@@ -214,17 +265,14 @@ fn cluster(value: &Value, index: usize, lines: &Lines<'_>) -> Result<ClusterText
     if region.contains('/') || region.contains(char::is_whitespace) || region == "." || region == ".." {
         return Err(format!("{}{place}: region {region:?} should be one word without a slash", lines.of_key("region", index)));
     }
-    let insecure = match map.get("insecure") {
-        None | Some(Value::Null) => false,
-        Some(Value::Bool(insecure)) => *insecure,
-        Some(_) => return Err(format!("{}{place}: insecure should be true or false", lines.of_key("insecure", index))),
-    };
+    let insecure = flag(map, "insecure", &place, lines, index)?;
+    let fenced = fenced(map, &place, lines, index)?;
     let url = text("url")?.ok_or_else(|| format!("{place} has no url; write https://HOST:8006/api2/json"))?;
     // What stands before an `@` may be a password: then the url is not shown.
     let shown = if url.contains('@') { "(with a user or password in it)".into() } else { format!("{url:?}") };
     let url = base_url(&url).map_err(|why| format!("{}{place}: url {shown} {why}", lines.of_key("url", index)))?;
     let credentials = credentials(&place, &text)?;
-    Ok(ClusterText { region, url, insecure, credentials })
+    Ok(ClusterText { region, url, insecure, credentials, fenced })
 }
 
 /// One way of credentials, whole: a token (each half inline or in a file) or a user with a password.
@@ -292,6 +340,10 @@ fn known_keys(map: &Mapping, known: &[&str], place: &str, lines: &Lines<'_>, nth
         if known.contains(&key) {
             continue;
         }
+        // `{token_secret:abc}` is YAML for a key that is `token_secret:abc`: what is no plain word is not shown.
+        if !key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte)) {
+            return Err(format!("{place} has a key with other than letters, digits and '_'; is a space missing after its colon?"));
+        }
         let plain = |text: &str| text.to_ascii_lowercase().replace(['_', '-'], "");
         let line = lines.of_key(key, nth);
         let meant = known.iter().find(|known| plain(known) == plain(key));
@@ -345,8 +397,8 @@ mod tests {
     #[test]
     fn the_reference_drivers_file_is_read() {
         let text = GOOD.replace("1234", "\"1234\"");
-        let (vmid, clusters) = parse(&text).unwrap();
-        assert_eq!(vmid, 8000);
+        let (features, clusters) = parse(&text).unwrap();
+        assert_eq!(features, Features { controller_vmid: 8000, attach_to_protected: false });
         assert_eq!(clusters[0].url, "https://pve:8006/api2/json");
         assert!(clusters[0].insecure);
         assert_eq!(clusters[0].region, "r1");
@@ -354,6 +406,17 @@ mod tests {
         let (_, clusters) = parse(&two).unwrap();
         assert_eq!(clusters[1].url, "http://b/api2/json");
         assert!(matches!(clusters[1].credentials, CredentialSources::Password { .. }));
+    }
+
+    #[test]
+    fn what_the_reference_driver_does_not_have() {
+        let text = GOOD.replace("1234", "\"1234\"").replace("8000", "8000\n  attachToProtectedVMs: true");
+        let (features, clusters) = parse(&format!("{text}    fencedNodes: [pve2, pve3]\n")).unwrap();
+        assert!(features.attach_to_protected);
+        assert_eq!(clusters[0].fenced, BTreeSet::from(["pve2".to_string(), "pve3".into()]));
+        assert!(refusal(&format!("{text}    fencedNodes: pve2\n")).contains("fencedNodes should be a list"));
+        assert!(refusal(&format!("{text}    fencedNodes: [7]\n")).contains("line 11"));
+        assert!(refusal(&text.replace("VMs: true", "VMs: 1")).contains("true or false"));
     }
 
     #[test]
@@ -388,6 +451,9 @@ mod tests {
         }
         let twice = format!("{base}  - {{url: 'http://b', region: r1, username: a@pam, password: p}}\n");
         assert!(refusal(&twice).contains("region \"r1\" twice"));
+        // Found by fuzzing: without its space, key and secret are one key.
+        let why = refusal("clusters: [{url: 'http://b', region: r1, username: a@pam, password:hunter2}]");
+        assert!(why.contains("space") && !why.contains("hunter2"), "{why}");
         for (text, word) in
             [("", "empty"), ("[]", "mapping"), ("clusters: []", "at least one"), ("a: [", "YAML"), ("features: {}", "clusters")]
         {

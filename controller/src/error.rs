@@ -46,6 +46,7 @@ by_code! {
     not_found NotFound,
     already_exists AlreadyExists,
     precondition FailedPrecondition,
+    denied PermissionDenied,
     aborted Aborted,
     exhausted ResourceExhausted,
     out_of_range OutOfRange,
@@ -82,6 +83,7 @@ pub fn code(meaning: Meaning) -> Code {
         | Meaning::BootDisk
         | Meaning::Protected
         | Meaning::NoSuchHost
+        | Meaning::VmidTaken
         | Meaning::NoSuchEndpoint => Code::FailedPrecondition,
         Meaning::Forbidden => Code::PermissionDenied,
         Meaning::Unreachable
@@ -134,19 +136,21 @@ fn advice(meaning: Meaning) -> &'static str {
         Meaning::Shrinking => "a volume cannot be made smaller",
         Meaning::TaskKilled => "the task was cut short; the next call looks what became of it",
         Meaning::NoSuchEndpoint => "is the url Proxmox VE 7 or later?",
-        Meaning::NoSuchVolume
-        | Meaning::VolumeExists
-        | Meaning::TooLarge
-        | Meaning::HotplugFailed
-        | Meaning::NoSuchTask
-        | Meaning::BadRequest
-        | Meaning::Other => "",
+        Meaning::VmidTaken => "another VM or container has this number",
+        Meaning::NoSuchVolume => "the volume is not on this storage; look at the storage's content in Proxmox",
+        Meaning::VolumeExists => "a volume of that name is there already",
+        Meaning::TooLarge => "the storage takes no volume of this size",
+        Meaning::HotplugFailed => "the change is taken back and repeated; look at the VM's log and at the task",
+        Meaning::NoSuchTask => "Proxmox has forgotten the task; the next call looks what became of it",
+        Meaning::BadRequest => "Proxmox does not take what was asked for; look at the parameters of the StorageClass",
+        Meaning::Other => "look at the task and the system log of the Proxmox node; repeated",
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pve::known::{KNOWN, RowError};
     use crate::pve::{Cause, Error as PveError};
 
     #[test]
@@ -166,5 +170,120 @@ mod tests {
         let error = Error::from(PveError { call: "PUT /x".into(), cause });
         assert_eq!(error.code, Code::PermissionDenied);
         assert!(error.text.contains("(/storage/ds1, Datastore.AllocateSpace)"), "{}", error.text);
+    }
+
+    /// Row, code, whether the outcome is unknown; in the order of the table of reference/proxmox-api.md. "In background"
+    /// (Unavailable, Aborted) keeps the provisioner at the same node, and the attacher at the same attachment; everything
+    /// that may be done without our knowing must be among those.
+    const CODES: &[(u32, Code, bool)] = &[
+        (1, Code::FailedPrecondition, false),
+        (2, Code::FailedPrecondition, false),
+        (3, Code::PermissionDenied, false),
+        (4, Code::PermissionDenied, false),
+        (5, Code::PermissionDenied, false),
+        (6, Code::Internal, false),
+        (7, Code::FailedPrecondition, false),
+        (8, Code::FailedPrecondition, false),
+        (9, Code::FailedPrecondition, false),
+        (10, Code::FailedPrecondition, false),
+        (11, Code::FailedPrecondition, false),
+        (12, Code::Unavailable, false),
+        (13, Code::FailedPrecondition, false),
+        (14, Code::Unavailable, false),
+        (15, Code::Unavailable, true),
+        (16, Code::Unavailable, false),
+        (17, Code::Unavailable, false),
+        (18, Code::FailedPrecondition, false),
+        (19, Code::FailedPrecondition, false),
+        (20, Code::FailedPrecondition, false),
+        (21, Code::Unavailable, false),
+        (22, Code::Unavailable, false),
+        (23, Code::AlreadyExists, false),
+        (24, Code::AlreadyExists, false),
+        (25, Code::AlreadyExists, false),
+        (26, Code::AlreadyExists, false),
+        (27, Code::Internal, false),
+        (28, Code::Internal, false),
+        (29, Code::Internal, false),
+        (30, Code::Internal, false),
+        (31, Code::ResourceExhausted, false),
+        (32, Code::ResourceExhausted, false),
+        (33, Code::OutOfRange, false),
+        (34, Code::Unavailable, false),
+        (35, Code::Unavailable, false),
+        (36, Code::Unavailable, true),
+        (37, Code::Unavailable, false),
+        (38, Code::NotFound, false),
+        (39, Code::Internal, false),
+        (40, Code::Internal, false),
+        (41, Code::Internal, false),
+        (42, Code::FailedPrecondition, false),
+        (43, Code::NotFound, false),
+        (44, Code::FailedPrecondition, false),
+        (45, Code::FailedPrecondition, false),
+        (46, Code::Unavailable, false),
+        (47, Code::Unavailable, false),
+        (48, Code::Aborted, false),
+        (49, Code::Aborted, false),
+        (50, Code::NotFound, false),
+        (51, Code::NotFound, false),
+        (52, Code::NotFound, false),
+        (53, Code::NotFound, false),
+        (54, Code::Internal, false),
+        (55, Code::Internal, false),
+        (56, Code::Internal, false),
+        (57, Code::Internal, false),
+        (58, Code::Unavailable, false),
+        (59, Code::Unavailable, false),
+        (60, Code::Unavailable, false),
+        (61, Code::FailedPrecondition, false),
+        (62, Code::FailedPrecondition, false),
+        (63, Code::FailedPrecondition, false),
+        (64, Code::Aborted, false),
+        (65, Code::Internal, false),
+        (66, Code::Internal, false),
+        (67, Code::Internal, false),
+        (68, Code::Internal, false),
+        (69, Code::OutOfRange, false),
+        (70, Code::PermissionDenied, false),
+        (71, Code::Internal, false),
+        (72, Code::Unavailable, false),
+        (73, Code::PermissionDenied, false),
+        (74, Code::Unavailable, true),
+        (75, Code::Internal, false),
+        (76, Code::FailedPrecondition, false),
+        (77, Code::FailedPrecondition, false),
+        (78, Code::NotFound, false),
+    ];
+
+    /// Rows with a second text that means another thing than the first: the one that the code is not of.
+    const SECOND_TEXTS: &[(u32, &str)] = &[(13, "Temporary failure"), (69, "disk 'scsi9' does not exist")];
+
+    #[test]
+    fn each_of_the_78_texts_has_a_code_and_a_sentence_that_keeps_it() {
+        assert_eq!(CODES.iter().map(|(row, ..)| *row).collect::<Vec<_>>(), (1..=78).collect::<Vec<_>>());
+        for row in KNOWN.iter().filter(|row| row.0 > 0) {
+            let (number, meaning) = (row.0, row.4);
+            let error = Error::from(row.error());
+            if !SECOND_TEXTS.iter().any(|(second, text)| *second == number && row.2.contains(text)) {
+                let expected = CODES.iter().find(|(of, ..)| *of == number).map(|(_, code, unknown)| (*code, *unknown));
+                assert_eq!(Some((error.code, meaning.is_outcome_unknown())), expected, "row {number}: {error}");
+            }
+            // Proxmox's own words, the call, the task's id, the next step.
+            let mut parts = vec![row.error().call, row.2.trim().into(), advice(meaning).into()];
+            parts.extend(row.3.iter().map(|(_, why)| why.trim().into()));
+            parts.extend(row.1.is_none().then(|| "UPID:pve1:0:0:0:x::u:".to_string()));
+            for part in parts {
+                assert!(!part.is_empty() && error.text.contains(&part), "row {number}: {:?} lacks {part:?}", error.text);
+            }
+        }
+    }
+
+    /// What may have been done without our knowing must not look final to the sidecars.
+    #[test]
+    fn an_unknown_outcome_is_never_final() {
+        for row in KNOWN.iter().filter(|row| row.4.is_outcome_unknown()) {
+            assert!(matches!(code(row.4), Code::Unavailable | Code::Aborted), "row {}", row.0);
+        }
     }
 }

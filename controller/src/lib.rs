@@ -6,6 +6,7 @@
 
 pub mod attach;
 pub mod config;
+pub mod deadline;
 pub mod error;
 pub mod parameters;
 pub mod placement;

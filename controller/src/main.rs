@@ -14,8 +14,9 @@ use proto::flags::{self, Flag};
 use proto::identity::Identity;
 use proto::serve::{self, Endpoint};
 
-/// Each call to Proxmox holds one thread while it waits; more at a time would only queue there.
-const MAX_BLOCKING_THREADS: usize = 16;
+/// Each call to Proxmox holds one thread while it waits. Enough for three clusters that hang and one that does not; threads
+/// are made when needed only.
+const MAX_BLOCKING_THREADS: usize = 4 * controller::pve::CALLS_PER_CLUSTER;
 /// Idle threads go, and their stacks with them.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Kubernetes gives a pod 30 s between SIGTERM and SIGKILL.

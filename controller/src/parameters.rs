@@ -3,6 +3,8 @@
 //! Names, defaults and the normalised VolumeContext are the reference driver's. Values that go into a drive string are
 //! checked against Proxmox's own enumerations, so that a comma cannot smuggle in an option. Pure.
 
+mod luks;
+
 use std::collections::{BTreeMap, HashMap};
 
 use proto::{VolumeHandle, volume_context};
@@ -14,6 +16,10 @@ use crate::pve::drive::Drive;
 pub const FILESYSTEMS: &[&str] = &["ext4", "xfs"];
 /// mkfs.xfs makes nothing smaller since xfsprogs 5.19, and neither does our node.
 const XFS_MIN_BYTES: u64 = 300 << 20;
+/// The LUKS header and its keyslots, before the data of an encrypted volume.
+const LUKS_HEADER_BYTES: u64 = 16 << 20;
+/// What is inside a LUKS volume has to be more than a floppy disk, or nothing can be proven of it (libblkid).
+const LUKS_MIN_BYTES: u64 = LUKS_HEADER_BYTES + (2 << 20);
 /// qemu-server `PVE/QemuServer/Drive.pm`, `cache`.
 const CACHES: &[&str] = &["none", "writethrough", "writeback", "unsafe", "directsync"];
 /// The same, `aio`.
@@ -46,6 +52,11 @@ const KNOWN: &[&str] = &[
     "inodeSize",
     "replicate",
     "strictParameters",
+    volume_context::LUKS_KDF,
+    volume_context::LUKS_KDF_MEMORY,
+    volume_context::LUKS_KDF_TIME,
+    volume_context::LUKS_KDF_ITERATIONS,
+    volume_context::LUKS_DISCARDS,
 ];
 /// What external-provisioner adds with --extra-create-metadata, or leaves when called by hand.
 const PASSED_OVER: &[&str] = &["csi.storage.k8s.io/pv/name", "csi.storage.k8s.io/pvc/name", "csi.storage.k8s.io/pvc/namespace"];
@@ -69,6 +80,10 @@ pub struct Parameters {
     disk_mbps: u64,
     block_size: u64,
     inode_size: u64,
+    /// Only of a class: the node alone reads them again.
+    luks: Vec<(&'static str, String)>,
+    /// The class' own word for a filesystem, where somebody has written one by hand.
+    fstype: String,
 }
 
 impl Parameters {
@@ -101,7 +116,9 @@ impl Parameters {
         for key in ["csi.storage.k8s.io/fstype", "fstype"] {
             filesystem(given.get(key).map_or("", String::as_str))?;
         }
-        let parameters = Self::read(given, boolean)?;
+        let mut parameters = Self::read(given, boolean)?;
+        parameters.luks = luks::of_class(given)?;
+        parameters.fstype = ["csi.storage.k8s.io/fstype", "fstype"].iter().find_map(|key| given.get(*key).cloned()).unwrap_or_default();
         if parameters.storage.is_empty() {
             return Err("parameter storage is missing; it is the id of a Proxmox storage, e.g. local-lvm".into());
         }
@@ -109,6 +126,31 @@ impl Parameters {
             return Err("parameter replicate is not supported by this version; remove it or write false".into());
         }
         Ok((parameters, warnings))
+    }
+
+    /// Whether the class speaks of LUKS: it is an encrypting one then, with or without a secret for the provisioner.
+    #[must_use]
+    pub fn is_encrypting(&self) -> bool {
+        !self.luks.is_empty()
+    }
+
+    /// The class' own filesystem, for a request whose capability names none.
+    #[must_use]
+    pub fn fstype(&self) -> &str {
+        &self.fstype
+    }
+
+    /// Whether a LUKS volume of `size_bytes` can be made.
+    ///
+    /// # Errors
+    /// OUT_OF_RANGE; a sentence with the numbers.
+    pub fn fit_luks(size_bytes: u64) -> Result<(), Error> {
+        if size_bytes < LUKS_MIN_BYTES {
+            return Err(Error::out_of_range(format!(
+                "an encrypted volume needs at least {LUKS_MIN_BYTES} bytes (18 MiB, of which 16 MiB are the LUKS header's), and {size_bytes} are asked for"
+            )));
+        }
+        Ok(())
     }
 
     /// Whether an ext4 of `size_bytes` can be made with these.
@@ -127,11 +169,11 @@ impl Parameters {
         Ok(())
     }
 
-    /// Whether an xfs of `size_bytes` can be made with these.
+    /// Whether an xfs of `size_bytes` can be made with these, behind a LUKS header or not.
     ///
     /// # Errors
     /// OUT_OF_RANGE for the size, INVALID_ARGUMENT for the rest; a sentence with the numbers.
-    pub fn fit_xfs(&self, size_bytes: u64) -> Result<(), Error> {
+    pub fn fit_xfs(&self, size_bytes: u64, is_encrypted: bool) -> Result<(), Error> {
         let block_size = if self.block_size == 0 { 4096 } else { self.block_size };
         if self.inode_size != 0 && (!XFS_INODE_SIZES.contains(&self.inode_size) || self.inode_size > block_size / 2) {
             return Err(Error::invalid(format!(
@@ -140,9 +182,14 @@ impl Parameters {
             )));
         }
         // Inodes of 512 bytes are xfs's own choice, and half a block of 1024.
-        if size_bytes < XFS_MIN_BYTES {
+        let (least, words) = if is_encrypted {
+            (XFS_MIN_BYTES + LUKS_HEADER_BYTES, "316 MiB, of which 16 MiB are the LUKS header's")
+        } else {
+            (XFS_MIN_BYTES, "300 MiB")
+        };
+        if size_bytes < least {
             return Err(Error::out_of_range(format!(
-                "xfs needs at least {XFS_MIN_BYTES} bytes (300 MiB), and {size_bytes} are asked for; ask for more, or use ext4"
+                "xfs needs at least {least} bytes ({words}), and {size_bytes} are asked for; ask for more, or use ext4"
             )));
         }
         Ok(())
@@ -181,6 +228,8 @@ impl Parameters {
             disk_mbps: number("diskMBps", text("diskMBps"), |n| n <= MAX_THROTTLE, "a number of MiB per second")?,
             block_size: number("blockSize", text("blockSize"), |n| n == 0 || BLOCK_SIZES.contains(&n), "1024, 2048 or 4096")?,
             inode_size: number("inodeSize", text("inodeSize"), |n| n == 0 || INODE_SIZES.contains(&n), "a power of two from 128 to 4096")?,
+            luks: Vec::new(),
+            fstype: String::new(),
         })
     }
 
@@ -204,6 +253,7 @@ impl Parameters {
             (volume_context::BLOCK_SIZE, self.block_size),
             (volume_context::INODE_SIZE, self.inode_size),
         ];
+        context.extend(self.luks.iter().map(|(key, value)| ((*key).to_string(), value.clone())));
         context.extend(numbers.iter().filter(|(_, n)| *n > 0).map(|(key, n)| ((*key).to_string(), n.to_string())));
         context
     }
@@ -386,6 +436,33 @@ mod tests {
     }
 
     #[test]
+    fn parameter_luks_kdf() {
+        assert_eq!(context_of(&[("luksKdf", "pbkdf2")]), expected(&[("storage", "ds"), ("luksKdf", "pbkdf2")]));
+        assert_eq!(drive_of(&[("luksKdf", "pbkdf2")], false), format!("backup=0,iothread=1,replicate=0,{END}"));
+    }
+
+    #[test]
+    fn parameter_luks_kdf_memory() {
+        assert_eq!(context_of(&[("luksKdfMemory", "32")]), expected(&[("storage", "ds"), ("luksKdfMemory", "32")]));
+    }
+
+    #[test]
+    fn parameter_luks_kdf_time() {
+        assert_eq!(context_of(&[("luksKdfTime", "8")]), expected(&[("storage", "ds"), ("luksKdfTime", "8")]));
+    }
+
+    #[test]
+    fn parameter_luks_kdf_iterations() {
+        let pairs = [("luksKdf", "pbkdf2"), ("luksKdfIterations", "600000")];
+        assert_eq!(context_of(&pairs), expected(&[("storage", "ds"), pairs[0], pairs[1]]));
+    }
+
+    #[test]
+    fn parameter_luks_discards() {
+        assert_eq!(context_of(&[("luksDiscards", "true")]), expected(&[("storage", "ds"), ("luksDiscards", "1")]));
+    }
+
+    #[test]
     fn each_wrong_value_is_refused_by_name() {
         let cases = [
             ("cache", "none,foo=bar", "writethrough"),
@@ -441,7 +518,7 @@ mod tests {
         let fit = |pairs: &[(&str, &str)], size_bytes: u64| {
             let mut given = map(&[("storage", "ds")]);
             given.extend(map(pairs));
-            Parameters::of_class(&given).unwrap().0.fit_xfs(size_bytes).map_err(|error| (error.code, error.text))
+            Parameters::of_class(&given).unwrap().0.fit_xfs(size_bytes, false).map_err(|error| (error.code, error.text))
         };
         let pairs: [&[(&str, &str)]; 3] = [&[], &[("blockSize", "1024")], &[("inodeSize", "2048")]];
         for pairs in pairs {
@@ -456,6 +533,17 @@ mod tests {
         let (code, text) = fit(&[], (300 << 20) - 1).unwrap_err();
         assert_eq!(code, tonic::Code::OutOfRange);
         assert!(text.contains("314572800") && text.contains("314572799"), "{text}");
+    }
+
+    #[test]
+    fn an_encrypted_volume_has_room_for_its_header() {
+        let parameters = Parameters::default();
+        assert_eq!(parameters.fit_xfs(316 << 20, true).map_err(|error| error.text), Ok(()));
+        for refused in [parameters.fit_xfs((316 << 20) - 1, true), Parameters::fit_luks((18 << 20) - 1)] {
+            let error = refused.unwrap_err();
+            assert!(error.code == tonic::Code::OutOfRange && error.text.contains("16 MiB are the LUKS header's"), "{}", error.text);
+        }
+        assert!(Parameters::fit_luks(18 << 20).is_ok());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use proto::VolumeHandle;
 use proto::csi::{self, volume_capability::AccessType, volume_capability::access_mode::Mode};
 use proto::handle::HandleError;
+use zeroize::Zeroize as _;
 
 use crate::error::Error;
 use crate::parameters::{Parameters, filesystem};
@@ -97,7 +98,12 @@ pub struct Capacity {
 impl TryFrom<csi::CreateVolumeRequest> for Create {
     type Error = Error;
 
-    fn try_from(request: csi::CreateVolumeRequest) -> Result<Self, Error> {
+    fn try_from(mut request: csi::CreateVolumeRequest) -> Result<Self, Error> {
+        // The node's secret is seen here only where the class gives it to the provisioner too: that it is there is all.
+        let has_passphrase = request.secrets.contains_key(proto::secrets::PASSPHRASE);
+        for (_, mut secret) in request.secrets.drain() {
+            secret.zeroize();
+        }
         if request.name.is_empty() {
             return Err(Error::invalid("name is missing"));
         }
@@ -124,8 +130,12 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
             Some(range) => range_of(range)?,
         };
         let (parameters, warnings) = Parameters::of_class(&request.parameters).map_err(Error::invalid)?;
-        if is_for_xfs(&request) {
-            parameters.fit_xfs(required_bytes)?;
+        let is_encrypted = parameters.is_encrypting() || has_passphrase;
+        if is_encrypted {
+            Parameters::fit_luks(required_bytes)?;
+        }
+        if is_for_xfs(&request, parameters.fstype()) {
+            parameters.fit_xfs(required_bytes, is_encrypted)?;
         } else {
             parameters.fit_ext4(required_bytes)?;
         }
@@ -204,9 +214,11 @@ impl TryFrom<csi::GetCapacityRequest> for Capacity {
     }
 }
 
-/// Whether the node will make an xfs on it. external-provisioner puts the class's fstype into every capability.
-fn is_for_xfs(request: &csi::CreateVolumeRequest) -> bool {
+/// Whether the node will make an xfs on it. external-provisioner puts the class's fstype into every capability; `of_class` is
+/// for requests that somebody wrote by hand.
+fn is_for_xfs(request: &csi::CreateVolumeRequest, of_class: &str) -> bool {
     request.volume_capabilities.iter().any(|capability| match &capability.access_type {
+        Some(AccessType::Mount(mount)) if mount.fs_type.is_empty() => of_class == "xfs",
         Some(AccessType::Mount(mount)) => mount.fs_type == "xfs",
         Some(AccessType::Block(_)) | None => false,
     })
@@ -298,8 +310,11 @@ fn node_id(given: &str) -> Result<NodeId, Error> {
     }
     match given.split_once('/') {
         None => Ok(NodeId::Name(given.into())),
-        Some((name, vmid)) => match vmid.parse() {
-            Ok(vmid) if !name.is_empty() && (100..=999_999_999).contains(&vmid) => Ok(NodeId::Vmid(name.into(), vmid)),
+        Some((name, digits)) => match digits.parse::<u32>() {
+            // One spelling only: two ids of one VM would be two nodes to Kubernetes.
+            Ok(vmid) if !name.is_empty() && (100..=999_999_999).contains(&vmid) && digits == vmid.to_string() => {
+                Ok(NodeId::Vmid(name.into(), vmid))
+            }
             _ => wrong("has no VMID from 100 to 999999999 after its name"),
         },
     }
@@ -409,7 +424,9 @@ mod tests {
         );
         assert_eq!(code(request("fake-vol-id", "fake-node-id")), Code::NotFound);
         assert_eq!(code(request("r/z/ds/vm-9999-a", "n/x")), Code::InvalidArgument);
-        assert_eq!(code(request("r/z/ds/vm-9999-a", "n/1/2")), Code::InvalidArgument);
+        for wrong in ["n/1/2", "n/+101", "n/0101"] {
+            assert_eq!(code(request("r/z/ds/vm-9999-a", wrong)), Code::InvalidArgument, "{wrong}");
+        }
         let publish = Publish::try_from(request("r/z/ds/vm-9999-a", "n/101")).unwrap();
         assert_eq!(publish.node, NodeId::Vmid("n".into(), 101));
     }

@@ -14,6 +14,7 @@ use proto::csi::controller_service_capability::{Rpc, Type, rpc};
 use proto::csi::{self, ControllerServiceCapability};
 use tonic::{Request, Response, Status};
 
+use crate::deadline;
 use crate::error::Error;
 use crate::request::{Capacity, Create, Expand, Publish, Unpublish, existing, supported};
 use crate::run::Controller;
@@ -68,11 +69,12 @@ impl ControllerService {
     async fn alone<T: Send + 'static>(
         &self,
         volume: &str,
+        timeout: Option<String>,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<Response<T>, Status> {
         let turn = self.turn(volume).map_err(status)?;
         let task = tokio::spawn(async move {
-            let done = work.await;
+            let done = deadline::within(timeout.as_deref(), work).await;
             drop(turn);
             done
         });
@@ -81,6 +83,11 @@ impl ControllerService {
             Err(cause) => Err(status(Error::internal(format!("the call broke off: {cause}")))),
         }
     }
+}
+
+/// What the caller says of its patience.
+fn timeout_of<T>(request: &Request<T>) -> Option<String> {
+    request.metadata().get("grpc-timeout")?.to_str().ok().map(String::from)
 }
 
 fn status(error: Error) -> Status {
@@ -95,9 +102,10 @@ fn signed(bytes: u64) -> i64 {
 #[tonic::async_trait]
 impl Service for ControllerService {
     async fn create_volume(&self, request: Request<csi::CreateVolumeRequest>) -> Result<Response<csi::CreateVolumeResponse>, Status> {
+        let timeout = timeout_of(&request);
         let create = Create::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&create.name.clone(), async move {
+        self.alone(&create.name.clone(), timeout, async move {
             let created = controller.create(create).await?;
             let segments = [
                 (proto::TOPOLOGY_REGION.to_string(), created.handle.region.clone()),
@@ -117,6 +125,7 @@ impl Service for ControllerService {
     }
 
     async fn delete_volume(&self, request: Request<csi::DeleteVolumeRequest>) -> Result<Response<csi::DeleteVolumeResponse>, Status> {
+        let timeout = timeout_of(&request);
         let volume_id = request.into_inner().volume_id;
         if volume_id.is_empty() {
             return Err(status(Error::invalid("volume_id is missing")));
@@ -124,17 +133,18 @@ impl Service for ControllerService {
         // An id that can be no volume's: there is nothing to delete.
         let Ok(handle) = existing(&volume_id) else { return Ok(Response::new(csi::DeleteVolumeResponse {})) };
         let controller = Arc::clone(&self.controller);
-        self.alone(&volume_id, async move { controller.delete(&handle).await.map(|()| csi::DeleteVolumeResponse {}) }).await
+        self.alone(&volume_id, timeout, async move { controller.delete(&handle).await.map(|()| csi::DeleteVolumeResponse {}) }).await
     }
 
     async fn controller_publish_volume(
         &self,
         request: Request<csi::ControllerPublishVolumeRequest>,
     ) -> Result<Response<csi::ControllerPublishVolumeResponse>, Status> {
+        let timeout = timeout_of(&request);
         let publish = Publish::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&publish.handle.to_string(), async move {
-            let published = controller.publish(&publish).await?;
+        self.alone(&publish.handle.to_string(), timeout, async move {
+            let published = controller.publish(Arc::new(publish)).await?;
             Ok(csi::ControllerPublishVolumeResponse { publish_context: published.publish_context })
         })
         .await
@@ -144,9 +154,10 @@ impl Service for ControllerService {
         &self,
         request: Request<csi::ControllerUnpublishVolumeRequest>,
     ) -> Result<Response<csi::ControllerUnpublishVolumeResponse>, Status> {
+        let timeout = timeout_of(&request);
         let unpublish = Unpublish::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&unpublish.handle.to_string(), async move {
+        self.alone(&unpublish.handle.to_string(), timeout, async move {
             controller.unpublish(&unpublish).await.map(|()| csi::ControllerUnpublishVolumeResponse {})
         })
         .await
@@ -156,9 +167,10 @@ impl Service for ControllerService {
         &self,
         request: Request<csi::ControllerExpandVolumeRequest>,
     ) -> Result<Response<csi::ControllerExpandVolumeResponse>, Status> {
+        let timeout = timeout_of(&request);
         let expand = Expand::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&expand.handle.to_string(), async move {
+        self.alone(&expand.handle.to_string(), timeout, async move {
             let expanded = controller.expand(&expand).await?;
             Ok(csi::ControllerExpandVolumeResponse { capacity_bytes: signed(expanded.capacity_bytes), node_expansion_required: true })
         })

@@ -4,8 +4,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use disk::luks;
+
 use crate::request::Volume;
-use crate::sys::{self, mount};
+use crate::sys::{self, dm, mount};
 use crate::{identity, plan, probe};
 
 /// A call that did not end well.
@@ -34,6 +36,23 @@ pub enum Cause {
     Geometry(String),
     /// The disk is below the filesystem's minimum; both numbers.
     TooSmall(String),
+    /// No keyslot opens; a sentence.
+    WrongPassphrase(String),
+    /// A keyslot needs more memory than there is; both numbers.
+    KeyslotMemory(String),
+    /// The LUKS header cannot be used; what is wrong with it.
+    Luks(String),
+    /// It could not be read.
+    LuksRead(String),
+    /// The kernel refused a mapping.
+    Mapping(dm::Refused),
+    /// The kernel has no dm-crypt.
+    NoCrypt(dm::Missing),
+    /// A mapping cannot be grown without its key.
+    NoKey,
+    KdfBusy {
+        waited: Duration,
+    },
     Outside {
         real: PathBuf,
     },
@@ -96,7 +115,24 @@ impl fmt::Display for Cause {
             Self::Sys(error) => error.fmt(f),
             Self::Mount(refused) => refused.fmt(f),
             Self::Probe(error) => error.fmt(f),
-            Self::Geometry(why) | Self::TooSmall(why) => f.write_str(why),
+            Self::Geometry(why)
+            | Self::TooSmall(why)
+            | Self::WrongPassphrase(why)
+            | Self::KeyslotMemory(why)
+            | Self::Luks(why)
+            | Self::LuksRead(why) => f.write_str(why),
+            Self::Mapping(refused) => refused.fmt(f),
+            Self::NoCrypt(missing) => missing.fmt(f),
+            Self::NoKey => f.write_str(
+                "the volume is encrypted, and its mapping cannot be grown without its key: give the class (or the PV) \
+                 csi.storage.k8s.io/node-expand-secret-name and -namespace; without them it grows when it is staged the next time",
+            ),
+            Self::KdfBusy { waited } => write!(
+                f,
+                "other volumes' keys have been derived for {} s, and one at a time is allowed (each may take all of the pod's memory); this \
+                 call may be repeated",
+                waited.as_secs()
+            ),
             Self::Outside { real } => write!(f, "the path leads to {}, outside the kubelet folder (--kubelet-dir)", real.display()),
             Self::NoDisk { waited, why } => write!(f, "the disk did not appear within {} s: {why}", waited.as_secs()),
             Self::StaysOffline { disk } => write!(f, "{disk} stays offline though it was set running: detach and attach the volume"),
@@ -135,7 +171,24 @@ macro_rules! from {
         fn from(from: $from) -> Self { Self::$variant(from) }
     })* };
 }
-from! { plan::Refusal => Refused, identity::Refusal => Disk, sys::Error => Sys, mount::Refused => Mount, probe::Error => Probe }
+from! {
+    plan::Refusal => Refused, identity::Refusal => Disk, sys::Error => Sys, mount::Refused => Mount, probe::Error => Probe,
+    dm::Refused => Mapping, dm::Missing => NoCrypt,
+}
+
+impl From<luks::Error> for Cause {
+    fn from(from: luks::Error) -> Self {
+        let sentence = from.to_string();
+        match from {
+            luks::Error::WrongPassphrase { .. } => Self::WrongPassphrase(sentence),
+            luks::Error::KeyslotMemory { .. } | luks::Error::Allocation { .. } => Self::KeyslotMemory(sentence),
+            luks::Error::Read { .. } => Self::LuksRead(sentence),
+            luks::Error::Range { .. } => Self::Geometry(sentence),
+            luks::Error::DeviceTooSmall { .. } => Self::TooSmall(sentence),
+            _ => Self::Luks(sentence),
+        }
+    }
+}
 
 /// Remembers the step for an error on the way out.
 pub(crate) trait AtStep<T> {

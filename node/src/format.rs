@@ -7,6 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use disk::{Format, Write, ext4, xfs};
 
 use crate::error::Cause;
+use crate::kill;
 use crate::probe;
 use crate::request::{Filesystem, FormatOptions, Volume};
 use crate::sys::block::Device;
@@ -35,6 +36,25 @@ impl Stop {
 
     fn is_requested(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The UUID of a LUKS header that we make, as the header has it.
+#[must_use]
+pub fn luks_uuid(volume: &Volume) -> String {
+    let digits: String = volume.handle.uuid("luks").iter().map(|byte| format!("{byte:02x}")).collect();
+    let parts = [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)].map(|(from, to)| digits.get(from..to).unwrap_or_default());
+    parts.join("-")
+}
+
+/// Whether such a filesystem fits a device of that size, before anything is written to what will be below it.
+///
+/// # Errors
+/// The options do not fit.
+pub fn check(size_bytes: u64, volume: &Volume, options: FormatOptions, topology: &Topology) -> Result<(), Cause> {
+    match options.filesystem {
+        Filesystem::Ext4 => ext4_plan(size_bytes, volume, options, topology, Ground::Unknown, 0).map(drop),
+        Filesystem::Xfs => xfs_plan(size_bytes, volume, options, topology, Ground::Unknown, 0).map(drop),
     }
 }
 
@@ -132,9 +152,10 @@ pub struct Written {
 ///
 /// # Errors
 /// A write failed, or the process is about to end.
-pub fn execute(device: &Device, writes: impl Iterator<Item = Write>, stop: &Stop) -> Result<Written, Cause> {
+pub fn execute(device: &Device, writes: impl IntoIterator<Item = Write>, stop: &Stop) -> Result<Written, Cause> {
     let mut written = Written::default();
     for write in writes {
+        let is_flush = matches!(write, Write::Flush);
         match write {
             Write::Data { offset, bytes } => {
                 device.write_at(offset, &bytes)?;
@@ -147,6 +168,7 @@ pub fn execute(device: &Device, writes: impl Iterator<Item = Write>, stop: &Stop
             }
             Write::Flush => device.flush()?,
         }
+        kill::wrote(is_flush);
     }
     Ok(written)
 }

@@ -7,6 +7,7 @@ pub mod error;
 pub mod format;
 pub mod identity;
 pub mod info;
+pub mod kill;
 pub mod metrics;
 pub mod plan;
 pub mod probe;

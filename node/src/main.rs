@@ -1,6 +1,6 @@
 //! Flags and environment → configuration → serve. The only exit.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,8 @@ use node::registration::{self, Kubelet, Standing};
 use node::request::Folders;
 use node::run::Node;
 use node::service::Service;
+use node::sys::confine::confine;
+use node::sys::kernel;
 use proto::csi::node_server::NodeServer;
 use proto::flags::Flag;
 use proto::health::{self, Pages};
@@ -147,7 +149,11 @@ fn run(args: Args) -> Result<(), String> {
         max_volumes: args.max_volume_attachments,
         labels: args.labels_file,
     };
+    // Before the confinement, which allows no socket but unix ones.
     let pages = args.metrics_address.as_deref().map(health::listen).transpose()?;
+    for wrong in confine().into_iter().chain(kernel::missing(Path::new("/proc"), node.sysfs())) {
+        proto::warn!("{wrong}");
+    }
     if args.kubeconfig.is_some() || args.master.is_some() {
         proto::info!("--kubeconfig and --master are not used by this version");
     }

@@ -1,8 +1,9 @@
 //! Decides the next step, from the request and what is seen now.
 //!
 //! Pure: no I/O, no clock. Called again after every step, so a crash is only a pause and a repeated call only a look.
-//! Invariant: a step that destroys data comes only from a surface read as `Blank` or as our own `Unfinished` format, and
-//! only where the volume may be formatted at all.
+//! Invariants: a step that destroys data comes only from a surface read as `Blank` or as our own `Unfinished` format, and
+//! only where the volume may be formatted at all. An encrypted volume is never written in plain: what is in it is looked
+//! for, made and mounted inside its mapping only.
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
@@ -38,7 +39,23 @@ pub enum Disk {
     },
 }
 
-/// What is on the disk.
+/// What dm-crypt has over the volume's disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mapping {
+    /// Nothing.
+    None,
+    /// The open volume: its table is what its LUKS header says.
+    Open {
+        /// The disk is larger than it.
+        short: bool,
+    },
+    /// Ours, and nothing can be in it: it was cut short before it had a table, or its disk is gone.
+    Leftover,
+    /// Anything else; what.
+    Strange(String),
+}
+
+/// What is on the disk, or inside its mapping.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Surface {
     /// Not looked at.
@@ -51,6 +68,8 @@ pub enum Surface {
     Ext(String),
     /// An xfs.
     Xfs,
+    /// A LUKS header.
+    Luks,
     /// Anything else; what.
     Other(String),
 }
@@ -72,7 +91,10 @@ pub enum Growth {
 pub struct StageSeen {
     pub mount: Mount,
     pub disk: Disk,
+    pub mapping: Mapping,
     pub surface: Surface,
+    /// Of the mapping.
+    pub inside: Surface,
     pub growth: Growth,
 }
 
@@ -85,7 +107,20 @@ pub enum StageStep {
     SetRunning,
     /// Read what is on it.
     Probe,
-    /// Destroys what is on it. `unfinished`: something of ours is already there, so nothing reads as zeros for sure.
+    /// Destroys what is on the disk: makes it a LUKS volume.
+    Encrypt {
+        #[allow(missing_docs, reason = "as for MakeFilesystem")]
+        unfinished: bool,
+    },
+    /// Make the mapping.
+    Open,
+    /// Take away a mapping that holds nothing.
+    CloseLeftover,
+    /// Let the mapping have all of the disk.
+    GrowMapping,
+    /// Read what is inside the mapping.
+    ProbeInside,
+    /// Destroys what is on the disk, or inside its mapping where the volume is encrypted. `unfinished`: something of ours is already there, so nothing reads as zeros for sure.
     MakeFilesystem {
         #[allow(missing_docs, reason = "the volume's mkfs options")]
         options: FormatOptions,
@@ -123,8 +158,10 @@ pub enum Target {
 pub enum Source {
     /// What is mounted at the staging path.
     Staged(Mount),
-    /// The disk itself.
+    /// The disk itself, or the mapping over it.
     Device(Disk),
+    /// A disk that this driver encrypted, and no mapping over it.
+    NotOpen,
 }
 
 /// For publish.
@@ -171,6 +208,8 @@ pub enum UnpublishStep {
 pub struct UnstageSeen {
     /// What is mounted at the staging path.
     pub mount: Mount,
+    /// A mapping of this volume is there.
+    pub mapped: bool,
     /// A filesystem on the disk is still in use, in this mount namespace or another: it must not be detached.
     pub held: bool,
     /// The staging path is an empty folder.
@@ -182,6 +221,8 @@ pub struct UnstageSeen {
 pub enum UnstageStep {
     /// Take the newest mount away.
     Unmount,
+    /// Take the mapping away, once nobody uses it.
+    Close,
     /// Wait until nobody holds the disk.
     AwaitRelease,
     /// Remove the empty folder.
@@ -206,6 +247,8 @@ pub struct ExpandSeen {
     pub shown: Shown,
     /// The disk's size as the kernel knows it.
     pub size_bytes: u64,
+    /// There is a mapping, and the disk is larger than it.
+    pub short: bool,
 }
 
 /// Expand's deeds.
@@ -216,6 +259,8 @@ pub enum ExpandStep {
         #[allow(missing_docs, reason = "the size to wait for")]
         required_bytes: u64,
     },
+    /// Let the mapping have all of the disk.
+    GrowMapping,
     /// Grow the filesystem to the disk.
     Grow,
 }
@@ -231,6 +276,10 @@ pub enum Refusal {
     NeverFormat { why: String },
     NeverFinish { why: String },
     ReadOnlyBlank,
+    NoPassphrase,
+    InPlain { what: String },
+    StrangeMapping { what: String },
+    NotOpen,
     NotStaged,
     TargetTaken { what: String },
     OtherMode { read_only: bool },
@@ -255,6 +304,20 @@ impl fmt::Display for Refusal {
                 write!(f, "the disk holds a format of this volume that was cut short, and this node will not finish it: {why}")
             }
             Self::ReadOnlyBlank => f.write_str("the disk holds nothing and refuses writes, so it cannot be formatted"),
+            Self::NoPassphrase => write!(
+                f,
+                "the volume is encrypted with LUKS, and no secret carries {}: give the class (or the PV) \
+                 csi.storage.k8s.io/node-stage-secret-name and -namespace; nothing was touched",
+                proto::secrets::PASSPHRASE
+            ),
+            Self::InPlain { what } => write!(
+                f,
+                "a secret carries {}, and the volume is not encrypted: {what} is on the disk itself; nothing was touched; use a class without \
+                 node-stage-secret for it",
+                proto::secrets::PASSPHRASE
+            ),
+            Self::StrangeMapping { what } => write!(f, "the disk is in use by device-mapper: {what}; nothing was touched"),
+            Self::NotOpen => f.write_str("the volume is encrypted and not open on this node: it has to be staged first"),
             Self::NotStaged => f.write_str("the volume is not staged at staging_target_path"),
             Self::TargetTaken { what } => write!(f, "target_path is taken: {what}; nothing was touched"),
             Self::OtherMode { read_only } => write!(
@@ -293,28 +356,87 @@ pub fn next_stage_step(want: &StageRequest, seen: &StageSeen) -> Result<Option<S
         (Mount::None | Mount::Ours, Disk::Offline, Access::Filesystem(_)) | (Mount::None, Disk::Offline, Access::Block) => {
             Ok(Some(StageStep::SetRunning))
         }
-        (Mount::None, Disk::Ready { .. }, Access::Block) => Ok(None),
-        (Mount::Ours, Disk::Ready { .. }, Access::Filesystem(_)) => Ok(match seen.growth {
-            Growth::Room => Some(StageStep::Grow),
-            Growth::Full | Growth::Tried => None,
-        }),
-        (Mount::None, Disk::Ready { read_only }, Access::Filesystem(_)) => from_surface(want, &seen.surface, *read_only).map(Some),
+        (Mount::Ours, Disk::Ready { .. }, Access::Filesystem(_)) => mounted(want, seen),
+        (Mount::None, Disk::Ready { read_only }, Access::Filesystem(_) | Access::Block) => match &want.encryption {
+            None => plain(want, seen, *read_only),
+            Some(_) => encrypted(want, seen, *read_only),
+        },
     }
 }
 
-/// Towards a mount, by what is on the disk. The only place from which [`StageStep::MakeFilesystem`] comes.
-fn from_surface(want: &StageRequest, surface: &Surface, read_only: bool) -> Result<StageStep, Refusal> {
-    match (surface, &want.format, read_only) {
-        (Surface::Unread, Format::May(_) | Format::Never(_), _) => Ok(StageStep::Probe),
-        (Surface::Ext(_), Format::May(_) | Format::Never(_), _) => Ok(StageStep::Mount(Filesystem::Ext4)),
+/// What is left to do for a volume that is mounted.
+fn mounted(want: &StageRequest, seen: &StageSeen) -> Result<Option<StageStep>, Refusal> {
+    match (&want.encryption, &seen.mapping) {
+        (None, Mapping::None) | (Some(_), Mapping::Open { short: false }) => Ok(match seen.growth {
+            Growth::Room => Some(StageStep::Grow),
+            Growth::Full | Growth::Tried => None,
+        }),
+        (Some(_), Mapping::Open { short: true }) => Ok(Some(StageStep::GrowMapping)),
+        (None, Mapping::Open { .. } | Mapping::Leftover | Mapping::Strange(_)) => Err(Refusal::NoPassphrase),
+        (Some(_), Mapping::None) => Err(Refusal::InPlain { what: "the filesystem that is mounted".into() }),
+        (Some(_), Mapping::Leftover) => Err(Refusal::StrangeMapping { what: "the mapping that is mounted has lost its table".into() }),
+        (Some(_), Mapping::Strange(what)) => Err(Refusal::StrangeMapping { what: what.clone() }),
+    }
+}
+
+/// Towards a mount of what is on the disk itself.
+fn plain(want: &StageRequest, seen: &StageSeen, read_only: bool) -> Result<Option<StageStep>, Refusal> {
+    match (&seen.mapping, &want.access, &seen.surface) {
+        (Mapping::Open { .. } | Mapping::Leftover | Mapping::Strange(_), _, _) | (Mapping::None, _, Surface::Luks) => {
+            Err(Refusal::NoPassphrase)
+        }
+        (Mapping::None, Access::Block, _) => Ok(None),
+        (Mapping::None, Access::Filesystem(_), surface) => from_surface(want, surface, StageStep::Probe, read_only).map(Some),
+    }
+}
+
+/// Towards a mapping, and a mount of what is in it. The only place from which [`StageStep::Encrypt`] comes.
+fn encrypted(want: &StageRequest, seen: &StageSeen, read_only: bool) -> Result<Option<StageStep>, Refusal> {
+    match (&seen.mapping, &want.access) {
+        (Mapping::Strange(what), _) => Err(Refusal::StrangeMapping { what: what.clone() }),
+        (Mapping::Leftover, _) => Ok(Some(StageStep::CloseLeftover)),
+        (Mapping::Open { short: true }, _) => Ok(Some(StageStep::GrowMapping)),
+        (Mapping::Open { short: false }, Access::Block) => Ok(None),
+        (Mapping::Open { short: false }, Access::Filesystem(_)) => {
+            from_surface(want, &seen.inside, StageStep::ProbeInside, read_only).map(Some)
+        }
+        (Mapping::None, _) => match (&seen.surface, &want.format) {
+            (Surface::Unread, _) => Ok(Some(StageStep::Probe)),
+            (Surface::Luks, _) => Ok(Some(StageStep::Open)),
+            (Surface::Ext(what), _) => Err(Refusal::InPlain { what: what.clone() }),
+            (Surface::Xfs, _) => Err(Refusal::InPlain { what: "xfs".into() }),
+            (Surface::Other(what), _) => Err(Refusal::HoldsOther { what: what.clone() }),
+            (Surface::Blank | Surface::Unfinished, format) => {
+                may_format(format, &seen.surface, read_only)?;
+                Ok(Some(StageStep::Encrypt { unfinished: seen.surface == Surface::Unfinished }))
+            }
+        },
+    }
+}
+
+/// Whether a blank or unfinished surface may be made into something, and into what.
+fn may_format<'a>(format: &'a Format, surface: &Surface, read_only: bool) -> Result<&'a FormatOptions, Refusal> {
+    match (format, read_only) {
+        (Format::Never(why), _) if *surface == Surface::Unfinished => Err(Refusal::NeverFinish { why: why.clone() }),
+        (Format::Never(why), _) => Err(Refusal::NeverFormat { why: why.clone() }),
+        (Format::May(_), true) => Err(Refusal::ReadOnlyBlank),
+        (Format::May(options), false) => Ok(options),
+    }
+}
+
+/// Towards a mount, by what is on the disk or inside its mapping. The only place from which [`StageStep::MakeFilesystem`] comes.
+fn from_surface(want: &StageRequest, surface: &Surface, probe: StageStep, read_only: bool) -> Result<StageStep, Refusal> {
+    match surface {
+        Surface::Unread => Ok(probe),
+        Surface::Ext(_) => Ok(StageStep::Mount(Filesystem::Ext4)),
         // What is there is mounted, whatever was asked for: a volume is never formatted for being of another kind.
-        (Surface::Xfs, Format::May(_) | Format::Never(_), _) => Ok(StageStep::Mount(Filesystem::Xfs)),
-        (Surface::Other(what), Format::May(_) | Format::Never(_), _) => Err(Refusal::HoldsOther { what: what.clone() }),
-        (Surface::Blank, Format::Never(why), _) => Err(Refusal::NeverFormat { why: why.clone() }),
-        (Surface::Unfinished, Format::Never(why), _) => Err(Refusal::NeverFinish { why: why.clone() }),
-        (Surface::Blank | Surface::Unfinished, Format::May(_), true) => Err(Refusal::ReadOnlyBlank),
-        (Surface::Blank, Format::May(options), false) => Ok(StageStep::MakeFilesystem { options: *options, unfinished: false }),
-        (Surface::Unfinished, Format::May(options), false) => Ok(StageStep::MakeFilesystem { options: *options, unfinished: true }),
+        Surface::Xfs => Ok(StageStep::Mount(Filesystem::Xfs)),
+        Surface::Luks => Err(Refusal::HoldsOther { what: "a LUKS volume inside the LUKS volume".into() }),
+        Surface::Other(what) => Err(Refusal::HoldsOther { what: what.clone() }),
+        Surface::Blank | Surface::Unfinished => {
+            let options = *may_format(&want.format, surface, read_only)?;
+            Ok(StageStep::MakeFilesystem { options, unfinished: *surface == Surface::Unfinished })
+        }
     }
 }
 
@@ -323,12 +445,12 @@ fn from_surface(want: &StageRequest, surface: &Surface, read_only: bool) -> Resu
 /// # Errors
 /// The path shows something that is not this volume.
 pub fn next_unstage_step(seen: &UnstageSeen) -> Result<Option<UnstageStep>, Refusal> {
-    match (&seen.mount, seen.held, seen.empty_folder) {
-        (Mount::Stranger(what), _, _) => Err(Refusal::OtherMount { what: what.clone() }),
-        (Mount::Ours | Mount::Gone, _, _) => Ok(Some(UnstageStep::Unmount)),
-        (Mount::None, true, _) => Ok(Some(UnstageStep::AwaitRelease)),
-        (Mount::None, false, true) => Ok(Some(UnstageStep::RemoveFolder)),
-        (Mount::None, false, false) => Ok(None),
+    match &seen.mount {
+        Mount::Stranger(what) => Err(Refusal::OtherMount { what: what.clone() }),
+        Mount::Ours | Mount::Gone => Ok(Some(UnstageStep::Unmount)),
+        Mount::None if seen.mapped => Ok(Some(UnstageStep::Close)),
+        Mount::None if seen.held => Ok(Some(UnstageStep::AwaitRelease)),
+        Mount::None => Ok(seen.empty_folder.then_some(UnstageStep::RemoveFolder)),
     }
 }
 
@@ -351,6 +473,7 @@ pub fn next_publish_step(want: &PublishRequest, seen: &PublishSeen) -> Result<Op
         Source::Staged(Mount::None) => return Err(Refusal::NotStaged),
         Source::Staged(Mount::Gone) => return Err(Refusal::DiskGone),
         Source::Staged(Mount::Stranger(what)) => return Err(Refusal::OtherMount { what: what.clone() }),
+        Source::NotOpen => return Err(Refusal::NotOpen),
         Source::Device(Disk::NotYet) => return Ok(Some(PublishStep::FindDisk)),
         Source::Device(Disk::Offline) => return Ok(Some(PublishStep::SetRunning)),
         Source::Staged(Mount::Ours) | Source::Device(Disk::Ready { .. }) => (),
@@ -387,6 +510,7 @@ pub fn next_expand_step(want: &ExpandRequest, seen: &ExpandSeen) -> Result<Optio
     match (&seen.shown, want.required_bytes.filter(|required| *required > seen.size_bytes)) {
         (Shown::NotOurs(what), _) => Err(Refusal::NotPublishedHere { what: what.clone() }),
         (Shown::Filesystem(_) | Shown::Device, Some(required_bytes)) => Ok(Some(ExpandStep::AwaitSize { required_bytes })),
+        (Shown::Filesystem(_) | Shown::Device, None) if seen.short => Ok(Some(ExpandStep::GrowMapping)),
         (Shown::Filesystem(Growth::Room), None) => Ok(Some(ExpandStep::Grow)),
         (Shown::Filesystem(Growth::Full | Growth::Tried) | Shown::Device, None) => Ok(None),
     }

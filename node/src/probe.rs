@@ -4,12 +4,14 @@
 //! an absence. It reads 3 to 4 MiB at most, plus one block per place where a backup superblock would be.
 
 use std::fmt;
+use std::ops::Range;
 
 use disk::ext4::superblock::{self, NotAsuperblock, Superblock};
 use disk::mark::{Mark, Marked, SECTOR_BYTES};
 use disk::{ext4, xfs};
 use rustix::io::Errno;
 
+use crate::format;
 use crate::plan::Surface;
 use crate::request::{Volume, Zeroed};
 use crate::sys;
@@ -20,6 +22,12 @@ use crate::sys::block::Device;
 const EDGE_BYTES: u64 = 1 << 20;
 /// Zero in front of a new volume on recycled storage: Proxmox wipes so much of a thick LV.
 const RECYCLED_EDGE_BYTES: u64 = 4 << 10;
+/// libblkid looks for superblocks up to 2 MiB and a little from the start (vmfs)…
+const LOOKED_AT_FRONT_BYTES: u64 = (2 << 20) + (64 << 10);
+/// … and up to 3087 sectors of 512 bytes before the end (promise_fasttrack).
+const LOOKED_AT_END_BYTES: u64 = 2 << 20;
+/// First bytes of a LUKS header, version 1 or 2.
+const LUKS_MAGIC: &[u8] = b"LUKS\xba\xbe";
 /// One read.
 const CHUNK_BYTES: u64 = 128 << 10;
 /// Where an ext superblock has its UUID (docs/formats.md).
@@ -58,6 +66,11 @@ pub fn probe(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface
     }
     let size_bytes = device.size_bytes()?;
     match blkid::probe(std::os::fd::AsFd::as_fd(device), device.path(), size_bytes)? {
+        Found::Signature(signature) if is_luks(&signature) => {
+            if let Some(surface) = luks(device, &signature, size_bytes, volume, zeroed)? {
+                return Ok(surface);
+            }
+        }
         Found::Signature(signature) => return recognised(device, &signature),
         Found::Ambivalent(signatures) => {
             let all: Vec<String> = signatures.iter().map(ToString::to_string).collect();
@@ -86,6 +99,56 @@ fn recognised(device: &Device, signature: &Signature) -> Result<Surface, Error> 
         (Usage::Filesystem, "xfs") if !signature.is_checksum_bad => xfs_by_superblock(device),
         _ => Ok(Surface::Other(signature.to_string())),
     }
+}
+
+fn is_luks(signature: &Signature) -> bool {
+    (signature.usage, signature.kind.as_str()) == (Usage::Crypto, "crypto_LUKS")
+}
+
+/// A LUKS header, or its second copy alone; `None`: that copy is what a former volume left behind.
+///
+/// The second copy stands behind the first 4 KiB, which is all that recycled storage wipes. It would open with the same
+/// secret, and show a former volume's data: such a copy counts only where it is this volume's own, or cannot be a leftover.
+fn luks(device: &Device, signature: &Signature, size_bytes: u64, volume: &Volume, zeroed: Zeroed) -> Result<Option<Surface>, Error> {
+    let mut magic = [0; LUKS_MAGIC.len()];
+    device.read_at(0, &mut magic)?;
+    let is_own = signature.uuid.as_deref() == Some(&format::luks_uuid(volume));
+    if magic == LUKS_MAGIC || is_own {
+        return Ok(Some(Surface::Luks));
+    }
+    let read = |offset: u64, buffer: &mut [u8]| device.read_at(offset, buffer);
+    let is_front_wiped = first_nonzero(&read, 0, RECYCLED_EDGE_BYTES.min(size_bytes))?.is_none();
+    Ok(match (is_front_wiped, zeroed) {
+        (false, _) | (true, Zeroed::Yes) => Some(Surface::Luks),
+        (true, Zeroed::No) => None,
+        (true, Zeroed::Unknown) => Some(Surface::Other(format!(
+            "the second copy of a LUKS header whose first is wiped ({signature}), perhaps a former volume's: if it is this volume's, restore it with \
+             `cryptsetup repair`; else wipe the disk"
+        ))),
+    })
+}
+
+/// Whether the disk begins with a LUKS header that this driver made for this very volume.
+///
+/// # Errors
+/// It cannot be read.
+pub fn holds_own_luks(device: &Device, volume: &Volume) -> Result<bool, sys::Error> {
+    const UUID_AT: usize = 168;
+    let own = format::luks_uuid(volume);
+    let mut start = [0; SECTOR_BYTES];
+    device.read_at(0, &mut start)?;
+    let uuid = start.get(UUID_AT..).unwrap_or_default();
+    Ok(start.starts_with(LUKS_MAGIC) && uuid.starts_with(own.as_bytes()) && uuid.get(own.len()) == Some(&0))
+}
+
+/// What a probe of a device of this size looks at: the inside of a new LUKS volume is made to read as zeros there, where it
+/// would be noise otherwise, in which a magic of two bytes stands now and then.
+#[must_use]
+pub fn looked_at(size_bytes: u64) -> Vec<Range<u64>> {
+    let mut ranges = vec![0..LOOKED_AT_FRONT_BYTES.min(size_bytes), size_bytes.saturating_sub(LOOKED_AT_END_BYTES)..size_bytes];
+    ranges.extend(ext4::backup_offsets(size_bytes).into_iter().map(|offset| offset..offset + superblock::BYTES as u64));
+    ranges.extend(xfs::backup_offsets(size_bytes).into_iter().map(|offset| offset..offset + xfs::superblock::BYTES as u64));
+    ranges
 }
 
 /// libblkid looks at the magic and some sizes only; our reader knows more.

@@ -22,6 +22,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const REFUSED_PAUSE: Duration = Duration::from_secs(15);
 /// For the answer to kubelet that is under way.
 const DRAIN: Duration = Duration::from_secs(2);
+/// Begins the standing between the offer and kubelet's answer.
+const OFFERED: &str = "offered to kubelet";
 /// kubelet's word for what we are.
 const CSI_PLUGIN: &str = "CSIPlugin";
 /// CSI's, of which kubelet wants the first number to be 1; the registrar says the same.
@@ -50,6 +52,8 @@ impl Standing {
         if *standing != now {
             match &now {
                 Ok(()) => proto::info!("ready"),
+                // The way of every start.
+                Err(why) if why.starts_with(OFFERED) => proto::info!("{why}"),
                 Err(why) => proto::warn!("not ready: {why}"),
             }
             *standing = now;
@@ -114,7 +118,7 @@ async fn offer(kubelet: &Kubelet, standing: &Standing, mut stop: watch::Receiver
             return LOOK_EVERY;
         }
     };
-    standing.set(Err(format!("offered to kubelet at {}; kubelet has not answered yet", path.display())));
+    standing.set(Err(format!("{OFFERED} at {}; kubelet has not answered yet", path.display())));
     let place = socket.place();
     let refused = Arc::new(Notify::new());
     let plugin = Plugin { endpoint: kubelet.csi_socket.display().to_string(), standing: standing.clone(), refused: Arc::clone(&refused) };

@@ -4,6 +4,8 @@
 //! are judged before the publish context (csi-sanity asks for that). Unknown keys of either context are passed over, and
 //! legacy values taken: the volume exists, and may be older than we.
 
+mod encryption;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -12,15 +14,15 @@ use proto::csi::volume_capability::access_mode::Mode;
 use proto::csi::volume_capability::{AccessType, MountVolume};
 use proto::csi::{self, VolumeCapability};
 use proto::handle::HandleError;
-use proto::{VolumeHandle, publish_context, volume_context};
+use proto::{VolumeHandle, publish_context, secrets, volume_context};
 
 use crate::identity::{self, Want};
 use crate::sys::mount;
 
+pub use encryption::{Encryption, Passphrases};
+
 /// What this node mounts.
 const MOUNTED: [&str; 4] = ["ext2", "ext3", "ext4", "xfs"];
-/// The stage secret that makes a volume an encrypted one (reference driver, §3.4): its key, never its value.
-const ENCRYPTION_PASSPHRASE: &str = "encryption-passphrase";
 
 /// A volume: its handle, and the serial that its drive carries.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,6 +115,8 @@ pub struct StageRequest {
     /// The filesystem that is asked for; `None`: nothing is said, or a raw block device.
     pub fstype: Option<&'static str>,
     pub disk: Want,
+    /// `None`: the volume is a plain one.
+    pub encryption: Option<Encryption>,
     pub format: Format,
     pub zeroed: Zeroed,
     /// The volume was made larger than its source: a filesystem that cannot be grown is a failure.
@@ -197,8 +201,10 @@ pub enum Refusal {
         given: i32,
     },
     NoAccessType,
+    EmptyPassphrase,
+    OnlyPreviousPassphrase,
     /// An encrypted volume must not be put on its disk in plain.
-    Encrypted,
+    NoPassphrase,
     Filesystem {
         given: String,
     },
@@ -231,10 +237,18 @@ impl fmt::Display for Refusal {
                 write!(f, "access mode {name} ({given}) is not supported: a Proxmox disk is for one node (SINGLE_NODE_…)")
             }
             Self::NoAccessType => write!(f, "volume_capability has neither mount nor block"),
-            Self::Encrypted => write!(
+            Self::EmptyPassphrase => write!(f, "the secret {} is empty: an encrypted volume needs a passphrase", secrets::PASSPHRASE),
+            Self::OnlyPreviousPassphrase => write!(
                 f,
-                "secrets carry {ENCRYPTION_PASSPHRASE}: this is an encrypted volume, and this version does not encrypt; \
-                 nothing was written; use a StorageClass without node-stage-secret for now"
+                "the secret has {} without {}: the new passphrase goes under the second name",
+                secrets::PASSPHRASE_PREVIOUS,
+                secrets::PASSPHRASE
+            ),
+            Self::NoPassphrase => write!(
+                f,
+                "the StorageClass speaks of LUKS and no secret carries {}: nothing is written in plain; give the class (or the PV) \
+                 csi.storage.k8s.io/node-stage-secret-name and -namespace",
+                secrets::PASSPHRASE
             ),
             Self::Filesystem { given } => {
                 write!(f, "fs_type {given:?} is not supported: this node makes ext4 and xfs, and mounts ext2 and ext3 too")
@@ -316,9 +330,11 @@ fn volume(given: &str) -> Result<Volume, Refusal> {
 }
 
 impl StageRequest {
+    /// `passphrases`: what the request's secrets held, taken out of it before.
+    ///
     /// # Errors
     /// The first thing that is wrong with it.
-    pub fn new(given: &csi::NodeStageVolumeRequest, folders: &Folders) -> Result<Self, Refusal> {
+    pub fn new(given: &csi::NodeStageVolumeRequest, passphrases: Option<&Passphrases>, folders: &Folders) -> Result<Self, Refusal> {
         let id = present("volume_id", &given.volume_id)?;
         let staging = present("staging_target_path", &given.staging_target_path)?;
         let capability = given.volume_capability.as_ref().ok_or(Refusal::Missing { field: "volume_capability" })?;
@@ -327,16 +343,23 @@ impl StageRequest {
         mode(capability)?;
         let access = access(capability, &given.volume_context)?;
         let fstype = fstype(capability)?;
-        // As a filesystem and as a raw block device: the reference driver wrote the latter in plain.
-        if given.secrets.contains_key(ENCRYPTION_PASSPHRASE) {
-            return Err(Refusal::Encrypted);
+        if passphrases.is_none() && encryption::is_asked_for(&given.volume_context) {
+            return Err(Refusal::NoPassphrase);
         }
         let disk = disk(&volume, &given.publish_context)?;
         let grow_required = is_true(&given.publish_context, publish_context::RESIZE_REQUIRED)
             || is_true(&given.volume_context, volume_context::RESIZE_REQUIRED);
         let zeroed = zeroed(&given.publish_context)?;
-        let format = format(&given.volume_context, grow_required, fstype);
-        Ok(Self { volume, staging, access, fstype, disk, format, zeroed, grow_required })
+        let mut format = format(&given.volume_context, grow_required, fstype);
+        let mut encryption = None;
+        if passphrases.is_some() {
+            let (options, wrong) = encryption::options(&given.volume_context);
+            if let (Format::May(_), Some(why)) = (&format, wrong) {
+                format = Format::Never(why);
+            }
+            encryption = Some(options);
+        }
+        Ok(Self { volume, staging, access, fstype, disk, encryption, format, zeroed, grow_required })
     }
 }
 

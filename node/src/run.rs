@@ -2,8 +2,10 @@
 //!
 //! Everything here blocks and runs on a thread of its own (`service.rs`); a caller that goes away stops nothing half-way.
 
+mod encrypt;
 mod expand;
 mod look;
+mod mapping;
 mod publish;
 mod stage;
 
@@ -21,10 +23,8 @@ use crate::sys::block::{Access, Device};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, mountinfo};
 
-pub use stage::kill_point;
-
-/// More steps than the longest honest way through any plan (8, see plan/tests.rs), with stacked mounts to take away.
-const MAX_TURNS: usize = 16;
+/// More steps than the longest honest way through any plan (13, see plan/tests.rs), with stacked mounts to take away.
+const MAX_TURNS: usize = 20;
 /// kubelet waits two minutes for a node call; a sentence from us within them is better than its "deadline exceeded".
 /// QEMU's hot-plug is seen in the guest after 26 to 450 ms (measured with QEMU 7.2 and 10.0).
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
@@ -52,8 +52,11 @@ pub struct Node {
     sysfs: PathBuf,
     mountinfo: PathBuf,
     devices: PathBuf,
+    proc: PathBuf,
     folders: Folders,
     workers: Slots,
+    /// One key derivation at a time.
+    kdf: Slots,
     /// One at a time; see `stage.rs`.
     legacy_mounts: Slots,
     stop: Stop,
@@ -76,8 +79,10 @@ impl Node {
             sysfs: "/sys".into(),
             mountinfo: "/proc/self/mountinfo".into(),
             devices: "/dev".into(),
+            proc: "/proc".into(),
             folders,
             workers: Slots::new(MAX_DISK_WORKERS),
+            kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
             stop: Stop::default(),
         }
@@ -110,9 +115,9 @@ impl Node {
         let shown = self.look_shown(&want.volume, &want.path).map_err(at("look"))?;
         match shown {
             look::ShownAt::Nothing(what) => Err(at("")(crate::plan::Refusal::NotPublishedHere { what }.into())),
-            look::ShownAt::Device(disk) => Ok(Usage { bytes: [disk.size_bytes, 0, 0], inodes: None }),
-            look::ShownAt::Filesystem(disk, _) => {
-                let seen = sys::mount::usage(&want.path, disk.dev).at("stats", &want.volume, "statfs")?;
+            look::ShownAt::Device(medium) => Ok(Usage { bytes: [medium.size_bytes(), 0, 0], inodes: None }),
+            look::ShownAt::Filesystem(medium, _) => {
+                let seen = sys::mount::usage(&want.path, medium.dev()).at("stats", &want.volume, "statfs")?;
                 let bytes = |blocks: u64| blocks.saturating_mul(seen.f_frsize);
                 Ok(Usage {
                     bytes: [bytes(seen.f_blocks), bytes(seen.f_blocks.saturating_sub(seen.f_bfree)), bytes(seen.f_bavail)],
@@ -182,9 +187,14 @@ impl Node {
         mountinfo::read(&self.mountinfo)
     }
 
-    /// What is mounted from where, in kubelet's folders or elsewhere.
-    fn mounted_devices(&self) -> Result<Vec<(sys::Dev, PathBuf)>, sys::Error> {
-        Ok(self.mounts()?.into_iter().map(|mount| (mount.dev, mount.point)).collect())
+    /// What is mounted from where, in kubelet's folders or elsewhere. For a mapping the disk below it.
+    fn mounted_devices(&self) -> Result<Vec<(sys::Dev, PathBuf)>, Cause> {
+        self.mounts()?.into_iter().map(|mount| Ok((self.below(mount.dev)?, mount.point))).collect()
+    }
+
+    /// How much memory there is for a key derivation.
+    fn memory(&self) -> Result<sys::memory::Room, sys::Error> {
+        sys::memory::room(&self.proc, &self.sysfs.join("fs/cgroup"))
     }
 
     /// The path with the links in its folder resolved; `None`: its folder is not there. Never outside kubelet's folders.

@@ -13,7 +13,9 @@ use crate::error::{Cause, Error};
 use crate::info::{self, Configured};
 use crate::metrics;
 use crate::plan;
-use crate::request::{self, ExpandRequest, PublishRequest, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume};
+use crate::request::{
+    self, ExpandRequest, Passphrases, PublishRequest, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume,
+};
 use crate::run::{Node, Usage};
 
 /// The Node service.
@@ -54,10 +56,11 @@ impl csi::node_server::Node for Service {
         &self,
         request: Request<csi::NodeStageVolumeRequest>,
     ) -> Result<Response<csi::NodeStageVolumeResponse>, Status> {
-        let want = StageRequest::new(request.get_ref(), self.node.folders())
-            .map_err(|refusal| refused("stage", &request.get_ref().volume_id, &refusal))?;
-        drop(request); // Its secrets with it.
-        self.work(&want.volume.clone(), move |node| node.stage(&want)).await?;
+        let mut request = request.into_inner();
+        let passphrases = Passphrases::take(&mut request.secrets).map_err(|refusal| refused("stage", &request.volume_id, &refusal))?;
+        let want = StageRequest::new(&request, passphrases.as_ref(), self.node.folders())
+            .map_err(|refusal| refused("stage", &request.volume_id, &refusal))?;
+        self.work(&want.volume.clone(), move |node| node.stage(&want, passphrases.as_ref())).await?;
         Ok(Response::new(csi::NodeStageVolumeResponse {}))
     }
 
@@ -109,10 +112,10 @@ impl csi::node_server::Node for Service {
         &self,
         request: Request<csi::NodeExpandVolumeRequest>,
     ) -> Result<Response<csi::NodeExpandVolumeResponse>, Status> {
-        let want = ExpandRequest::new(request.get_ref(), self.node.folders())
-            .map_err(|refusal| refused("expand", &request.get_ref().volume_id, &refusal))?;
-        drop(request); // Its secrets with it.
-        let size_bytes = self.work(&want.volume.clone(), move |node| node.expand(&want)).await?;
+        let mut request = request.into_inner();
+        let passphrases = Passphrases::take(&mut request.secrets).map_err(|refusal| refused("expand", &request.volume_id, &refusal))?;
+        let want = ExpandRequest::new(&request, self.node.folders()).map_err(|refusal| refused("expand", &request.volume_id, &refusal))?;
+        let size_bytes = self.work(&want.volume.clone(), move |node| node.expand(&want, passphrases.as_ref())).await?;
         Ok(Response::new(csi::NodeExpandVolumeResponse { capacity_bytes: signed(size_bytes) }))
     }
 
@@ -173,8 +176,10 @@ fn refused(doing: &str, volume_id: &str, refusal: &request::Refusal) -> Status {
         | request::Refusal::Filesystem { .. }
         | request::Refusal::Context { .. }
         | request::Refusal::NoDiskNamed
+        | request::Refusal::EmptyPassphrase
+        | request::Refusal::OnlyPreviousPassphrase
+        | request::Refusal::NoPassphrase
         | request::Refusal::OtherSerial { .. } => Code::InvalidArgument,
-        request::Refusal::Encrypted => Code::FailedPrecondition,
         request::Refusal::NoSuchVolume(_) | request::Refusal::NotAPublishedPath { .. } => Code::NotFound,
         request::Refusal::Range { .. } => Code::OutOfRange,
     };
@@ -194,27 +199,44 @@ fn code(cause: &Cause) -> Code {
         Cause::Refused(refusal) => match refusal {
             plan::Refusal::NotPublishedHere { .. } => Code::NotFound,
             plan::Refusal::OtherMode { .. } | plan::Refusal::StagedAsFilesystem => Code::AlreadyExists,
+            plan::Refusal::NoPassphrase => Code::InvalidArgument,
             plan::Refusal::OtherMount { .. }
             | plan::Refusal::DiskGone
             | plan::Refusal::HoldsOther { .. }
             | plan::Refusal::NeverFormat { .. }
             | plan::Refusal::NeverFinish { .. }
             | plan::Refusal::ReadOnlyBlank
+            | plan::Refusal::InPlain { .. }
+            | plan::Refusal::StrangeMapping { .. }
+            | plan::Refusal::NotOpen
             | plan::Refusal::NotStaged
             | plan::Refusal::NoGrowing { .. }
             | plan::Refusal::TargetTaken { .. }
             | plan::Refusal::SecondTarget { .. } => Code::FailedPrecondition,
         },
-        Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } => Code::FailedPrecondition,
-        Cause::Outside { .. } | Cause::Geometry(_) => Code::InvalidArgument,
+        Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } | Cause::Luks(_) | Cause::NoCrypt(_) => {
+            Code::FailedPrecondition
+        }
+        // Nothing is under way: kubelet would take RESOURCE_EXHAUSTED for "perhaps done", and the same call cannot succeed
+        // before somebody has given the pod more memory.
+        Cause::KeyslotMemory(_) => Code::FailedPrecondition,
+        // Of NodeExpandVolume kubelet takes this for "never, with these arguments" and asks seldom from then on.
+        Cause::Outside { .. } | Cause::Geometry(_) | Cause::WrongPassphrase(_) | Cause::NoKey => Code::InvalidArgument,
         Cause::TooSmall(_) => Code::OutOfRange,
         Cause::Crowded { .. }
         | Cause::Stopped { .. }
+        | Cause::KdfBusy { .. }
         | Cause::NoDisk { .. }
         | Cause::SizeNotSeen { .. }
         | Cause::OtherDiskNow { .. }
         | Cause::StaysOffline { .. } => Code::Unavailable,
-        Cause::Sys(_) | Cause::Mount(_) | Cause::Probe(_) | Cause::NotGrown { .. } | Cause::NoEnd { .. } => Code::Internal,
+        Cause::Sys(_)
+        | Cause::Mapping(_)
+        | Cause::Mount(_)
+        | Cause::Probe(_)
+        | Cause::LuksRead(_)
+        | Cause::NotGrown { .. }
+        | Cause::NoEnd { .. } => Code::Internal,
     }
 }
 

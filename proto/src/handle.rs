@@ -68,6 +68,10 @@ impl FromStr for VolumeHandle {
         if [region, zone, storage].iter().any(|part| part.contains(':') || *part == "." || *part == "..") {
             return refuse("has a part that is no Proxmox name");
         }
+        // It begins the drive string, where `=` would make a key of it. These are all that Proxmox has (pve-storage-id).
+        if !storage.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+            return refuse("has a storage that is no Proxmox name");
+        }
         if disk.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
             return refuse("has a disk with an empty, '.' or '..' part");
         }
@@ -101,7 +105,9 @@ impl VolumeHandle {
         if !matches!(kind, "vm" | "base" | "subvol" | "basevol") || rest.is_none() {
             return None;
         }
-        vmid.parse().ok().filter(|vmid| (100..=999_999_999).contains(vmid))
+        // Digits only: `+100` would be read as a number too.
+        let is_plain = vmid.bytes().all(|byte| byte.is_ascii_digit()) && !vmid.starts_with('0');
+        vmid.parse().ok().filter(|vmid| is_plain && (100..=999_999_999).contains(vmid))
     }
 
     /// The serial that a drive of this volume carries: `csi-` and 16 hex digits (decision 2). 20 bytes: all QEMU takes.

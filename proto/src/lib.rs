@@ -72,6 +72,27 @@ pub mod volume_context {
     pub const INODE_SIZE: &str = "inodeSize";
     /// `1`: the class says SSD; the node adds `noatime`.
     pub const SSD: &str = "ssd";
+    /// `argon2id` (the default) or `pbkdf2`: how a new LUKS keyslot's key is derived from the passphrase.
+    pub const LUKS_KDF: &str = "luksKdf";
+    /// argon2id: MiB of memory, needed again at every open.
+    pub const LUKS_KDF_MEMORY: &str = "luksKdfMemory";
+    /// argon2id: passes over that memory.
+    pub const LUKS_KDF_TIME: &str = "luksKdfTime";
+    /// pbkdf2: rounds.
+    pub const LUKS_KDF_ITERATIONS: &str = "luksKdfIterations";
+    /// `true` or `1`: discards go through the encryption to the disk.
+    pub const LUKS_DISCARDS: &str = "luksDiscards";
+    /// All of them: a volume whose context has one is never taken for a plain one.
+    pub const LUKS_KEYS: &[&str] = &[LUKS_KDF, LUKS_KDF_MEMORY, LUKS_KDF_TIME, LUKS_KDF_ITERATIONS, LUKS_DISCARDS];
+}
+
+/// Keys of the secrets that make a volume an encrypted one; the first is the reference driver's. Their values are raw bytes,
+/// a newline at the end included.
+pub mod secrets {
+    /// What opens the volume, and what a new one is made with.
+    pub const PASSPHRASE: &str = "encryption-passphrase";
+    /// Ours: what opened it until now. Opens it too, and is replaced by the first.
+    pub const PASSPHRASE_PREVIOUS: &str = "encryption-passphrase-previous";
 }
 
 /// Slots of a VM that are ours: scsi0 is the system's.

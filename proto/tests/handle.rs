@@ -41,6 +41,8 @@ fn malformed_handles_are_refused_with_what_is_wrong() {
         ("region/zone/storage/x\ny", "character"),
         ("region/zone/storage/x%2fy", "character"),
         ("region/zone/sto:rage/x", "no Proxmox name"),
+        // Found by fuzzing: as a drive string that is `file=…` and a key `sto`.
+        ("region/zone/sto=rage/x", "storage that is no Proxmox name"),
         ("region/zone/storage/100", "make a new one"),
         ("region/zone/storage/0.5", "make a new one"),
         ("region/zone/storage/cloudinit", "make a new one"),
@@ -79,6 +81,8 @@ fn owners_are_read_from_names() {
         ("vm-9999", None),
         ("something", None),
         ("vm-x-y", None),
+        ("vm-+100-y", None),
+        ("vm-0100-y", None),
     ] {
         let handle: VolumeHandle = format!("r/z/s/{disk}").parse().unwrap();
         assert_eq!(handle.owner_vmid(), owner, "{disk}");

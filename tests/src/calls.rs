@@ -124,6 +124,8 @@ pub struct NodeVolume {
     pub publish_context: HashMap<String, String>,
     pub volume_context: HashMap<String, String>,
     pub capability: VolumeCapability,
+    /// Of stage and expand.
+    pub secrets: HashMap<String, String>,
     pub staging: String,
     pub target: String,
 }
@@ -137,6 +139,7 @@ impl NodeVolume {
             publish_context: publish,
             volume_context: volume,
             capability: mount_capability("ext4"),
+            secrets: HashMap::new(),
             staging: format!("/var/lib/kubelet/plugins/kubernetes.io/csi/{}/{name}/globalmount", proto::DRIVER_NAME),
             target: format!("/var/lib/kubelet/pods/{name}/volumes/kubernetes.io~csi/{name}/mount"),
         }
@@ -168,8 +171,8 @@ impl NodeVolume {
             publish_context: self.publish_context.clone(),
             staging_target_path: self.staging.clone(),
             volume_capability: Some(self.capability.clone()),
+            secrets: self.secrets.clone(),
             volume_context: self.volume_context.clone(),
-            ..Default::default()
         }
     }
 
@@ -216,7 +219,7 @@ impl NodeVolume {
             staging_target_path: self.staging.clone(),
             capacity_range: Some(csi::CapacityRange { required_bytes, limit_bytes: 0 }),
             volume_capability: Some(self.capability.clone()),
-            ..Default::default()
+            secrets: self.secrets.clone(),
         }
     }
 }

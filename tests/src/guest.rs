@@ -53,6 +53,20 @@ pub enum ScsiHardware {
     VirtioScsiPci,
 }
 
+/// What the guest's kernel has for encryption. All is loaded before anything else is started: there is no modprobe, as nothing is
+/// on Talos that could load a module for a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Profile {
+    /// As a Debian node, whose modules are at hand: dm-crypt, and AF_ALG, through which programs may use the kernel's ciphers.
+    #[default]
+    Debian,
+    /// As Talos' kernel (6.18's config-amd64): dm-crypt, ext4, xfs, AES-NI and XTS are there from the beginning, AF_ALG is not; no
+    /// udev (no guest has one). Its drives hang on virtio-scsi-single, as Proxmox makes them. Not Talos': the kernel itself.
+    Talos,
+    /// A node that lacks device-mapper.
+    WithoutEncryption,
+}
+
 #[derive(Debug, Clone)]
 pub struct GuestOptions {
     /// In messages and log names.
@@ -61,6 +75,7 @@ pub struct GuestOptions {
     pub scsi_hardware: ScsiHardware,
     /// Series of Debian's cloud kernel.
     pub kernel: String,
+    pub profile: Profile,
     /// Files to have in the guest: (path there, file here), all executable.
     pub files: Vec<(String, PathBuf)>,
     /// SMBIOS type 1 serial, where Proxmox's `smbios1` can carry the VMID.
@@ -71,7 +86,15 @@ impl Default for GuestOptions {
     fn default() -> Self {
         let kernel = std::env::var("PROXMOX_CSI_KERNEL").unwrap_or_else(|_| "6.1".into());
         let scsi_hardware = ScsiHardware::default();
-        Self { name: "guest".into(), memory_mib: 256, scsi_hardware, kernel, files: Vec::new(), smbios_serial: None }
+        Self {
+            name: "guest".into(),
+            memory_mib: 256,
+            scsi_hardware,
+            kernel,
+            profile: Profile::default(),
+            files: Vec::new(),
+            smbios_serial: None,
+        }
     }
 }
 
@@ -125,7 +148,7 @@ impl Guest {
         let name = options.name.clone();
         let kernel = initramfs::Kernel::find(&options.kernel)?;
         let (archive, monitor) = (folder.join("initramfs"), folder.join("qmp.sock"));
-        initramfs::write(&archive, &kernel, &options.files)?;
+        initramfs::write(&archive, &kernel, options.profile, &options.files)?;
         let console = Console::default();
         let process =
             command_line::start(command_line::arguments(options, &kernel, &archive, &monitor), &folder.join("console.log"), &console)?;

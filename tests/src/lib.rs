@@ -7,6 +7,7 @@ mod console;
 pub mod controller;
 mod folder;
 pub mod guest;
+pub mod history;
 pub mod machine;
 mod process;
 pub mod sim;

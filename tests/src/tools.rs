@@ -21,6 +21,13 @@ pub fn release_binary(name: &str) -> PathBuf {
     folder.join(name)
 }
 
+/// The node agent that dies at named points: in `$PROXMOX_CSI_KILL_BIN`, else where `scripts/build --kill-points` puts it.
+#[must_use]
+pub fn kill_points_binary() -> PathBuf {
+    const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/kill-points/x86_64-unknown-linux-musl/release");
+    std::env::var_os("PROXMOX_CSI_KILL_BIN").map_or_else(|| FOLDER.into(), PathBuf::from).join("proxmox-csi-node")
+}
+
 /// A program on PATH or in the system folders, by its full path.
 #[must_use]
 pub fn program(name: &str) -> Option<String> {

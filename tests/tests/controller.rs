@@ -3,16 +3,22 @@
 
 #[path = "controller/attach.rs"]
 mod attach;
+#[path = "controller/batch.rs"]
+mod batch;
 #[path = "controller/bed.rs"]
 mod bed;
 #[path = "controller/claims.rs"]
 mod claims;
 #[path = "controller/create.rs"]
 mod create;
+#[path = "controller/dead.rs"]
+mod dead;
 #[path = "controller/detach.rs"]
 mod detach;
 #[path = "controller/expand.rs"]
 mod expand;
+#[path = "controller/hold.rs"]
+mod hold;
 #[path = "controller/life.rs"]
 mod life;
 #[path = "controller/trouble.rs"]

@@ -5,12 +5,18 @@
 
 #[path = "node/crash.rs"]
 mod crash;
+#[path = "node/dm.rs"]
+mod dm;
 #[path = "node/harness.rs"]
 mod harness;
+#[path = "node/kill.rs"]
+mod kill;
 #[path = "node/life.rs"]
 mod life;
 #[path = "node/limits.rs"]
 mod limits;
+#[path = "node/luks.rs"]
+mod luks;
 #[path = "node/matrix.rs"]
 mod matrix;
 #[path = "node/modes.rs"]

@@ -55,6 +55,12 @@ impl Request {
         format!("{method} {}", self.path)
     }
 
+    /// The Proxmox node that it is about, as the path has it; nothing for calls that any node answers by itself.
+    #[must_use]
+    pub fn host(&self) -> Option<&str> {
+        self.path.strip_prefix("/nodes/")?.split('/').next()
+    }
+
     /// Path and query.
     #[must_use]
     pub fn target(&self) -> String {
@@ -208,6 +214,8 @@ pub struct Storage {
 pub struct Resources {
     /// By VMID; QEMU machines only.
     pub vms: BTreeMap<u32, Vm>,
+    /// Containers: VMID → Proxmox node.
+    pub containers: BTreeMap<u32, String>,
     /// One per storage and node.
     pub storages: Vec<Storage>,
     /// Node → `online`, `offline` or `unknown`.
@@ -233,6 +241,10 @@ pub fn read_resources(call: &str, data: &Value) -> Result<Resources, Error> {
                 let vmid = vmid_of(entry).ok_or_else(|| misread(call, "a VM without its vmid"))?;
                 let vm = Vm { vmid, host: host()?, name: text_of(entry, "name"), template: flag_of(entry, "template") };
                 all.vms.insert(vmid, vm);
+            }
+            Some("lxc") => {
+                let vmid = vmid_of(entry).ok_or_else(|| misread(call, "a container without its vmid"))?;
+                all.containers.insert(vmid, host()?);
             }
             Some("storage") => all.storages.push(Storage {
                 storage: text_of(entry, "storage").ok_or_else(|| misread(call, "a storage without its id"))?,
@@ -365,31 +377,106 @@ pub fn read_snapshot_config(call: &str, data: &Value) -> Result<BTreeMap<String,
     Ok(map.iter().filter(|(key, _)| super::drive::is_drive_key(key)).map(|(key, value)| (key.clone(), string(value))).collect())
 }
 
-/// What is to change in a VM's drives. One per call: several keys in one call are not atomic.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+/// What one call changes in a VM's drives. Several keys are not atomic: one that fails leaves the others planned, perhaps.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Change {
+    /// `scsiN` → drive
+    pub set: BTreeMap<String, String>,
+    /// `scsiN`: removed.
+    pub delete: BTreeSet<String>,
+    /// `scsiN`: what is planned is forgotten.
+    pub revert: BTreeSet<String>,
+}
+
+impl Change {
     /// `scsiN=drive`
-    Set(String, String),
+    #[must_use]
+    pub fn plug(key: &str, drive: &str) -> Self {
+        Self { set: BTreeMap::from([(key.into(), drive.into())]), ..Self::default() }
+    }
+
     /// `delete=scsiN`
-    Delete(String),
-    /// `revert=scsiN`: forget what is planned.
-    Revert(String),
+    #[must_use]
+    pub fn remove(key: &str) -> Self {
+        Self { delete: BTreeSet::from([key.into()]), ..Self::default() }
+    }
+
+    /// `revert=scsiN`
+    #[must_use]
+    pub fn forget(key: &str) -> Self {
+        Self { revert: BTreeSet::from([key.into()]), ..Self::default() }
+    }
+
+    /// How many keys it names.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.set.len() + self.delete.len() + self.revert.len()
+    }
+
+    /// Nothing is to be done.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// `POST …/config`: a task. `delay_s`: seconds that Proxmox may hold the answer until the task has ended.
 #[must_use]
 pub fn change(host: &str, vmid: u32, change: &Change, digest: &str, delay_s: Option<u8>) -> Request {
-    let request = Request::new(Method::Post, vm_path(host, vmid, "config"));
-    let request = match change {
-        Change::Set(key, drive) => request.with(key, drive.clone()),
-        Change::Delete(key) => request.with("delete", key.clone()),
-        Change::Revert(key) => request.with("revert", key.clone()),
-    };
+    let list = |keys: &BTreeSet<String>| keys.iter().cloned().collect::<Vec<_>>().join(",");
+    let mut request = Request::new(Method::Post, vm_path(host, vmid, "config"));
+    for (key, drive) in &change.set {
+        request = request.with(key, drive.clone());
+    }
+    for (name, keys) in [("delete", &change.delete), ("revert", &change.revert)] {
+        if !keys.is_empty() {
+            request = request.with(name, list(keys));
+        }
+    }
     let request = if digest.is_empty() { request } else { request.with("digest", digest) };
     match delay_s {
         Some(delay_s) => request.with("background_delay", delay_s.to_string()),
         None => request,
     }
+}
+
+/// `GET /cluster/nextid?vmid=N`: whether a number is free, also of a VM that is not shown to us.
+#[must_use]
+pub fn next_id(vmid: u32) -> Request {
+    Request::new(Method::Get, "/cluster/nextid".into()).with("vmid", vmid.to_string())
+}
+
+/// `GET /nodes/{host}/tasks?source=active&typefilter=qmconfig`: config changes that are going on; our own are always shown.
+#[must_use]
+pub fn active_changes(host: &str) -> Request {
+    let path = format!("/nodes/{}/tasks", segment(host));
+    Request::new(Method::Get, path).with("source", "active").with("typefilter", "qmconfig")
+}
+
+/// Reads [`active_changes`]: UPID and VMID of each that has not ended.
+///
+/// # Errors
+/// No list, or an entry without its UPID.
+pub fn read_active_changes(call: &str, data: &Value) -> Result<Vec<(String, Option<u32>)>, Error> {
+    let going_on = list(call, data)?.iter().filter(|entry| text_of(entry, "endtime").is_none());
+    let read = |entry| Ok((text_of(entry, "upid").ok_or_else(|| misread(call, "a task without its upid"))?, number_of(entry, "id")));
+    going_on.map(|entry| read(entry).map(|(upid, vmid)| (upid, vmid.and_then(|id| u32::try_from(id).ok())))).collect()
+}
+
+/// `GET /nodes/{host}/lxc/{vmid}/config`: a container's config as it is.
+#[must_use]
+pub fn container(host: &str, vmid: u32) -> Request {
+    Request::new(Method::Get, format!("/nodes/{}/lxc/{vmid}/config", segment(host)))
+}
+
+/// Reads [`container`]: key → line, those with volumes only.
+///
+/// # Errors
+/// No map.
+pub fn read_container(call: &str, data: &Value) -> Result<BTreeMap<String, String>, Error> {
+    let map = data.as_object().ok_or_else(|| misread(call, "a map was expected"))?;
+    let holds = |key: &str| key == "rootfs" || super::drive::is_mount_point(key);
+    Ok(map.iter().filter(|(key, _)| holds(key)).map(|(key, value)| (key.clone(), string(value))).collect())
 }
 
 /// `PUT …/resize` to `bytes` in all: a task since qemu-server 8.0.2, done at once before.
@@ -414,7 +501,7 @@ pub fn read_upid(data: &Value) -> Option<String> {
 /// # Errors
 /// A text that is no UPID.
 pub fn task_status(upid: &str) -> Result<Request, Error> {
-    let host = upid.strip_prefix("UPID:").and_then(|rest| rest.split(':').next()).filter(|host| !host.is_empty());
+    let host = upid.strip_prefix("UPID:").and_then(|rest| rest.split(':').next()).filter(|host| !matches!(*host, "" | "." | ".."));
     let host = host.ok_or_else(|| misread("task", format!("{upid:?} is no UPID")))?;
     Ok(Request::new(Method::Get, format!("/nodes/{}/tasks/{}/status", segment(host), segment(upid))))
 }
@@ -517,16 +604,25 @@ mod tests {
     fn parameters_go_where_proxmox_takes_them() {
         let request = free("pve1", "local", "local:9999/vm-9999-a.raw", Some(10));
         assert_eq!(request.target(), "/nodes/pve1/storage/local/content/local:9999/vm-9999-a.raw?delay=10");
-        let request = change("pve1", 101, &Change::Set("scsi1".into(), "a:b,ro=1;x".into()), "abc", Some(5));
+        let request = change("pve1", 101, &Change::plug("scsi1", "a:b,ro=1;x"), "abc", Some(5));
         assert_eq!(request.name(), "POST /nodes/pve1/qemu/101/config");
         assert_eq!(request.target(), "/nodes/pve1/qemu/101/config");
         assert_eq!(request.body(), "scsi1=a%3Ab%2Cro%3D1%3Bx&digest=abc&background_delay=5");
+        let mut several = Change::plug("scsi1", "a:b");
+        several.delete.extend(["scsi2".into(), "scsi3".into()]);
+        several.revert.insert("scsi4".into());
+        assert_eq!(several.len(), 4);
+        assert_eq!(change("pve1", 101, &several, "", None).body(), "scsi1=a%3Ab&delete=scsi2%2Cscsi3&revert=scsi4");
+        assert_eq!((request.host(), resources().host()), (Some("pve1"), None));
         let upid = "UPID:pve1:0003A2B1:01C9A2F0:66A1B2C3:resize:100:csi@pve!csi:";
         assert_eq!(
             task_status(upid).map(|request| request.target()).unwrap(),
             "/nodes/pve1/tasks/UPID%3Apve1%3A0003A2B1%3A01C9A2F0%3A66A1B2C3%3Aresize%3A100%3Acsi%40pve%21csi%3A/status"
         );
-        assert!(task_status("nonsense").is_err());
+        // Found by fuzzing: a host that leads to another path.
+        for wrong in ["nonsense", "UPID:", "UPID:.:", "UPID:..:0003A2B1:"] {
+            assert!(task_status(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]
@@ -543,6 +639,7 @@ mod tests {
         ]);
         let all = read_resources("GET /cluster/resources", &data).unwrap();
         assert_eq!(all.vms.len(), 2);
+        assert_eq!(all.containers[&103], "pve2");
         assert_eq!(all.vms[&101].name.as_deref(), Some("a"));
         assert_eq!((all.storages[0].total_bytes, all.storages[0].used_bytes, all.storages[0].images), (100, 40, true));
         assert_eq!((all.hosts["pve1"].as_str(), all.hosts["pve2"].as_str()), ("online", "offline"));

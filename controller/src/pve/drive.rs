@@ -28,7 +28,11 @@ impl FromStr for Drive {
         let mut options = BTreeMap::new();
         for (index, part) in text.split(',').enumerate() {
             match part.split_once('=') {
-                Some(("file" | "volume", value)) => volid = Some(value.to_string()),
+                Some(("file" | "volume", value)) => {
+                    if volid.replace(value.to_string()).is_some() {
+                        return Err(NoDrive("names two volumes"));
+                    }
+                }
                 // A volume's name may hold '=' only where it stands first and looks like a volid or a path.
                 Some((key, _)) if index == 0 && key.contains([':', '/']) => volid = Some(part.to_string()),
                 Some((key, value)) => {
@@ -49,6 +53,10 @@ impl FromStr for Drive {
 
 impl fmt::Display for Drive {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without its key a volume like this would be read as an option.
+        if self.volid.split_once('=').is_some_and(|(key, _)| !key.contains([':', '/'])) {
+            f.write_str("file=")?;
+        }
         f.write_str(&self.volid)?;
         self.options.iter().try_for_each(|(key, value)| write!(f, ",{key}={value}"))
     }
@@ -108,6 +116,12 @@ pub fn is_disk_slot(key: &str) -> bool {
     numbered(key, &["scsi", "virtio", "sata"])
 }
 
+/// Whether a key of a container's config is a mount point, or a volume set aside.
+#[must_use]
+pub fn is_mount_point(key: &str) -> bool {
+    numbered(key, &["mp", "unused"])
+}
+
 fn numbered(key: &str, prefixes: &[&str]) -> bool {
     prefixes.iter().any(|prefix| key.strip_prefix(prefix).is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())))
 }
@@ -158,13 +172,13 @@ impl VmConfig {
 #[must_use]
 pub fn volume_of(line: &str) -> &str {
     let first = line.split(',').next().unwrap_or(line);
-    if let Some(rest) = first.strip_prefix("file=").or_else(|| first.strip_prefix("volume=")) {
-        return rest;
+    match first.split_once('=') {
+        Some(("file" | "volume", volume)) => volume,
+        Some((key, _)) if !key.contains([':', '/']) => {
+            line.split(',').find_map(|part| part.strip_prefix("file=").or_else(|| part.strip_prefix("volume="))).unwrap_or(first)
+        }
+        _ => first,
     }
-    if first.contains('=') && !first.contains([':', '/']) {
-        return line.split(',').find_map(|part| part.strip_prefix("file=").or_else(|| part.strip_prefix("volume="))).unwrap_or(first);
-    }
-    first
 }
 
 #[cfg(test)]
@@ -186,6 +200,19 @@ mod tests {
         assert_eq!("none,media=cdrom".parse::<Drive>().unwrap().volid, "none");
         for wrong in ["", ",", "backup=1", "a:b,ro", "a:b,ro=1,ro=0"] {
             assert!(wrong.parse::<Drive>().is_err(), "{wrong}");
+        }
+    }
+
+    /// Found by fuzzing.
+    #[test]
+    fn both_readers_see_the_same_volume() {
+        for (text, volid) in [("ro=b:c,file=x:y", "x:y"), ("file=a=b", "a=b"), ("file=a=b:c,ro=1", "a=b:c"), ("a:b=c,ro=1", "a:b=c")] {
+            let drive: Drive = text.parse().unwrap();
+            assert_eq!((drive.volid.as_str(), volume_of(text)), (volid, volid), "{text}");
+            assert_eq!(drive.to_string().parse::<Drive>().as_ref(), Ok(&drive), "{text}");
+        }
+        for two in ["a:b,file=c:d", "file=a:b,volume=c:d"] {
+            assert_eq!(two.parse::<Drive>(), Err(NoDrive("names two volumes")), "{two}");
         }
     }
 

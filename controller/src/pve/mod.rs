@@ -8,7 +8,10 @@ pub mod api;
 pub mod drive;
 pub mod error;
 mod http;
+#[cfg(test)]
+pub(crate) mod known;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
@@ -35,11 +39,18 @@ const TASK_POLL_LONGEST: Duration = Duration::from_secs(1);
 /// Hot-plug may wait 10 s for the VM's lock and 60 s for QEMU; a task that runs longer is looked at by the next call.
 pub const TASK_DEADLINE: Duration = Duration::from_secs(100);
 
+/// Calls to one cluster at a time: each holds a thread of ours. A cluster that hangs so leaves threads to the others.
+pub const CALLS_PER_CLUSTER: usize = 16;
+/// Calls about one Proxmox node at a time: it works on three, and one that hangs must leave room for calls about the others.
+const CALLS_PER_HOST: usize = 6;
+
 /// A client of one Proxmox cluster.
 pub struct Client {
     agent: Result<ureq::Agent, String>,
     url: String,
     auth: Auth,
+    at_a_time: Semaphore,
+    hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
     in_flight: Arc<AtomicUsize>,
 }
 
@@ -89,7 +100,26 @@ impl Client {
                 Auth::Password { username: username.clone(), password: password.clone(), ticket: Mutex::new(None) }
             }
         };
-        Self { agent, url: cluster.url.clone(), auth, in_flight: Arc::default() }
+        Self {
+            agent,
+            url: cluster.url.clone(),
+            auth,
+            at_a_time: Semaphore::new(CALLS_PER_CLUSTER),
+            hosts: Mutex::default(),
+            in_flight: Arc::default(),
+        }
+    }
+
+    /// Whether it talks to that address.
+    #[must_use]
+    pub fn is_of(&self, url: &str) -> bool {
+        self.url == url
+    }
+
+    /// Places of one Proxmox node.
+    fn host(&self, host: &str) -> Arc<Semaphore> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(hosts.entry(host.into()).or_insert_with(|| Arc::new(Semaphore::new(CALLS_PER_HOST))))
     }
 
     /// Performs one request on a blocking thread and gives the answer's `data`.
@@ -98,6 +128,13 @@ impl Client {
     /// Every status above 399, and every way not to get an answer.
     pub async fn call(self: &Arc<Self>, request: Request) -> Result<Value, Error> {
         let (client, call) = (Arc::clone(self), request.name());
+        // First the node's place: who waits for a node that hangs must not hold one of the cluster's.
+        let of_host = request.host().map(|host| self.host(host));
+        let _of_host = match &of_host {
+            Some(host) => host.acquire().await.ok(),
+            None => None,
+        };
+        let _at_a_time = self.at_a_time.acquire().await;
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
         let flight = Flight::begin(&self.in_flight);
         let sent = Arc::clone(&flight);

@@ -54,6 +54,7 @@ impl Controller {
             Some((place, size_bytes)) => (place, fitting(&request.want, size_bytes)?),
             None => self.allocate(&clusters, &request, &places).await?,
         };
+        place.region.note_size(&place.handle.volid(), capacity_bytes);
         proto::info!("create {}: {}, {capacity_bytes} bytes", request.name, place.handle);
         Ok(Created { handle: place.handle, capacity_bytes, volume_context: request.parameters.volume_context() })
     }
@@ -90,12 +91,12 @@ impl Controller {
         let place = |candidate: Candidate| {
             let region = clusters.regions.get(&candidate.region).cloned()?;
             let format = if candidate.plugin == Plugin::File { format } else { "raw" };
-            let name = disk_name(clusters.controller_vmid, &request.name, candidate.plugin, format);
+            let name = disk_name(clusters.features.controller_vmid, &request.name, candidate.plugin, format);
             let handle = VolumeHandle {
                 region: candidate.region.clone(),
                 zone: candidate.zone.clone(),
                 storage: want.storage.clone(),
-                disk: disk_of(clusters.controller_vmid, &name, candidate.plugin),
+                disk: disk_of(clusters.features.controller_vmid, &name, candidate.plugin),
             };
             Some(Place { candidate, region, handle, name, format: format.into() })
         };
@@ -130,12 +131,12 @@ impl Controller {
         }
         let step = format!("create {}", place.handle);
         let was_tried = self.note_tried(request, place);
-        let mut answer = place.allocate(clusters.controller_vmid).await;
+        let mut answer = place.allocate(clusters.features.controller_vmid).await;
         let mut is_lost = was_tried;
         if answer.as_ref().is_err_and(|error| error.meaning() == Meaning::OutcomeUnknown) {
             // Asking again is the look: it waits for the storage's lock, and finds the name taken if it was done.
             is_lost = true;
-            answer = place.allocate(clusters.controller_vmid).await;
+            answer = place.allocate(clusters.features.controller_vmid).await;
         }
         let made = match answer {
             Ok(volid) => {
@@ -189,7 +190,7 @@ impl Place {
     async fn allocate(&self, owner: u32) -> Result<String, pve::Error> {
         let kib = self.candidate.size_bytes.div_ceil(1 << 10);
         let request = api::allocate(&self.candidate.zone, &self.handle.storage, owner, &self.name, &self.format, kib);
-        let answer = self.region.client.call(request).await?;
+        let answer = self.region.client().call(request).await?;
         Ok(answer.as_str().unwrap_or_default().to_string())
     }
 }

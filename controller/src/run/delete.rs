@@ -1,9 +1,10 @@
 //! DeleteVolume: only when no VM refers to the volume in any view. Proxmox itself unlinks a file under a running QEMU.
 
 use proto::VolumeHandle;
+use tokio::time::Instant;
 
 use super::Controller;
-use super::evidence::Depth;
+use super::evidence::{Depth, Reach};
 use crate::error::Error;
 use crate::pve::Meaning;
 
@@ -15,7 +16,7 @@ impl Controller {
     pub async fn delete(&self, handle: &VolumeHandle) -> Result<(), Error> {
         let step = format!("delete {handle}");
         let region = self.region(&handle.region)?;
-        let Some(host) = region.host_of(handle).await? else {
+        let Some(host) = region.host_of(handle).await.map_err(|error| error.during(&step))? else {
             if handle.zone.is_empty() {
                 return Err(Error::unavailable(format!("{step}: storage {:?} is active on no Proxmox node", handle.storage)));
             }
@@ -24,14 +25,20 @@ impl Controller {
             proto::warn!("{step}: Proxmox node {} is not in the cluster; the volume went with it", handle.zone);
             return Ok(());
         };
-        let references = region.references_before_refusal(handle, None, Depth::Snapshots).await.map_err(|error| error.during(&step))?;
+        // Nobody can look after a deletion, as after an attachment. On a local storage all that could hold it is read now; on a
+        // shared one all that is plugged, and the configs of VMs that do not run or have something else plugged than was read.
+        let looked = match region.reach(handle).await? {
+            Reach::Local => region.references(handle, Instant::now(), None, Depth::Snapshots).await,
+            Reach::Shared | Reach::Unlisted => region.references_before_refusal(handle, None, Depth::Snapshots).await,
+        };
+        let references = looked.map_err(|error| error.during(&step))?;
         if !references.is_empty() {
             let all: Vec<String> = references.iter().map(ToString::to_string).collect();
             return Err(Error::precondition(format!("{step}: refused while in use: {}", all.join("; "))));
         }
         region.check_no_doubt(&handle.volid()).await?;
         let mut freed = region.free(&host, &handle.storage, &handle.volid()).await;
-        if freed.as_ref().is_err_and(|error| matches!(error.meaning(), Meaning::OutcomeUnknown | Meaning::TaskKilled)) {
+        if freed.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
             // Asking again is the look: a volume that is gone is OK, or said to be missing.
             freed = region.free(&host, &handle.storage, &handle.volid()).await;
         }

@@ -12,11 +12,12 @@ use proto::VolumeHandle;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::cluster::Off;
 use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::attach::{Seen, unexplained};
 use crate::error::Error;
-use crate::pve::api::VmState;
-use crate::pve::drive::volume_of;
+use crate::pve::api::{Resources, VmState};
+use crate::pve::drive::{is_disk_slot, volume_of};
 use crate::pve::{self, Meaning};
 
 /// How much of each VM is read.
@@ -45,6 +46,8 @@ pub(crate) enum View {
     Unused,
     /// Kept by this snapshot.
     Snapshot(String),
+    /// A mount point of a container.
+    Container,
 }
 
 /// One reference.
@@ -58,18 +61,47 @@ pub(crate) struct Reference {
     pub(crate) key: String,
     /// Where it is seen.
     pub(crate) view: View,
+    /// Its Proxmox node is off: this is what was last read.
+    pub(crate) off: Option<Off>,
+}
+
+/// Which VMs could hold a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// Those of every Proxmox node.
+    Shared,
+    /// Those of the volume's own.
+    Local,
+    /// The storage is not listed, so that it cannot be told.
+    Unlisted,
 }
 
 impl Reference {
     /// Whether the VM has the volume or will have it: no other may get it.
     #[must_use]
     pub(crate) fn holds(&self) -> bool {
-        matches!(self.view, View::Configured | View::Planned | View::Plugged | View::Unexplained)
+        matches!(self.view, View::Configured | View::Planned | View::Plugged | View::Unexplained | View::Container)
+    }
+
+    /// The same, where the operator's word does not say that it has let go.
+    #[must_use]
+    pub(crate) fn counts(&self) -> bool {
+        self.holds() && self.off.as_ref().is_none_or(|off| !off.fenced)
     }
 }
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.seen(f)?;
+        match &self.off {
+            Some(off) => write!(f, "; {} is {off}", self.host),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Reference {
+    fn seen(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { vmid, host, key, .. } = self;
         match &self.view {
             View::Configured => write!(f, "VM {vmid} on {host} has it configured as {key}"),
@@ -81,6 +113,7 @@ impl fmt::Display for Reference {
             ),
             View::Unused => write!(f, "VM {vmid} on {host} has it set aside as {key}"),
             View::Snapshot(name) => write!(f, "snapshot {name:?} of VM {vmid} on {host} keeps it as {key}"),
+            View::Container => write!(f, "container {vmid} on {host} has it as {key}"),
         }
     }
 }
@@ -99,16 +132,28 @@ impl From<pve::Error> for Unread {
 }
 
 impl Region {
-    /// Whether VMs of other nodes could hold the volume, too.
+    /// Which VMs could hold the volume.
     ///
     /// # Errors
     /// Proxmox's.
-    pub(crate) async fn is_shared(&self, handle: &VolumeHandle) -> Result<bool, pve::Error> {
+    pub(crate) async fn reach(&self, handle: &VolumeHandle) -> Result<Reach, pve::Error> {
         if handle.zone.is_empty() {
-            return Ok(true);
+            return Ok(Reach::Shared);
         }
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
-        Ok(resources.storages.iter().any(|storage| storage.storage == handle.storage && storage.shared))
+        let mut listed = resources.storages.iter().filter(|storage| storage.storage == handle.storage).peekable();
+        if listed.peek().is_none() {
+            return Ok(Reach::Unlisted);
+        }
+        Ok(if listed.any(|storage| storage.shared) { Reach::Shared } else { Reach::Local })
+    }
+
+    /// The Proxmox nodes whose VMs could hold the volume.
+    async fn hosts_in_reach(&self, handle: &VolumeHandle, resources: &Resources) -> Result<Vec<String>, Error> {
+        Ok(match self.reach(handle).await? {
+            Reach::Local => vec![handle.zone.clone()],
+            Reach::Shared | Reach::Unlisted => resources.hosts.keys().cloned().collect(),
+        })
     }
 
     /// Every reference to the volume, from readings since `since`; `except` is not read.
@@ -126,6 +171,13 @@ impl Region {
         let volid = handle.volid();
         let mut found = Vec::new();
         let mut reading = JoinSet::new();
+        if depth != Depth::Config {
+            self.check_no_earlier_writes(handle).await?;
+            for (vmid, host) in self.containers_in_reach(handle, since).await? {
+                let (region, volid) = (Arc::clone(self), volid.clone());
+                reading.spawn(async move { region.references_of_container(vmid, host, &volid, since).await });
+            }
+        }
         for (vmid, (host, state)) in self.who_could_hold(handle, since, depth).await? {
             if Some(vmid) == except {
                 continue;
@@ -151,37 +203,93 @@ impl Region {
         depth: Depth,
     ) -> Result<Vec<Reference>, Error> {
         let references = self.references(handle, ago(EVIDENCE_AGE), except, depth).await?;
-        let refuses = |one: &Reference| depth == Depth::Snapshots || one.holds();
+        let refuses = |one: &Reference| depth == Depth::Snapshots || one.counts();
         if references.iter().any(refuses) { self.references(handle, Instant::now(), except, depth).await } else { Ok(references) }
+    }
+
+    /// Whether a controller before us left changes that still go on.
+    async fn check_no_earlier_writes(self: &Arc<Self>, handle: &VolumeHandle) -> Result<(), Error> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let mut looking = JoinSet::new();
+        for host in self.hosts_in_reach(handle, &resources).await? {
+            // What is off carries nothing out.
+            if resources.hosts.get(&host).is_some_and(|status| status != "offline") && self.may_have_earlier_writes(&host) {
+                let region = Arc::clone(self);
+                looking.spawn(async move { region.check_no_earlier_write(&host).await });
+            }
+        }
+        while let Some(looked) = looking.join_next().await {
+            looked.map_err(|cause| Error::internal(format!("a look broke off: {cause}")))??;
+        }
+        Ok(())
+    }
+
+    async fn containers_in_reach(&self, handle: &VolumeHandle, since: Instant) -> Result<Vec<(u32, String)>, Error> {
+        let resources = self.resources(since).await?;
+        let hosts = self.hosts_in_reach(handle, &resources).await?;
+        let in_reach = resources.containers.iter().filter(|(_, host)| hosts.contains(host));
+        Ok(in_reach.map(|(vmid, host)| (*vmid, host.clone())).collect())
+    }
+
+    /// A container can have a volume as a mount point; Proxmox then mounts it on the node itself.
+    async fn references_of_container(
+        self: Arc<Self>,
+        vmid: u32,
+        host: String,
+        volid: &str,
+        since: Instant,
+    ) -> Result<Vec<Reference>, Error> {
+        let step = || format!("whether container {vmid} on {host} holds {volid} cannot be told");
+        let off = self.off(&host).await?;
+        let read = {
+            let _turn = self.readers.acquire().await;
+            self.container(&host, vmid, if off.is_some() { self.begun } else { since }).await
+        };
+        let lines = match read {
+            Err(_) if off.as_ref().is_some_and(|off| off.fenced) => return Ok(Vec::new()),
+            // Gone or moved since; one that moves is stopped on the way, and is seen by the next reading.
+            Err(error) if error.meaning() == Meaning::NoSuchVm => return Ok(Vec::new()),
+            read => read.map_err(|error| Error::from(error).during(&step()))?,
+        };
+        let naming = lines.into_iter().filter(|(_, line)| volume_of(line) == volid);
+        let view = |key: &str| if key.starts_with("unused") { View::Unused } else { View::Container };
+        Ok(naming.map(|(key, _)| Reference { vmid, host: host.clone(), view: view(&key), key, off: off.clone() }).collect())
     }
 
     /// VMID → host and state.
     async fn who_could_hold(&self, handle: &VolumeHandle, since: Instant, depth: Depth) -> Result<BTreeMap<u32, (String, VmState)>, Error> {
-        let resources = self.resources(since).await?;
-        let hosts: Vec<String> =
-            if self.is_shared(handle).await? { resources.hosts.keys().cloned().collect() } else { vec![handle.zone.clone()] };
+        let mut resources = self.resources(since).await?;
+        // What is to be deleted must not be plugged now, whatever was read within the last minute.
+        let listed_since = if depth == Depth::Snapshots { Instant::now() } else { since };
         let mut all = BTreeMap::new();
-        for host in hosts {
+        for host in self.hosts_in_reach(handle, &resources).await? {
+            let is_off = |resources: &Resources| resources.hosts.get(&host).is_some_and(|status| status == "offline");
             // Where what is plugged does not matter, the cluster's list says it all, and knows the newest VM.
-            if depth == Depth::Config || resources.hosts.get(&host).is_some_and(|status| status == "offline") {
-                for vm in resources.vms.values().filter(|vm| vm.host == host) {
-                    all.insert(vm.vmid, (host.clone(), VmState::default()));
+            if depth != Depth::Config && !is_off(&resources) {
+                let error = match self.states(&host, listed_since).await {
+                    Ok(states) => {
+                        all.extend(states.into_iter().map(|(vmid, state)| (vmid, (host.clone(), state))));
+                        continue;
+                    }
+                    Err(error) => error,
+                };
+                // Gone off since the cluster was read, perhaps.
+                resources = self.resources(Instant::now()).await?;
+                if !is_off(&resources) {
+                    let step = format!("which VMs of Proxmox node {host} hold {} cannot be told", handle.volid());
+                    return Err(Error::from(error).during(&step));
                 }
-                continue;
             }
-            let states = self.states(&host, since).await.map_err(|error| {
-                Error::from(error).during(&format!("which VMs of Proxmox node {host} hold {} cannot be told", handle.volid()))
-            })?;
-            all.extend(states.into_iter().map(|(vmid, state)| (vmid, (host.clone(), state))));
+            all.extend(resources.vms.values().filter(|vm| vm.host == host).map(|vm| (vm.vmid, (host.clone(), VmState::default()))));
         }
-        for vmid in self.ever_naming(&handle.volid()).await {
-            match resources.vms.get(&vmid) {
-                Some(vm) if !all.contains_key(&vmid) => {
-                    all.insert(vmid, (vm.host.clone(), VmState { running: true, ..VmState::default() }));
-                }
-                _ => (),
-            }
+        let unseen = |vmid: &u32| VmState { running: true, plugged: None, pid: None }.at(vmid, &resources);
+        if self.reach(handle).await? != Reach::Local {
+            // On its way from a node read late to one read early.
+            let missed: Vec<u32> = resources.vms.keys().filter(|vmid| !all.contains_key(vmid)).copied().collect();
+            all.extend(missed.iter().filter_map(unseen));
         }
+        let named: Vec<u32> = self.ever_naming(&handle.volid()).await.into_iter().filter(|vmid| !all.contains_key(vmid)).collect();
+        all.extend(named.iter().filter_map(unseen));
         Ok(all)
     }
 
@@ -194,6 +302,15 @@ impl Region {
         since: Instant,
         depth: Depth,
     ) -> Result<Vec<Reference>, Error> {
+        let step = format!("whether VM {vmid} on {host} holds {volid} cannot be told");
+        let off = self.off(&host).await.map_err(|error| error.during(&step))?;
+        if let Some(off) = off {
+            let Some((known, state)) = self.read_of_dead_host(vmid, &host, &off).await.map_err(|error| error.during(&step))? else {
+                return Ok(Vec::new());
+            };
+            let found = references_in(vmid, &known, &state, volid);
+            return Ok(found.into_iter().map(|one| Reference { off: Some(off.clone()), ..one }).collect());
+        }
         let read = {
             let _turn = self.readers.acquire().await;
             self.read(vmid, &host, state, since, depth).await
@@ -201,7 +318,7 @@ impl Region {
         match read {
             Ok(Some((known, state))) => Ok(references_in(vmid, &known, &state, volid)),
             Ok(None) => Ok(Vec::new()),
-            Err(error) => Err(error.during(&format!("whether VM {vmid} on {host} holds {volid} cannot be told"))),
+            Err(error) => Err(error.during(&step)),
         }
     }
 
@@ -214,10 +331,6 @@ impl Region {
         since: Instant,
         depth: Depth,
     ) -> Result<Option<(Known, VmState)>, Error> {
-        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
-        if resources.hosts.get(host).is_some_and(|status| status == "offline") {
-            return self.read_of_dead_host(vmid, host).await.map(Some);
-        }
         match self.read_at(vmid, host, state, since, depth).await {
             Err(Unread::Gone) => (),
             Err(Unread::Failed(error)) => return Err(error),
@@ -225,7 +338,8 @@ impl Region {
         }
         // Moved, or destroyed, since the cluster was read.
         let Some(vm) = self.resources(Instant::now()).await?.vms.get(&vmid).cloned() else {
-            self.forget(vmid);
+            self.check_vm_gone(vmid).await?;
+            self.forget(vmid).await;
             return Ok(None);
         };
         let state = VmState { running: true, ..VmState::default() };
@@ -247,6 +361,10 @@ impl Region {
         let (mut state, mut known) = (state, self.config(host, vmid, since).await?);
         if depth == Depth::Config {
             return Ok((known, VmState::default()));
+        }
+        if depth == Depth::Snapshots && !is_as_configured(&known, &state) {
+            // Changed since, or nothing but the config can say so.
+            known = self.config(host, vmid, Instant::now()).await?;
         }
         let is_odd = |known: &Known, state: &VmState| {
             let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
@@ -271,26 +389,41 @@ impl Region {
         Ok((known, state))
     }
 
-    /// A host that a quorate cluster calls offline cannot change its VMs: they count as last read.
-    async fn read_of_dead_host(&self, vmid: u32, host: &str) -> Result<(Known, VmState), Error> {
-        if !self.is_quorate().await? {
-            return Err(Error::unavailable(format!("Proxmox node {host} is offline and the cluster has no quorum")));
-        }
+    /// A host that a quorate cluster calls offline cannot change its VMs: they count as last read. Nothing where it was never
+    /// read and the operator says that it is off.
+    async fn read_of_dead_host(&self, vmid: u32, host: &str, off: &Off) -> Result<Option<(Known, VmState)>, Error> {
         match self.last_known(vmid).await {
             // What QEMU had there may still run: everything that was held counts as plugged.
             Some(known) => {
                 let plugged = known.held.keys().cloned().collect();
-                Ok((known, VmState { running: true, plugged: Some(plugged), pid: None }))
+                Ok(Some((known, VmState { running: true, plugged: Some(plugged), pid: None })))
             }
+            None if off.fenced => Ok(None),
             None => Err(Error::unavailable(format!(
-                "Proxmox node {host} is offline and the VM was not read before; bring the node back, or remove the VM from it"
+                "Proxmox node {host} is {off} and the VM was not read before; bring the node back, or, if it is off for certain, write                  fencedNodes: [{host}] into the config file"
             ))),
         }
     }
 }
 
+impl VmState {
+    /// The same, at the place where the cluster lists the VM.
+    fn at(self, vmid: &u32, resources: &Resources) -> Option<(u32, (String, Self))> {
+        let vm = resources.vms.get(vmid)?;
+        Some((vm.vmid, (vm.host.clone(), self)))
+    }
+}
+
+/// Whether a running VM has plugged what its config was read to say, so that nobody changed it since by any means but a plan.
+fn is_as_configured(known: &Known, state: &VmState) -> bool {
+    let Some(plugged) = state.plugged.as_ref().filter(|_| state.running) else { return false };
+    let mut lines = known.config.lines.iter().filter(|(key, _)| is_disk_slot(key));
+    lines.all(|(key, line)| line.value.is_some() == plugged.contains(key))
+        && plugged.iter().filter(|key| is_disk_slot(key)).all(|key| known.config.configured(key).is_some())
+}
+
 fn references_in(vmid: u32, known: &Known, state: &VmState, volid: &str) -> Vec<Reference> {
-    let reference = |key: &str, view| Reference { vmid, host: known.host.clone(), key: key.into(), view };
+    let reference = |key: &str, view| Reference { vmid, host: known.host.clone(), key: key.into(), view, off: None };
     let mut found: Vec<Reference> = Vec::new();
     for (key, line) in known.config.naming(volid) {
         let configured = line.value.as_deref().is_some_and(|text| volume_of(text) == volid);
@@ -332,6 +465,7 @@ mod tests {
                 digest: "d".into(),
                 drives: BTreeMap::from([("s1".into(), BTreeMap::from([("scsi9".to_string(), "ds:a,size=1G".to_string())]))]),
             }),
+            is_stale: false,
         }
     }
 

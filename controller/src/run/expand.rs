@@ -92,6 +92,7 @@ impl Region {
             }
             match self.resize(&vm.host, vm.vmid, key, target, &known.config.digest).await {
                 Ok(()) => {
+                    self.note_size(&volid, target);
                     proto::info!("expand {handle}: {target} bytes as {key} of VM {}", vm.vmid);
                     return Ok(Expanded { capacity_bytes: target });
                 }
@@ -103,9 +104,9 @@ impl Region {
     }
 
     async fn resize(&self, host: &str, vmid: u32, key: &str, bytes: u64, digest: &str) -> Result<(), crate::pve::Error> {
-        let answer = self.client.call(api::resize(host, vmid, key, bytes, digest)).await?;
+        let answer = self.client().call(api::resize(host, vmid, key, bytes, digest)).await?;
         match api::read_upid(&answer) {
-            Some(upid) => self.client.wait(&upid).await,
+            Some(upid) => self.client().wait(&upid).await,
             None => Ok(()),
         }
     }

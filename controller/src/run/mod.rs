@@ -3,13 +3,19 @@
 //! One file per RPC; `region` holds what is known of a cluster, `evidence` says who holds a volume. Every call runs in a
 //! task of its own (see `service`), so that a client that goes away leaves nothing half noted.
 
+mod batch;
+mod cluster;
 mod create;
 mod delete;
+mod doubt;
 mod evidence;
 mod expand;
+mod leftover;
 mod publish;
+mod queue;
 mod region;
 mod unpublish;
+mod when;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -19,7 +25,7 @@ use std::time::{Duration, SystemTime};
 use proto::VolumeHandle;
 use tokio::time::Instant;
 
-use crate::config;
+use crate::config::{self, Features};
 use crate::error::Error;
 use crate::placement::Refusal;
 use crate::pve::Client;
@@ -28,7 +34,7 @@ use crate::request::Capacity;
 pub use create::Created;
 pub use expand::Expanded;
 pub use publish::Published;
-use region::{EVIDENCE_AGE, Region, ago};
+use region::{EVIDENCE_AGE, Region, Rules, ago};
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
@@ -40,7 +46,7 @@ const TRIED_AGE: Duration = Duration::from_secs(600);
 /// All clusters of the config file.
 #[derive(Debug)]
 struct Clusters {
-    controller_vmid: u32,
+    features: Features,
     regions: BTreeMap<String, Arc<Region>>,
 }
 
@@ -69,7 +75,7 @@ impl Controller {
     /// Reads the config file; one that is bad or missing is read again on demand. Makes no call.
     #[must_use]
     pub fn new(path: PathBuf, ca_bundle: Option<PathBuf>) -> Self {
-        let loaded = load(&path, ca_bundle.as_ref());
+        let loaded = load(&path, ca_bundle.as_ref(), None);
         match &loaded.clusters {
             Ok(clusters) => {
                 let regions: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
@@ -93,7 +99,7 @@ impl Controller {
         if loaded.looked_at.elapsed() >= CONFIG_AGE {
             loaded.looked_at = Instant::now();
             if loaded.clusters.is_err() || loaded.files.iter().any(|(path, stamp)| stamp_of(path) != *stamp) {
-                let again = load(&self.path, self.ca_bundle.as_ref());
+                let again = load(&self.path, self.ca_bundle.as_ref(), loaded.clusters.as_ref().ok());
                 match (&again.clusters, &loaded.clusters) {
                     (Err(why), Ok(_)) => {
                         proto::error!("{why}; the config read before stays in use");
@@ -122,7 +128,7 @@ impl Controller {
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client.calls_in_flight()).sum()
+        loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client().calls_in_flight()).sum()
     }
 
     /// Bytes free in all, and in the zone with most; unknown storages and zones have none.
@@ -165,14 +171,29 @@ impl Controller {
 }
 
 impl Region {
-    /// The node to ask about a volume: its zone, or any that has its storage; nothing where there is none.
+    /// The node to ask about a volume: its zone, or any that has its storage; nothing where there is none, and the cluster
+    /// shows so.
+    ///
+    /// # Errors
+    /// Proxmox's; or the storage is not listed, so that nothing can be said.
     async fn host_of(&self, handle: &VolumeHandle) -> Result<Option<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
-        let mut with_storage = resources.storages.iter().filter(|storage| storage.storage == handle.storage);
-        if handle.zone.is_empty() {
-            return Ok(with_storage.find(|storage| storage.active).map(|storage| storage.host.clone()));
+        if resources.hosts.contains_key(&handle.zone) {
+            return Ok(Some(handle.zone.clone()));
         }
-        Ok(resources.hosts.contains_key(&handle.zone).then(|| handle.zone.clone()))
+        let mut with_storage = resources.storages.iter().filter(|storage| storage.storage == handle.storage).peekable();
+        if !handle.zone.is_empty() {
+            if with_storage.peek().is_none() {
+                return Err(Error::precondition(format!(
+                    "Proxmox node {} is not in the cluster, and storage {:?} is not shown to us, so that it cannot be told whether the volume \
+                     is elsewhere; give the token's role Datastore.Audit on /storage/{}, or enable the storage",
+                    handle.zone, handle.storage, handle.storage
+                )));
+            }
+            // Local to the node that is gone, and gone with it; a shared one is still there.
+            return Ok(with_storage.find(|storage| storage.shared && storage.active).map(|storage| storage.host.clone()));
+        }
+        Ok(with_storage.find(|storage| storage.active).map(|storage| storage.host.clone()))
     }
 
     /// The storage's plugin as Proxmox names it, where it is shown.
@@ -183,15 +204,27 @@ impl Region {
     }
 }
 
-fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>) -> Loaded {
+/// Reads the file. A region of the same name and url as before keeps what it knows: who held what on a node that is off now,
+/// and which of our writes are in doubt.
+fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, before: Option<&Arc<Clusters>>) -> Loaded {
     let looked_at = Instant::now();
     match config::load(path) {
         Ok((config, files)) => {
+            let features = config.features;
             let regions = config.clusters.iter().map(|cluster| {
                 let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path));
-                (cluster.region.clone(), Arc::new(Region::new(cluster.region.clone(), client)))
+                let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
+                let known = before.and_then(|before| before.regions.get(&cluster.region));
+                let region = match known.filter(|region| region.client().is_of(&cluster.url)) {
+                    Some(region) => {
+                        region.renew(client, rules);
+                        Arc::clone(region)
+                    }
+                    None => Arc::new(Region::new(cluster.region.clone(), client, rules)),
+                };
+                (cluster.region.clone(), region)
             });
-            let clusters = Clusters { controller_vmid: config.controller_vmid, regions: regions.collect() };
+            let clusters = Clusters { features, regions: regions.collect() };
             let files = files.into_iter().map(|file| (file.clone(), stamp_of(&file))).collect();
             Loaded { clusters: Ok(Arc::new(clusters)), files, looked_at }
         }

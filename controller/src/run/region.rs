@@ -5,32 +5,31 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use proto::VolumeHandle;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
+use super::doubt::Doubt;
+use super::queue::Queue;
 use crate::attach;
-use crate::error::Error;
-use crate::pve::api::{self, Change, Resources, Vm, VmState};
+use crate::pve::api::{self, Change, Resources, VmState};
 use crate::pve::drive::{Line, VmConfig};
-use crate::pve::{self, Client, Meaning};
-use crate::request::NodeId;
+use crate::pve::{self, Client};
 
 /// Evidence of who holds a volume may be this old (docs/architecture.md, decision 5). The cluster snapshot, too.
 pub(crate) const EVIDENCE_AGE: Duration = Duration::from_secs(60);
 /// Whether a VM runs must be known better: a VM that was stopped since would take the drive into its config only.
 pub(crate) const STATE_AGE: Duration = Duration::from_secs(5);
-/// A lost privilege makes lists shorter and nothing else: as old as the lists may be, no older.
-const PERMISSIONS_AGE: Duration = EVIDENCE_AGE;
 /// VMs read at a time: each call holds a thread, and one of the node's three API workers for some milliseconds.
 pub(crate) const PARALLEL_READS: usize = 8;
 /// Calls per Proxmox node that may wait for their task inside the server: each holds one of its three API workers.
 const DELAYED_PER_HOST: usize = 2;
 /// Most hot-plugs end in 2.5 s; well below the 30 s of Proxmox's own proxy.
 const DELAY_S: u8 = 10;
-/// After this long, a write whose answer was lost is not carried out any more.
-const DOUBT_AGE: Duration = Duration::from_secs(120);
+/// Sizes of volumes that are remembered; beyond it all are forgotten.
+const MAX_SIZES: usize = 4096;
 
 /// That long ago; "now" on a machine that has not been up for so long.
 #[must_use]
@@ -51,6 +50,8 @@ pub(crate) struct Known {
     pub(crate) held: BTreeMap<String, String>,
     /// Read only where something is to be deleted.
     pub(crate) snapshots: Option<Snapshots>,
+    /// A write of ours failed since, so that it may say something else now.
+    pub(crate) is_stale: bool,
 }
 
 /// What a VM's snapshots keep.
@@ -62,21 +63,26 @@ pub(crate) struct Snapshots {
     pub(crate) drives: BTreeMap<String, BTreeMap<String, String>>,
 }
 
-/// A write whose answer was lost: it may still be carried out, but only onto this very config.
-#[derive(Debug, Clone)]
-struct Doubt {
-    vmid: u32,
-    digest: String,
-    since: Instant,
-}
-
 #[derive(Debug, Default)]
-struct VmSlot {
+pub(super) struct VmSlot {
+    /// Who waits for a change of this VM.
+    pub(super) queue: Queue,
+    /// The `lock` of its config, and when it was first seen.
+    pub(super) lock: Mutex<Option<(String, SystemTime)>>,
     /// Held from the look to the verified end of a change.
     changing: Arc<AsyncMutex<()>>,
     known: AsyncMutex<Option<Known>>,
     /// Slots where QEMU keeps leftovers until the VM restarts, and the process that keeps them.
     leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
+}
+
+/// What the config file says of a cluster, beside how it is reached.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Rules {
+    /// Proxmox nodes that are off by the operator's word.
+    pub(crate) fenced: BTreeSet<String>,
+    /// Attach to protected VMs, too.
+    pub(crate) attach_to_protected: bool,
 }
 
 type StatesOfHost = Arc<AsyncMutex<Option<(Instant, BTreeMap<u32, VmState>)>>>;
@@ -86,46 +92,103 @@ type StatesOfHost = Arc<AsyncMutex<Option<(Instant, BTreeMap<u32, VmState>)>>>;
 pub(crate) struct Region {
     /// Its name in volume handles.
     pub(crate) name: String,
-    /// Its API.
-    pub(crate) client: Arc<Client>,
+    /// Its API, as the config file says now.
+    client: Mutex<Arc<Client>>,
+    rules: Mutex<Rules>,
     resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
     vms: Mutex<HashMap<u32, Arc<VmSlot>>>,
+    pub(super) containers: Mutex<HashMap<u32, ContainerSlot>>,
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
-    sees_all_vms: AsyncMutex<Option<Instant>>,
-    doubts: Mutex<HashMap<String, Doubt>>,
+    pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
+    pub(super) quorate: AsyncMutex<Option<(Instant, bool)>>,
+    pub(super) doubts: Mutex<HashMap<String, Doubt>>,
+    /// Proxmox node → when no change of an earlier controller was seen to go on there.
+    pub(super) quiet: Mutex<HashMap<String, Instant>>,
+    /// Proxmox node → when it was first seen offline.
+    pub(super) offline_since: Mutex<HashMap<String, SystemTime>>,
+    /// Volume → VMs whose drive of it is a leftover: it was taken over while their node was off.
+    pub(super) leftovers: Mutex<BTreeMap<String, (VolumeHandle, BTreeSet<u32>)>>,
+    /// The most nodes that were ever seen: a list with one is not a host alone, then.
+    pub(super) most_hosts: Mutex<usize>,
+    sizes: Mutex<HashMap<String, u64>>,
+    /// When we began to know.
+    pub(super) begun: Instant,
     /// Limits parallel reading.
     pub(crate) readers: Semaphore,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// A container's volumes as last read: where, when, mount point → line.
+pub(super) type ContainerSlot = Arc<AsyncMutex<Option<(String, Instant, BTreeMap<String, String>)>>>;
+
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Region {
     /// Makes no call.
     #[must_use]
-    pub(crate) fn new(name: String, client: Client) -> Self {
+    pub(crate) fn new(name: String, client: Client, rules: Rules) -> Self {
         Self {
             name,
-            client: Arc::new(client),
+            client: Mutex::new(Arc::new(client)),
+            rules: Mutex::new(rules),
             resources: AsyncMutex::default(),
             states: Mutex::default(),
             vms: Mutex::default(),
+            containers: Mutex::default(),
             delayed: Mutex::default(),
             sees_all_vms: AsyncMutex::default(),
+            quorate: AsyncMutex::default(),
             doubts: Mutex::default(),
+            quiet: Mutex::default(),
+            offline_since: Mutex::default(),
+            leftovers: Mutex::default(),
+            most_hosts: Mutex::default(),
+            sizes: Mutex::default(),
+            begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
         }
     }
 
-    fn vm(&self, vmid: u32) -> Arc<VmSlot> {
+    /// The config file changed; what is known of the cluster stays known.
+    pub(crate) fn renew(&self, client: Client, rules: Rules) {
+        *locked(&self.client) = Arc::new(client);
+        *locked(&self.rules) = rules;
+    }
+
+    /// Its API.
+    #[must_use]
+    pub(crate) fn client(&self) -> Arc<Client> {
+        Arc::clone(&locked(&self.client))
+    }
+
+    /// What the config file says.
+    #[must_use]
+    pub(crate) fn rules(&self) -> Rules {
+        locked(&self.rules).clone()
+    }
+
+    pub(super) fn vm(&self, vmid: u32) -> Arc<VmSlot> {
         Arc::clone(locked(&self.vms).entry(vmid).or_default())
     }
 
     /// Waits until no other call changes this VM.
     pub(crate) async fn change_alone(&self, vmid: u32) -> OwnedMutexGuard<()> {
         Arc::clone(&self.vm(vmid).changing).lock_owned().await
+    }
+
+    /// Whether one of our own calls changes this VM now.
+    #[must_use]
+    pub(super) fn is_changing(&self, vmid: u32) -> bool {
+        self.vm(vmid).changing.try_lock().is_err()
+    }
+
+    /// Somebody else changes the VM: it is read again before it counts.
+    pub(super) async fn distrust(&self, vmid: u32) {
+        if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
+            known.is_stale = true;
+        }
     }
 
     /// Slots that are known to be unusable in this QEMU process.
@@ -155,9 +218,15 @@ impl Region {
         }
         let (read_at, request) = (Instant::now(), api::resources());
         let call = request.name();
-        let resources = Arc::new(api::read_resources(&call, &self.client.call(request).await?)?);
+        let resources = Arc::new(api::read_resources(&call, &self.client().call(request).await?)?);
+        self.note_hosts(&resources);
         *held = Some((read_at, Arc::clone(&resources)));
         Ok(resources)
+    }
+
+    #[cfg(test)]
+    pub(super) async fn put_resources(&self, read_at: Instant, resources: Resources) {
+        *self.resources.lock().await = Some((read_at, Arc::new(resources)));
     }
 
     /// The VMs of a node, whether they run and what is plugged, read since `since`.
@@ -172,7 +241,7 @@ impl Region {
         }
         let (read_at, request) = (Instant::now(), api::vm_states(host));
         let call = request.name();
-        let states = api::read_vm_states(&call, &self.client.call(request).await?)?;
+        let states = api::read_vm_states(&call, &self.client().call(request).await?)?;
         *held = Some((read_at, states.clone()));
         Ok(states)
     }
@@ -184,7 +253,7 @@ impl Region {
     pub(crate) async fn state_now(&self, host: &str, vmid: u32) -> Result<VmState, pve::Error> {
         let request = api::vm_state(host, vmid);
         let call = request.name();
-        let state = api::read_vm_state(&call, &self.client.call(request).await?)?;
+        let state = api::read_vm_state(&call, &self.client().call(request).await?)?;
         let cell = Arc::clone(locked(&self.states).entry(host.into()).or_default());
         if let Some((_, states)) = cell.lock().await.as_mut() {
             states.insert(vmid, state.clone());
@@ -199,14 +268,14 @@ impl Region {
     pub(crate) async fn config(&self, host: &str, vmid: u32, since: Instant) -> Result<Known, pve::Error> {
         let slot = self.vm(vmid);
         let mut held = slot.known.lock().await;
-        if let Some(known) = held.as_ref().filter(|known| known.read_at >= since && known.host == host) {
+        if let Some(known) = held.as_ref().filter(|known| known.read_at >= since && known.host == host && !known.is_stale) {
             return Ok(known.clone());
         }
         let (read_at, request) = (Instant::now(), api::pending(host, vmid));
         let call = request.name();
-        let config = api::read_pending(&call, &self.client.call(request).await?)?;
+        let config = api::read_pending(&call, &self.client().call(request).await?)?;
         let (kept, snapshots) = held.take().map_or_else(Default::default, |old| (old.held, old.snapshots));
-        let known = Known { host: host.into(), config, read_at, held: kept, snapshots };
+        let known = Known { host: host.into(), config, read_at, held: kept, snapshots, is_stale: false };
         *held = Some(known.clone());
         Ok(known)
     }
@@ -223,10 +292,10 @@ impl Region {
         let request = api::snapshots(&known.host, vmid);
         let call = request.name();
         let mut all = BTreeMap::new();
-        for name in api::read_snapshots(&call, &self.client.call(request).await?)? {
+        for name in api::read_snapshots(&call, &self.client().call(request).await?)? {
             let request = api::snapshot_config(&known.host, vmid, &name);
             let call = request.name();
-            let drives = api::read_snapshot_config(&call, &self.client.call(request).await?)?;
+            let drives = api::read_snapshot_config(&call, &self.client().call(request).await?)?;
             all.insert(name, drives);
         }
         known.snapshots = Some(Snapshots { digest, drives: all });
@@ -274,38 +343,68 @@ impl Region {
     }
 
     /// Forgets a VM that is gone.
-    pub(crate) fn forget(&self, vmid: u32) {
-        locked(&self.vms).remove(&vmid);
+    pub(crate) async fn forget(&self, vmid: u32) {
+        // Not its slot: others may wait there.
+        *self.vm(vmid).known.lock().await = None;
     }
 
-    /// Changes one drive of a VM and waits for the task. The reading of the VM is kept true.
+    /// Changes drives of a VM and waits for the task. The reading of the VM is kept true.
     ///
     /// # Errors
     /// Proxmox's; also the task's.
     pub(crate) async fn change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
-        let permit = self.delayed(host).try_acquire_owned().ok();
-        let delay = permit.is_some().then_some(DELAY_S);
-        let answer = self.client.call(api::change(host, vmid, change, digest, delay)).await;
-        drop(permit);
-        if let Some(upid) = api::read_upid(&answer?) {
-            self.client.wait(&upid).await?;
-        }
+        let done = self.send_change(host, vmid, change, digest).await;
         if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
             known.config.digest.clear();
-            match change {
-                Change::Set(key, drive) => {
-                    known.config.lines.insert(key.clone(), Line { value: Some(drive.clone()), ..Line::default() });
-                }
-                Change::Delete(key) => {
-                    known.config.lines.remove(key);
-                }
-                Change::Revert(key) => match known.config.lines.get_mut(key) {
-                    Some(line) if line.value.is_some() => (line.pending, line.delete) = (None, false),
-                    _ => drop(known.config.lines.remove(key)),
-                },
+            match done {
+                Ok(()) => note_change(&mut known.config, change),
+                Err(_) => known.is_stale = true,
             }
         }
-        Ok(())
+        done
+    }
+
+    async fn send_change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
+        let permit = self.delayed(host).try_acquire_owned().ok();
+        let delay = permit.is_some().then_some(DELAY_S);
+        let answer = self.client().call(api::change(host, vmid, change, digest, delay)).await;
+        drop(permit);
+        match api::read_upid(&answer?) {
+            Some(upid) => self.client().wait(&upid).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A container's volumes by mount point, read since `since`.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub(crate) async fn container(&self, host: &str, vmid: u32, since: Instant) -> Result<BTreeMap<String, String>, pve::Error> {
+        let slot = Arc::clone(locked(&self.containers).entry(vmid).or_default());
+        let mut held = slot.lock().await;
+        if let Some((_, _, lines)) = held.as_ref().filter(|(at, read_at, _)| at == host && *read_at >= since) {
+            return Ok(lines.clone());
+        }
+        let (read_at, request) = (Instant::now(), api::container(host, vmid));
+        let call = request.name();
+        let lines = api::read_container(&call, &self.client().call(request).await?)?;
+        *held = Some((host.into(), read_at, lines.clone()));
+        Ok(lines)
+    }
+
+    /// Notes the size of a volume that we made or grew.
+    pub(crate) fn note_size(&self, volid: &str, bytes: u64) {
+        let mut sizes = locked(&self.sizes);
+        if sizes.len() >= MAX_SIZES {
+            sizes.clear();
+        }
+        sizes.insert(volid.into(), bytes);
+    }
+
+    /// The size of a volume, where it was noted.
+    #[must_use]
+    pub(crate) fn noted_size(&self, volid: &str) -> Option<u64> {
+        locked(&self.sizes).get(volid).copied()
     }
 
     /// Frees a volume and waits for the task.
@@ -315,10 +414,10 @@ impl Region {
     pub(crate) async fn free(&self, host: &str, storage: &str, volid: &str) -> Result<(), pve::Error> {
         let permit = self.delayed(host).try_acquire_owned().ok();
         let delay = permit.is_some().then_some(DELAY_S);
-        let answer = self.client.call(api::free(host, storage, volid, delay)).await;
+        let answer = self.client().call(api::free(host, storage, volid, delay)).await;
         drop(permit);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client.wait(&upid).await,
+            Some(upid) => self.client().wait(&upid).await,
             None => Ok(()),
         }
     }
@@ -335,161 +434,22 @@ impl Region {
     pub(crate) async fn volume_size(&self, host: &str, storage: &str, volid: &str) -> Result<u64, pve::Error> {
         let request = api::volume(host, storage, volid);
         let call = request.name();
-        api::read_volume(&call, &self.client.call(request).await?)
-    }
-
-    /// The VM that a node id names; nothing: there is none in what is shown to us.
-    ///
-    /// # Errors
-    /// Proxmox's; or several VMs have that name.
-    pub(crate) async fn find_vm(&self, node: &NodeId) -> Result<Option<Vm>, Error> {
-        for since in [ago(EVIDENCE_AGE), Instant::now()] {
-            let resources = self.resources(since).await?;
-            let mut found = resources.vms.values().filter(|vm| match node {
-                NodeId::Vmid(_, vmid) => vm.vmid == *vmid,
-                NodeId::Name(name) => !vm.template && vm.name.as_deref() == Some(name),
-            });
-            match (found.next(), found.next()) {
-                (Some(one), None) => return Ok(Some(one.clone())),
-                (Some(one), Some(other)) => {
-                    return Err(Error::precondition(format!(
-                        "node {node}: VMs {} and {} of region {} both have this name; node ids should carry the VMID (NAME/VMID)",
-                        one.vmid, other.vmid, self.name
-                    )));
-                }
-                (None, _) => (),
-            }
-        }
-        let resources = self.resources(ago(STATE_AGE)).await?;
-        if let (NodeId::Name(_), Some(nameless)) = (node, resources.vms.values().find(|vm| vm.name.is_none())) {
-            return Err(Error::unavailable(format!(
-                "node {node}: no VM of that name, but VM {} on {} shows no name now (its node is silent, or it is new); repeated",
-                nameless.vmid, nameless.host
-            )));
-        }
-        Ok(None)
-    }
-
-    /// Whether every VM of the cluster is shown to us: without that, nobody can be said not to hold a volume.
-    ///
-    /// # Errors
-    /// The privilege that is missing; or Proxmox's.
-    pub(crate) async fn check_sees_all_vms(&self) -> Result<(), Error> {
-        let mut checked = self.sees_all_vms.lock().await;
-        if checked.is_some_and(|at| at >= ago(PERMISSIONS_AGE)) {
-            return Ok(());
-        }
-        if api::read_sees_all_vms(&self.client.call(api::permissions()).await?) {
-            *checked = Some(Instant::now());
-            return Ok(());
-        }
-        Err(Error::precondition(format!(
-            "region {}: not every VM is shown to us, so that the holder of a volume could be overlooked; give the token's role VM.Audit on \
-             /vms (or /) with propagation",
-            self.name
-        )))
-    }
-
-    /// "Not there" is true only if the cluster is quorate, answered, and shows everything.
-    ///
-    /// # Errors
-    /// What is missing.
-    pub(crate) async fn check_absence_counts(&self) -> Result<(), Error> {
-        self.check_sees_all_vms().await?;
-        if self.is_quorate().await? {
-            return Ok(());
-        }
-        Err(Error::unavailable(format!(
-            "region {}: the cluster has no quorum, so that what is not shown may still be there; repeated until it has",
-            self.name
-        )))
-    }
-
-    /// By Proxmox's word; without Sys.Audit, by more than half of its nodes being online.
-    ///
-    /// # Errors
-    /// Proxmox's.
-    pub(crate) async fn is_quorate(&self) -> Result<bool, Error> {
-        let request = api::cluster_status();
-        let call = request.name();
-        match self.client.call(request).await.and_then(|data| api::read_quorate(&call, &data)) {
-            Ok(quorate) => Ok(quorate),
-            Err(error) if error.meaning() == Meaning::Forbidden => {
-                let resources = self.resources(ago(STATE_AGE)).await?;
-                let online = resources.hosts.values().filter(|status| *status == "online").count();
-                let alone = resources.hosts.len() == 1;
-                Ok(alone || online * 2 > resources.hosts.len())
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Notes a write of `volid` into a VM whose answer may be lost, and which is not verified yet.
-    pub(crate) fn doubt(&self, volid: &str, vmid: u32, digest: &str) {
-        let doubt = Doubt { vmid, digest: digest.into(), since: Instant::now() };
-        locked(&self.doubts).insert(volid.into(), doubt);
-    }
-
-    /// Whether such a write can still be carried out, or was: Proxmox does it only onto the config of its digest. Time alone
-    /// settles nothing: the VM is looked at again, after the last moment at which it could have come.
-    ///
-    /// # Errors
-    /// It can, it was, or the VM cannot be looked at.
-    pub(crate) async fn check_no_doubt(&self, volid: &str) -> Result<(), Error> {
-        let Some(doubt) = locked(&self.doubts).get(volid).cloned() else { return Ok(()) };
-        let host = self.resources(Instant::now()).await?.vms.get(&doubt.vmid).map(|vm| vm.host.clone());
-        let Some(host) = host else {
-            self.check_absence_counts().await?;
-            self.settle(volid);
-            return Ok(());
-        };
-        let may_come = doubt.since.elapsed() < DOUBT_AGE;
-        let config = self.config(&host, doubt.vmid, Instant::now()).await?.config;
-        if config.naming(volid).any(|(key, _)| !key.starts_with("unused")) {
-            return Err(Error::unavailable(format!("volume {volid}: VM {} got it after all; repeated", doubt.vmid)));
-        }
-        if may_come && config.digest == doubt.digest {
-            return Err(Error::unavailable(format!(
-                "volume {volid}: the answer to its attachment to VM {} was lost, and Proxmox may still carry it out; decided within {} s",
-                doubt.vmid,
-                DOUBT_AGE.as_secs()
-            )));
-        }
-        self.settle(volid);
-        Ok(())
-    }
-
-    /// The VM of such a write.
-    #[must_use]
-    pub(crate) fn doubted_vm(&self, volid: &str) -> Option<u32> {
-        locked(&self.doubts).get(volid).map(|doubt| doubt.vmid)
-    }
-
-    /// The outcome of such a write is known.
-    pub(crate) fn settle(&self, volid: &str) {
-        locked(&self.doubts).remove(volid);
+        api::read_volume(&call, &self.client().call(request).await?)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::{ClusterConfig, Credentials};
-    use crate::secret::Secret;
-
-    /// The host went away during an attach: what was sent may be in the VM's config, and nobody has looked.
-    #[tokio::test]
-    async fn a_lost_write_is_not_forgotten_before_its_vm_was_looked_at() {
-        let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
-        let url = "http://127.0.0.1:1/api2/json".into();
-        let cluster = ClusterConfig { region: "r".into(), url, insecure: false, credentials };
-        let region = Region::new("r".into(), Client::new(&cluster, None));
-        let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };
-        let resources = Resources { vms: BTreeMap::from([(101, vm)]), ..Resources::default() };
-        *region.resources.lock().await = Some((Instant::now() + Duration::from_secs(60), Arc::new(resources)));
-        let long_ago = Doubt { vmid: 101, digest: "d".into(), since: ago(DOUBT_AGE + Duration::from_secs(1)) };
-        locked(&region.doubts).insert("ds:vm-9999-a".into(), long_ago);
-        assert_eq!(region.check_no_doubt("ds:vm-9999-a").await.unwrap_err().code, tonic::Code::Unavailable);
-        assert_eq!(region.doubted_vm("ds:vm-9999-a"), Some(101));
+/// What the config is after a change that was carried out.
+fn note_change(config: &mut VmConfig, change: &Change) {
+    for (key, drive) in &change.set {
+        config.lines.insert(key.clone(), Line { value: Some(drive.clone()), ..Line::default() });
+    }
+    for key in &change.delete {
+        config.lines.remove(key);
+    }
+    for key in &change.revert {
+        match config.lines.get_mut(key) {
+            Some(line) if line.value.is_some() => (line.pending, line.delete) = (None, false),
+            _ => drop(config.lines.remove(key)),
+        }
     }
 }

@@ -4,18 +4,17 @@ use std::sync::Arc;
 
 use proto::VolumeHandle;
 use tokio::time::Instant;
+use tonic::Code;
 
 use super::Controller;
 use super::evidence::Depth;
-use super::region::{EVIDENCE_AGE, Known, Region, STATE_AGE, ago};
-use crate::attach::{DetachStep, Refusal, Seen, can_hotplug, next_detach, unexplained};
+use super::queue::Wish;
+use super::region::{Known, Region};
+use crate::attach::{Refusal, Seen, unexplained};
 use crate::error::Error;
-use crate::pve::Meaning;
-use crate::pve::api::{Change, Vm, VmState};
+use crate::pve::api::{Vm, VmState};
 use crate::pve::drive::volume_of;
-use crate::request::Unpublish;
-/// Looks and steps of one detach: a removal, its repeat for a guest that was busy, a changed digest here and there.
-const MAX_TURNS: usize = 8;
+use crate::request::{NodeId, Unpublish};
 
 impl Controller {
     /// Takes the volume out of one VM, or out of every one.
@@ -28,7 +27,8 @@ impl Controller {
             Some(node) => match region.find_vm(node).await? {
                 Some(vm) => vec![vm],
                 None => {
-                    region.check_absence_counts().await.map_err(|error| error.during(&format!("detach {} from {node}", request.handle)))?;
+                    let gone = region.check_gone_with_it(&request.handle, node).await;
+                    gone.map_err(|error| error.during(&format!("detach {} from {node}", request.handle)))?;
                     proto::info!("detach {}: VM of node {node} is gone", request.handle);
                     Vec::new()
                 }
@@ -40,84 +40,83 @@ impl Controller {
         let is_elsewhere = request.node.is_some() && !vms.is_empty() && !vms.iter().any(|vm| Some(vm.vmid) == doubted);
         for vm in vms {
             let step = format!("detach {} from VM {} on {}", request.handle, vm.vmid, vm.host);
-            region.detach(&request.handle, vm).await.map_err(|error| error.during(&step))?;
+            region.unpublish(&request.handle, &vm).await.map_err(|error| error.during(&step))?;
         }
         if is_elsewhere { Ok(()) } else { region.check_no_doubt(&request.handle.volid()).await }
     }
 }
 
 impl Region {
+    /// Who holds it now: nobody is overlooked because he came within the last minute.
     async fn holders(self: &Arc<Self>, handle: &VolumeHandle) -> Result<Vec<Vm>, Error> {
-        let references = self.references(handle, ago(EVIDENCE_AGE), None, Depth::Plugged).await?;
-        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let now = Instant::now();
+        let references = self.references(handle, now, None, Depth::Plugged).await?;
+        let resources = self.resources(now).await?;
+        if let Some(container) = references.iter().find(|one| one.holds() && resources.containers.contains_key(&one.vmid)) {
+            return Err(Error::precondition(format!("detach {handle}: {container}; a container's mount point is removed by hand")));
+        }
         let mut vmids: Vec<u32> = references.iter().filter(|one| one.holds()).map(|one| one.vmid).collect();
         vmids.dedup();
         Ok(vmids.iter().filter_map(|vmid| resources.vms.get(vmid).cloned()).collect())
     }
 
-    /// Detaches, whatever the state is; done when neither config nor plan nor QEMU has it.
-    pub(super) async fn detach(self: &Arc<Self>, handle: &VolumeHandle, vm: Vm) -> Result<(), Error> {
-        let _alone = self.change_alone(vm.vmid).await;
-        self.detach_alone(handle, vm).await
+    /// The node's VM is not listed: it is gone, and what it held is free.
+    ///
+    /// # Errors
+    /// It is hidden from us; or it may have another name now.
+    async fn check_gone_with_it(self: &Arc<Self>, handle: &VolumeHandle, node: &NodeId) -> Result<(), Error> {
+        let NodeId::Name(name) = node else {
+            let NodeId::Vmid(_, vmid) = node else { return Ok(()) };
+            return self.check_vm_gone(*vmid).await;
+        };
+        self.check_absence_counts().await?;
+        let references = self.references(handle, Instant::now(), None, Depth::Plugged).await?;
+        match references.iter().find(|one| one.counts()) {
+            Some(holder) => Err(Error::precondition(format!(
+                "no VM is named {name:?}, and {holder}: it could be the same VM under a new name; give it its name back, or detach the \
+                 volume there (node ids that carry the VMID, NAME/VMID, leave no such doubt)"
+            ))),
+            None => Ok(()),
+        }
     }
 
-    /// [`Region::detach`] for one who already changes this VM alone.
-    pub(super) async fn detach_alone(self: &Arc<Self>, handle: &VolumeHandle, vm: Vm) -> Result<(), Error> {
-        let (volid, mut vm) = (handle.volid(), vm);
-        let mut last: Option<Error> = None;
-        for _ in 0..MAX_TURNS {
-            let mut known = match self.config(&vm.host, vm.vmid, Instant::now()).await {
-                Err(error) if error.meaning() == Meaning::NoSuchVm => match self.resources(Instant::now()).await?.vms.get(&vm.vmid) {
-                    Some(moved) if moved.host != vm.host => {
-                        vm = moved.clone();
-                        continue;
-                    }
-                    Some(_) => return Err(error.into()),
-                    None => return self.check_absence_counts().await,
-                },
-                read => read?,
-            };
-            let state =
-                self.states(&vm.host, ago(STATE_AGE)).await.ok().and_then(|states| states.get(&vm.vmid).cloned()).unwrap_or_default();
-            self.remember(vm.vmid, &mut known, &state).await;
-            let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
-            let change = match next_detach(&volid, seen).map_err(|refusal| words(&refusal, vm.vmid))? {
-                DetachStep::Gone => return self.check_not_left_in_qemu(&volid, &vm, &known, &state).await,
-                DetachStep::Detach(key) => Change::Delete(key),
-                DetachStep::Revert(key) => Change::Revert(key),
-            };
-            match self.change(&vm.host, vm.vmid, &change, &known.config.digest).await {
-                Ok(()) => {
-                    let Change::Delete(key) = &change else { continue };
-                    let state = self.state_now(&vm.host, vm.vmid).await?;
-                    if state.running {
-                        // Without hot-plug Proxmox says OK and only plans the removal.
-                        can_hotplug(&known.config).map_err(|refusal| words(&refusal, vm.vmid))?;
-                    }
-                    if !state.plugged.as_ref().is_none_or(|plugged| plugged.contains(key)) {
-                        proto::info!("detach {volid} from VM {}: {key} is free", vm.vmid);
-                        // Another line of the same VM may name it, too; the last reading knows.
-                        if known.config.naming(&volid).filter(|(key, _)| !key.starts_with("unused")).count() == 1 {
-                            return Ok(());
-                        }
-                        continue;
-                    }
-                    last = Some(Error::unavailable(format!("Proxmox said OK, but QEMU still has {key}; the removal is repeated")));
+    async fn unpublish(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) -> Result<(), Error> {
+        let off = match self.off(&vm.host).await? {
+            Some(off) => off,
+            None => match self.detach(handle, vm).await {
+                Err(error) if error.code == Code::Unavailable => {
+                    // Gone off since the cluster was read, perhaps.
+                    self.resources(Instant::now()).await?;
+                    self.off(&vm.host).await?.ok_or(error)?
                 }
-                Err(error) => match error.meaning() {
-                    Meaning::DigestChanged | Meaning::StillBusyInGuest => last = Some(error.into()),
-                    // Looked at again: the removal was done, is planned, or is to be repeated. The digest keeps it from
-                    // landing after a later change.
-                    Meaning::OutcomeUnknown if last.is_none() => last = Some(error.into()),
-                    _ => return Err(error.into()),
-                },
-            }
+                done => return done,
+            },
+        };
+        if off.fenced {
+            proto::warn!("detach {handle} from VM {}: {} is {off}, and fenced; its drive is removed when it is back", vm.vmid, vm.host);
+            self.note_leftover(handle, vm.vmid);
+            return Ok(());
         }
-        Err(last.unwrap_or_else(|| Error::aborted("the VM's config changes all the time; repeated")))
+        // What cannot run cannot change: it counts as last read.
+        let volid = handle.volid();
+        let is_free = |known: &Known| known.config.naming(&volid).next().is_none() && !known.held.values().any(|held| *held == volid);
+        match self.last_known(vm.vmid).await {
+            Some(known) if is_free(&known) && !known.is_stale => Ok(()),
+            _ => Err(Error::unavailable(format!(
+                "Proxmox node {} is {off}; the volume is let go when the node is back, or, if it is off for certain, by fencedNodes: [{}] in \
+                 the config file",
+                vm.host, vm.host
+            ))),
+        }
+    }
+
+    /// Detaches, whatever the state is; done when neither config nor plan nor QEMU has it.
+    pub(super) async fn detach(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) -> Result<(), Error> {
+        self.submit(vm, Wish::Detach(handle.clone())).await.map(drop)
     }
 
     /// A drive that QEMU has and the config forgot: nothing in the API removes it.
-    async fn check_not_left_in_qemu(&self, volid: &str, vm: &Vm, known: &Known, state: &VmState) -> Result<(), Error> {
+    pub(super) async fn check_not_left_in_qemu(&self, volid: &str, vm: &Vm, known: &Known, state: &VmState) -> Result<(), Error> {
         let slot_in =
             |state: &VmState| state.plugged.iter().flatten().find(|key| known.held.get(*key).is_some_and(|held| held == volid)).cloned();
         let unknown_in = |state: &VmState| {
@@ -153,13 +152,17 @@ impl Region {
 pub(super) fn words(refusal: &Refusal, vmid: u32) -> Error {
     match refusal {
         Refusal::Template => Error::precondition(format!("VM {vmid} is a template, which never runs")),
-        Refusal::NotRunning => Error::unavailable(format!("VM {vmid} is not running; it gets its disk when it runs")),
+        Refusal::NotRunning => Error::unavailable(format!("VM {vmid} is not running; it gets its disk when it runs: qm start {vmid}")),
         Refusal::QemuSilent => Error::unavailable(format!("QEMU of VM {vmid} does not answer, so that what is plugged is not known")),
         Refusal::NoHotplug(value) => {
             Error::precondition(format!("VM {vmid} has hotplug: {value}, without disk; run: qm set {vmid} --hotplug disk,network,usb"))
         }
         Refusal::ScsiHw(value) => Error::precondition(format!(
             "VM {vmid} has scsihw: {value}, which gives disks no usable LUN; run: qm set {vmid} --scsihw virtio-scsi-single, and restart it"
+        )),
+        Refusal::Protected => Error::precondition(format!(
+            "VM {vmid} has protection: 1, so that its disks could never be detached; run: qm set {vmid} --protection 0 (or write \
+             attachToProtectedVMs: true under features in the config file)"
         )),
         Refusal::ReadonlyDiffers(key) => {
             Error::already_exists(format!("VM {vmid} has the volume as {key} with another readonly; detach it first"))

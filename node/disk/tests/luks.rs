@@ -340,6 +340,45 @@ fn healing_makes_both_copies_equal() {
     assert!(matches!(why, Error::NoHeader { .. }) && why.to_string().contains("no LUKS magic at 0"), "{why}");
 }
 
+/// Found by fuzzing: cryptsetup takes the primary then too, and nothing would have mended the other copy.
+#[test]
+fn copies_that_differ_under_one_sequence_number_are_made_equal() {
+    let mut image = VOLUME.clone();
+    image[16_384 + 168..16_384 + 172].copy_from_slice(b"ffff");
+    with_checksum(&mut image);
+    let read = |image: &[u8]| {
+        Header::read(SIZE, &mut |offset, buffer| {
+            buffer.copy_from_slice(&image[offset as usize..][..buffer.len()]);
+            Ok(())
+        })
+    };
+    let header = read(&image).unwrap();
+    assert!(header.uuid == UUID && header.damage().unwrap().contains("differs from the primary"), "{:?}", header.damage());
+    for write in header.heal(&[1; 64]).unwrap() {
+        if let Write::Data { offset, bytes } = write {
+            image[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+    }
+    image[..512].fill(0);
+    assert_eq!(read(&image).unwrap().uuid, UUID);
+}
+
+/// Found by fuzzing: removing such a keyslot would have been a write of parts of sectors.
+#[test]
+fn a_keyslot_whose_area_is_not_made_of_whole_sectors_is_not_tried() {
+    let mut image = VOLUME.clone();
+    for (from, to) in [("\"offset\":\"32768\"", "\"offset\":\"32769\""), ("\"size\":\"258048\"", "\"size\":\"258049\"")] {
+        for at in [4096, 16_384 + 4096] {
+            let there = (at..at + 2000).find(|at| image[*at..].starts_with(from.as_bytes())).unwrap();
+            image[there..there + to.len()].copy_from_slice(to.as_bytes());
+        }
+        with_checksum(&mut image);
+        let why = poke(&image).unwrap_err().to_string();
+        assert!(why.contains("whole sectors"), "{why}");
+        image.clone_from(&VOLUME);
+    }
+}
+
 static VOLUME: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut image = vec![0; 1 << 20];
     let writes = new_volume(1, b"p").0;

@@ -51,7 +51,8 @@ fn publish() -> csi::NodePublishVolumeRequest {
 fn staged(change: impl Fn(&mut csi::NodeStageVolumeRequest)) -> Result<StageRequest, Refusal> {
     let mut request = stage();
     change(&mut request);
-    StageRequest::new(&request, &folders())
+    let passphrases = Passphrases::take(&mut request.secrets)?;
+    StageRequest::new(&request, passphrases.as_ref(), &folders())
 }
 
 #[test]
@@ -311,25 +312,43 @@ proptest! {
             secrets: HashMap::new(),
             volume_context: context,
         };
-        let _ = StageRequest::new(&request, &folders()).map_err(|refused| refused.to_string());
+        let _ = StageRequest::new(&request, None, &folders()).map_err(|refused| refused.to_string());
         let request = csi::NodeStageVolumeRequest { volume_id: ID.into(), volume_capability: Some(capability("", Mode::SingleNodeWriter)), ..request };
-        let _ = StageRequest::new(&request, &folders()).map_err(|refused| refused.to_string());
+        let _ = StageRequest::new(&request, None, &folders()).map_err(|refused| refused.to_string());
     }
 }
 
 #[test]
 fn an_encrypted_volume_is_never_staged_in_plain() {
     for access_type in [AccessType::Mount(MountVolume::default()), AccessType::Block(BlockVolume {})] {
-        let refused = staged(|request| {
-            request.secrets = map(&[("encryption-passphrase", "hunter2")]);
-            request.volume_capability.as_mut().unwrap().access_type = Some(access_type.clone());
-        })
-        .unwrap_err();
-        assert_eq!(refused, Refusal::Encrypted);
-        let sentence = refused.to_string();
+        let with = |secrets: &[(&str, &str)], context: &[(&str, &str)]| {
+            staged(|request| {
+                request.secrets = map(secrets);
+                request.volume_context.extend(map(context));
+                request.volume_capability.as_mut().unwrap().access_type = Some(access_type.clone());
+            })
+        };
+        assert!(with(&[("encryption-passphrase", "hunter2")], &[]).unwrap().encryption.is_some());
+        assert!(with(&[("else", "x")], &[]).unwrap().encryption.is_none());
+        for key in proto::volume_context::LUKS_KEYS {
+            let refused = with(&[("else", "x")], &[(key, "1")]).unwrap_err();
+            assert_eq!(refused, Refusal::NoPassphrase);
+            assert!(refused.to_string().contains("node-stage-secret-name"), "{refused}");
+        }
+        // A bad cost stops the making of the volume only: it may exist for years.
+        let odd = with(&[("encryption-passphrase", "hunter2")], &[("luksKdfMemory", "1")]).unwrap();
+        let Format::Never(why) = odd.format else { panic!("{odd:?}") };
+        assert!(why.contains("memory") && odd.encryption.is_some(), "{why}");
+    }
+}
+
+#[test]
+fn refusals_show_nothing_of_a_passphrase() {
+    for secrets in [&[("encryption-passphrase", "")][..], &[("encryption-passphrase-previous", "hunter2")]] {
+        let refused = staged(|request| request.secrets = map(secrets)).unwrap_err();
+        let sentence = format!("{refused} {refused:?}");
         assert!(sentence.contains("encryption-passphrase") && !sentence.contains("hunter2"), "{sentence}");
     }
-    assert!(staged(|request| request.secrets = map(&[("else", "x")])).is_ok());
 }
 
 #[test]

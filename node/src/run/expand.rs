@@ -4,68 +4,84 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::look::{Room, ShownAt, grown_as};
-use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, kill_point, poll};
+use super::mapping::{self, Medium};
+use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, poll};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity;
+use crate::kill;
 use crate::plan::{self, ExpandSeen, ExpandStep, Growth, Shown};
-use crate::request::{ExpandRequest, Filesystem};
+use crate::request::{ExpandRequest, Filesystem, Passphrases};
 use crate::sys::scsi::{self, Disk};
-use crate::sys::{block, mount, mountinfo};
+use crate::sys::{Dev, block, mount, mountinfo};
 
 impl Node {
     /// Grows the volume that is shown at the path; answers the disk's size in bytes.
     ///
     /// # Errors
     /// See [`Error`]; repeating the call goes on where it stopped.
-    pub fn expand(&self, want: &ExpandRequest) -> Result<u64, Error> {
+    pub fn expand(&self, want: &ExpandRequest, passphrases: Option<&Passphrases>) -> Result<u64, Error> {
         const DOING: &str = "expand";
         let mut tried = false;
         for _ in 0..MAX_TURNS {
-            let (seen, disk, room) = self.look_expand(want, tried).at(DOING, &want.volume, "look")?;
+            let (seen, medium, room) = self.look_expand(want, tried).at(DOING, &want.volume, "look")?;
             let step = plan::next_expand_step(want, &seen).at(DOING, &want.volume, "")?;
-            let (Some(step), Some(disk)) = (step, disk) else { return Ok(seen.size_bytes) };
+            let (Some(step), Some(medium)) = (step, medium) else { return Ok(seen.size_bytes) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
-            kill_point(DOING, &format!("{step:?}"));
+            let deed = kill::step(DOING, &step);
             match (step, room) {
                 (ExpandStep::AwaitSize { required_bytes }, _) => {
-                    self.await_size(&disk, required_bytes).at(DOING, &want.volume, "wait for the disk's new size")?;
+                    self.await_size(&medium.disk, required_bytes).at(DOING, &want.volume, "wait for the disk's new size")?;
+                }
+                (ExpandStep::GrowMapping, _) => {
+                    self.grow_mapping(&want.volume, &medium, passphrases).at(DOING, &want.volume, "grow the mapping")?;
                 }
                 (ExpandStep::Grow, Some(room)) if tried => {
                     return Err(failed(DOING, &want.volume, "grow the filesystem", room.not_grown()));
                 }
                 (ExpandStep::Grow, Some(room)) => {
-                    let point = self.writable_point(&disk, &want.path).at(DOING, &want.volume, "look")?;
-                    grow(&point, &disk, room).at(DOING, &want.volume, "grow the filesystem")?;
+                    let point = self.writable_point(&medium, &want.path).at(DOING, &want.volume, "look")?;
+                    grow(&point, medium.dev(), room).at(DOING, &want.volume, "grow the filesystem")?;
                     tried = true;
                 }
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
             }
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
 
-    fn look_expand(&self, want: &ExpandRequest, tried: bool) -> Result<(ExpandSeen, Option<Disk>, Option<Room>), Cause> {
+    fn look_expand(&self, want: &ExpandRequest, tried: bool) -> Result<(ExpandSeen, Option<Medium>, Option<Room>), Cause> {
         Ok(match self.look_shown(&want.volume, &want.path)? {
-            ShownAt::Nothing(what) => (ExpandSeen { shown: Shown::NotOurs(what), size_bytes: 0 }, None, None),
-            ShownAt::Device(disk) => (ExpandSeen { shown: Shown::Device, size_bytes: disk.size_bytes }, Some(disk), None),
+            ShownAt::Nothing(what) => (ExpandSeen { shown: Shown::NotOurs(what), size_bytes: 0, short: false }, None, None),
+            ShownAt::Device(medium) => (
+                ExpandSeen { shown: Shown::Device, size_bytes: medium.disk.size_bytes, short: self.is_short(&medium)? },
+                Some(medium),
+                None,
+            ),
             // OK would mean that the pod has the room.
             ShownAt::Filesystem(_, mount) if grown_as(&mount.fstype).is_none() => {
                 return Err(plan::Refusal::NoGrowing { fstype: mount.fstype }.into());
             }
-            ShownAt::Filesystem(disk, mount) => {
-                let room = self.look_room(&disk, &mount)?;
-                let growth = room.map_or(Growth::Full, |room| room.growth(tried));
-                (ExpandSeen { shown: Shown::Filesystem(growth), size_bytes: disk.size_bytes }, Some(disk), room)
+            ShownAt::Filesystem(medium, mount) => {
+                let room = self.look_room(&medium, &mount)?;
+                let shown = Shown::Filesystem(room.map_or(Growth::Full, |room| room.growth(tried)));
+                (ExpandSeen { shown, size_bytes: medium.disk.size_bytes, short: self.is_short(&medium)? }, Some(medium), room)
             }
         })
     }
 
+    /// Whether the disk has more room than its mapping takes.
+    fn is_short(&self, medium: &Medium) -> Result<bool, Cause> {
+        let Some(mapping) = &medium.mapping else { return Ok(false) };
+        Ok(mapping.length_sectors() < mapping::length(&self.luks_header(&medium.disk)?, &medium.disk)?)
+    }
+
     /// Where the filesystem can be asked to grow: a read-only bind of it refuses (EROFS), though the filesystem is writable.
-    pub(super) fn writable_point(&self, disk: &Disk, shown: &Path) -> Result<PathBuf, Cause> {
+    pub(super) fn writable_point(&self, medium: &Medium, shown: &Path) -> Result<PathBuf, Cause> {
         let real = self.real(shown)?;
         let mounts = self.mounts()?;
         let is_read_only = real.as_deref().and_then(|real| mountinfo::at(&mounts, real)).is_some_and(|mount| mount.read_only);
-        let another = |mount: &&mountinfo::Mount| mount.dev == disk.dev && !mount.read_only && self.is_inside(&mount.point);
+        let another = |mount: &&mountinfo::Mount| mount.dev == medium.dev() && !mount.read_only && self.is_inside(&mount.point);
         let instead = if is_read_only { mounts.iter().find(another) } else { None };
         Ok(instead.map_or_else(|| shown.to_path_buf(), |mount| mount.point.clone()))
     }
@@ -93,17 +109,17 @@ impl Node {
 }
 
 /// Grows the filesystem that is mounted at `point` to its disk.
-pub(super) fn grow(point: &Path, disk: &Disk, room: Room) -> Result<(), Cause> {
+pub(super) fn grow(point: &Path, dev: Dev, room: Room) -> Result<(), Cause> {
     match room.filesystem {
         Filesystem::Ext4 => {
             if room.noinit_itable {
                 // The kernel zeroes them in the background then, as it does by default.
-                mount::add_option(point, disk.dev, "init_itable")?;
+                mount::add_option(point, dev, "init_itable")?;
                 proto::info!("{}: noinit_itable taken back: growing would zero all new inode tables at once", point.display());
             }
-            block::ext4_grow(point, disk.dev, room.wanted_blocks)?;
+            block::ext4_grow(point, dev, room.wanted_blocks)?;
         }
-        Filesystem::Xfs => block::xfs_grow(point, disk.dev, room.wanted_blocks)?,
+        Filesystem::Xfs => block::xfs_grow(point, dev, room.wanted_blocks)?,
     }
     proto::info!("{}: grown from {} to {} blocks of {} bytes", point.display(), room.blocks, room.wanted_blocks, room.block_size);
     Ok(())

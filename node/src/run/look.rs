@@ -9,6 +9,7 @@ use disk::xfs;
 use rustix::io::Errno;
 
 use super::Node;
+use super::mapping::{self, Medium};
 use crate::error::Cause;
 use crate::identity;
 use crate::plan::{self, Growth, Mount, Target};
@@ -16,17 +17,17 @@ use crate::probe;
 use crate::request::{self, Filesystem, Volume};
 use crate::sys::block::{self, Access, XfsGeometry};
 use crate::sys::scsi::{self, Disk, State};
-use crate::sys::{self, Dev, mountinfo};
+use crate::sys::{self, Dev, dm, mountinfo};
 
 /// kubelet's folder of binds for subPath mounts: they belong to a pod that the volume is published to, not to a target.
 const SUBPATHS: &str = "volume-subpaths";
 
 /// Whose a device number is.
 pub(super) enum Owner {
-    /// This volume's disk.
-    Ours(Disk),
-    /// No such device any more.
-    Gone,
+    /// This volume's disk, or the mapping over it.
+    Ours(Medium),
+    /// No such device any more. The mapping that is left of it, if it was one.
+    Gone(Option<dm::Mapping>),
     /// Somebody else's; a sentence.
     Stranger(String),
 }
@@ -35,10 +36,19 @@ pub(super) enum Owner {
 pub(super) enum ShownAt {
     /// Not this volume; what instead.
     Nothing(String),
-    /// Its filesystem, from this disk.
-    Filesystem(Disk, mountinfo::Mount),
+    /// Its filesystem, from there.
+    Filesystem(Medium, mountinfo::Mount),
     /// Its block device.
-    Device(Disk),
+    Device(Medium),
+}
+
+/// What is mounted at a staging path.
+pub(super) struct Staged {
+    pub(super) mount: Mount,
+    /// Where it is from, if it is ours.
+    pub(super) from: Option<(Medium, mountinfo::Mount)>,
+    /// The mapping that it is from, if its disk is gone.
+    pub(super) left: Option<dm::Mapping>,
 }
 
 /// A filesystem's size against its disk's, in filesystem blocks.
@@ -56,36 +66,42 @@ pub(super) struct Room {
 
 impl Node {
     pub(super) fn owner(&self, volume: &Volume, dev: Dev, disks: &[Disk]) -> Result<Owner, Cause> {
+        let of = |disk: &Disk, mapping: Option<dm::Mapping>| match identity::verify(&volume.serial, disk) {
+            Ok(()) => Owner::Ours(Medium { disk: disk.clone(), mapping }),
+            Err(refusal) => Owner::Stranger(refusal.to_string()),
+        };
         if let Some(disk) = disks.iter().find(|disk| disk.dev == dev) {
-            return Ok(match identity::verify(&volume.serial, disk) {
-                Ok(()) => Owner::Ours(disk.clone()),
-                Err(refusal) => Owner::Stranger(refusal.to_string()),
-            });
+            return Ok(of(disk, None));
         }
         // Major 0 is no block device at all; the number of a mounted disk is not given out again (see Node::open).
         if dev.major != 0 && !sys::is_block_device_there(&self.sysfs, dev)? {
-            return Ok(Owner::Gone);
+            return Ok(Owner::Gone(None));
         }
-        Ok(Owner::Stranger(format!("device {dev} is no SCSI disk")))
+        let mapping = if dev.major == 0 { None } else { self.mapping_at(dev)? };
+        let Some((mapping, below)) = mapping.and_then(|mapping| mapping::backing(&mapping).map(|below| (mapping, below))) else {
+            return Ok(Owner::Stranger(format!("device {dev} is no SCSI disk")));
+        };
+        match disks.iter().find(|disk| disk.dev == below) {
+            Some(disk) => Ok(of(disk, Some(mapping))),
+            // The number of a disk below a mapping is not given out again either.
+            None if !sys::is_block_device_there(&self.sysfs, below)? => Ok(Owner::Gone(Some(mapping))),
+            None => Ok(Owner::Stranger(format!("{} is over device {below}, which is no SCSI disk", mapping.name))),
+        }
     }
 
     /// What is mounted at a staging path, and from which disk.
-    pub(super) fn look_staging(
-        &self,
-        volume: &Volume,
-        real: Option<&Path>,
-        disks: &[Disk],
-    ) -> Result<(Mount, Option<(Disk, mountinfo::Mount)>), Cause> {
+    pub(super) fn look_staging(&self, volume: &Volume, real: Option<&Path>, disks: &[Disk]) -> Result<Staged, Cause> {
+        let staged = |mount| Staged { mount, from: None, left: None };
         let mounts = self.mounts()?;
-        let Some(mount) = real.and_then(|real| mountinfo::at(&mounts, real)) else { return Ok((Mount::None, None)) };
+        let Some(mount) = real.and_then(|real| mountinfo::at(&mounts, real)) else { return Ok(staged(Mount::None)) };
         let described = format!("{} from {} ({})", mount.fstype, mount.source, mount.dev);
         if mount.root != Path::new("/") {
-            return Ok((Mount::Stranger(format!("{} of {described}", mount.root.display())), None));
+            return Ok(staged(Mount::Stranger(format!("{} of {described}", mount.root.display()))));
         }
         Ok(match self.owner(volume, mount.dev, disks)? {
-            Owner::Ours(disk) => (Mount::Ours, Some((disk, mount.clone()))),
-            Owner::Gone => (Mount::Gone, None),
-            Owner::Stranger(why) => (Mount::Stranger(format!("{described}: {why}")), None),
+            Owner::Ours(medium) => Staged { from: Some((medium, mount.clone())), ..staged(Mount::Ours) },
+            Owner::Gone(left) => Staged { left, ..staged(Mount::Gone) },
+            Owner::Stranger(why) => staged(Mount::Stranger(format!("{described}: {why}"))),
         })
     }
 
@@ -94,7 +110,9 @@ impl Node {
     pub(super) fn in_use(&self, access: &request::Access) -> Result<Vec<(Dev, PathBuf)>, Cause> {
         let mut used = self.mounted_devices()?;
         if matches!(access, request::Access::Filesystem(_)) {
-            used.extend(self.shown_devices(rdev)?);
+            for (dev, at) in self.shown_devices(rdev)? {
+                used.push((self.below(dev)?, at));
+            }
         }
         Ok(used)
     }
@@ -114,32 +132,32 @@ impl Node {
         volume: &Volume,
         real: Option<&Path>,
         disks: &[Disk],
-        is_it: impl Fn(&Disk) -> bool,
+        is_it: impl Fn(&Medium) -> bool,
     ) -> Result<Target, Cause> {
         let Some(real) = real else { return Ok(Target::Absent) };
         let mounts = self.mounts()?;
         let Some(mount) = mountinfo::at(&mounts, real) else { return Ok(unmounted(real)?) };
         let dev = if is_of_devices(mount) { rdev(real)?.unwrap_or(mount.dev) } else { mount.dev };
         Ok(match self.owner(volume, dev, disks)? {
-            Owner::Ours(disk) if !is_it(&disk) => {
-                Target::Other(format!("{} is shown there, which is not the disk that is to be shown", identity::name(&disk)))
+            Owner::Ours(medium) if !is_it(&medium) => {
+                Target::Other(format!("{} is shown there, which is not what is to be shown", medium.name()))
             }
             Owner::Ours(_) => Target::Shows { read_only: mount.read_only },
-            Owner::Gone => Target::ShowsGone,
+            Owner::Gone(_) => Target::ShowsGone,
             Owner::Stranger(why) => Target::Other(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
         })
     }
 
-    /// Other targets of the same disk: whole, in kubelet's folders, and no subPath bind.
-    pub(super) fn look_other_targets(&self, disk: &Disk, not: &[&Path]) -> Result<Vec<PathBuf>, Cause> {
+    /// Other targets of the same volume: whole, in kubelet's folders, and no subPath bind.
+    pub(super) fn look_other_targets(&self, medium: &Medium, not: &[&Path]) -> Result<Vec<PathBuf>, Cause> {
         let mut others = Vec::new();
         for mount in self.mounts()? {
             let inside = self.is_inside(&mount.point) && !mount.point.components().any(|part| part.as_os_str() == SUBPATHS);
             if !inside || not.contains(&mount.point.as_path()) {
                 continue;
             }
-            let shown =
-                (mount.dev == disk.dev && mount.root == Path::new("/")) || (is_of_devices(&mount) && rdev(&mount.point)? == Some(disk.dev));
+            let shown = (mount.dev == medium.dev() && mount.root == Path::new("/"))
+                || (is_of_devices(&mount) && rdev(&mount.point)? == Some(medium.dev()));
             if shown {
                 others.push(mount.point);
             }
@@ -154,22 +172,23 @@ impl Node {
         let Some(mount) = mountinfo::at(&mounts, &real) else { return Ok(ShownAt::Nothing("nothing is mounted there".into())) };
         let device = if is_of_devices(mount) { rdev(&real)? } else { None };
         Ok(match (self.owner(volume, device.unwrap_or(mount.dev), &scsi::scan(&self.sysfs)?)?, device) {
-            (Owner::Ours(disk), None) => ShownAt::Filesystem(disk, mount.clone()),
-            (Owner::Ours(disk), Some(_)) => ShownAt::Device(disk),
-            (Owner::Gone, _) => ShownAt::Nothing("its disk is no longer there".into()),
+            (Owner::Ours(medium), None) => ShownAt::Filesystem(medium, mount.clone()),
+            (Owner::Ours(medium), Some(_)) => ShownAt::Device(medium),
+            (Owner::Gone(_), _) => ShownAt::Nothing("its disk is no longer there".into()),
             (Owner::Stranger(why), _) => ShownAt::Nothing(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
         })
     }
 
     /// How much the mounted filesystem could grow; `None`: it must not (read-only, or nothing that we grow).
-    pub(super) fn look_room(&self, disk: &Disk, mount: &mountinfo::Mount) -> Result<Option<Room>, Cause> {
-        let Some(filesystem) = grown_as(&mount.fstype).filter(|_| !disk.read_only && !mount.filesystem_read_only) else { return Ok(None) };
-        let device = self.open(disk, Access::Shared)?;
-        let disk_bytes = device.size_bytes()?;
+    pub(super) fn look_room(&self, medium: &Medium, mount: &mountinfo::Mount) -> Result<Option<Room>, Cause> {
+        let writable = !medium.disk.read_only && !mount.filesystem_read_only;
+        let Some(filesystem) = grown_as(&mount.fstype).filter(|_| writable) else { return Ok(None) };
+        let device = self.open_medium(medium, Access::Shared)?;
+        let size_bytes = device.size_bytes()?;
         Ok(Some(match filesystem {
-            Filesystem::Ext4 => Room::of_ext(&probe::ext_superblock(&device)?, disk_bytes, mount.noinit_itable),
+            Filesystem::Ext4 => Room::of_ext(&probe::ext_superblock(&device)?, size_bytes, mount.noinit_itable),
             // Its superblock on the disk lags behind while it is mounted.
-            Filesystem::Xfs => Room::of_xfs(block::xfs_geometry(&mount.point, disk.dev)?, disk_bytes),
+            Filesystem::Xfs => Room::of_xfs(block::xfs_geometry(&mount.point, medium.dev())?, size_bytes),
         }))
     }
 }

@@ -4,12 +4,14 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::look::{ShownAt, usable};
-use super::{MAX_TURNS, Node, failed, kill_point};
+use super::mapping::Medium;
+use super::{MAX_TURNS, Node, failed};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
-use crate::plan::{self, PublishSeen, PublishStep, Source, UnpublishStep};
+use crate::kill;
+use crate::plan::{self, PublishSeen, PublishStep, Source, Target, UnpublishStep};
 use crate::request::{PublishRequest, PublishSource, UnpublishRequest};
-use crate::sys::scsi::{self, Disk};
+use crate::sys::scsi;
 use crate::sys::{self, mount};
 
 impl Node {
@@ -20,7 +22,7 @@ impl Node {
     pub fn publish(&self, want: &PublishRequest) -> Result<(), Error> {
         const DOING: &str = "publish";
         for _ in 0..MAX_TURNS {
-            let (seen, disk) = self.look_publish(want).at(DOING, &want.volume, "look")?;
+            let (seen, medium) = self.look_publish(want).at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_publish_step(want, &seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
             let name = match step {
@@ -29,7 +31,9 @@ impl Node {
                 PublishStep::MakeFolder | PublishStep::MakeFile => "make the target",
                 PublishStep::Bind => "bind",
             };
-            self.perform_publish(want, step, disk.as_ref()).at(DOING, &want.volume, name)?;
+            let deed = kill::step(DOING, &step);
+            self.perform_publish(want, step, medium.as_ref()).at(DOING, &want.volume, name)?;
+            deed.done();
             if step == PublishStep::Bind {
                 let mode = if want.read_only { "read-only" } else { "writable" };
                 proto::info!("{DOING} {}: shown at {}, {mode}", want.volume, want.target.display());
@@ -38,55 +42,64 @@ impl Node {
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
 
-    fn look_publish(&self, want: &PublishRequest) -> Result<(PublishSeen, Option<Disk>), Cause> {
+    fn look_publish(&self, want: &PublishRequest) -> Result<(PublishSeen, Option<Medium>), Cause> {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.target)?;
-        let (source, disk, staging, is_source_read_only) = match &want.source {
+        let (mut source, medium, staging, is_source_read_only) = match &want.source {
             PublishSource::Staging(staging) => {
                 let staging = self.real(staging)?;
-                let (mount, from) = self.look_staging(&want.volume, staging.as_deref(), &disks)?;
-                let is_read_only = from.as_ref().is_some_and(|(_, mounted)| mounted.read_only);
-                (Source::Staged(mount), from.map(|(disk, _)| disk), staging, is_read_only)
+                let staged = self.look_staging(&want.volume, staging.as_deref(), &disks)?;
+                let is_read_only = staged.from.as_ref().is_some_and(|(_, mounted)| mounted.read_only);
+                (Source::Staged(staged.mount), staged.from.map(|(medium, _)| medium), staging, is_read_only)
             }
             PublishSource::Device(wanted) => {
                 // A legacy disk that is published already shows up as "in use" only where a filesystem is on it.
-                let disk = match identity::find(wanted, &disks, &self.mounted_devices()?)? {
+                let medium = match identity::find(wanted, &disks, &self.mounted_devices()?)? {
                     Found::NotYet(_) => None,
-                    Found::Disk(disk) => Some(disk.clone()),
+                    // What stage has opened over it is shown, and never what is below that.
+                    Found::Disk(disk) => Some(Medium { mapping: self.open_mapping(&want.volume, disk)?, disk: disk.clone() }),
                 };
-                (Source::Device(disk.as_ref().map_or(plan::Disk::NotYet, usable)), disk, None, false)
+                let source = Source::Device(medium.as_ref().map_or(plan::Disk::NotYet, |medium| usable(&medium.disk)));
+                (source, medium, None, false)
             }
         };
-        let target = self.look_target(&want.volume, real.as_deref(), &disks, |shown| match (&want.source, &disk) {
-            (PublishSource::Device(wanted), _) => identity::fits(wanted, shown),
-            (PublishSource::Staging(_), Some(staged)) => shown.dev == staged.dev,
+        let target = self.look_target(&want.volume, real.as_deref(), &disks, |shown| match (&want.source, &medium) {
+            // An encrypted volume's disk itself is never what is to be shown.
+            (PublishSource::Device(wanted), Some(medium)) => identity::fits(wanted, &shown.disk) && shown.dev() == medium.dev(),
+            (PublishSource::Device(wanted), None) => identity::fits(wanted, &shown.disk),
+            (PublishSource::Staging(_), Some(staged)) => shown.dev() == staged.dev(),
             (PublishSource::Staging(_), None) => true,
         })?;
+        if let (Source::Device(plan::Disk::Ready { .. }), Some(medium), Target::Absent | Target::File) = (&source, &medium, &target)
+            && medium.mapping.is_none()
+            && self.is_own_luks(&want.volume, &medium.disk)?
+        {
+            source = Source::NotOpen;
+        }
         let not: Vec<&Path> = real.iter().chain(&staging).map(PathBuf::as_path).collect();
-        let other_targets = match &disk {
-            Some(disk) if want.single_target => self.look_other_targets(disk, &not)?,
+        let other_targets = match &medium {
+            Some(medium) if want.single_target => self.look_other_targets(medium, &not)?,
             _ => Vec::new(),
         };
-        Ok((PublishSeen { source, is_source_read_only, target, other_targets }, disk))
+        Ok((PublishSeen { source, is_source_read_only, target, other_targets }, medium))
     }
 
-    fn perform_publish(&self, want: &PublishRequest, step: PublishStep, disk: Option<&Disk>) -> Result<(), Cause> {
-        kill_point("publish", &format!("{step:?}"));
+    fn perform_publish(&self, want: &PublishRequest, step: PublishStep, medium: Option<&Medium>) -> Result<(), Cause> {
         let gone = || Cause::OtherDiskNow { disk: "the disk".into() };
         match (step, &want.source) {
             (PublishStep::FindDisk, PublishSource::Device(wanted)) => self.await_disk(wanted).map(|_| ()),
-            (PublishStep::SetRunning, _) => self.set_running(disk.ok_or_else(gone)?),
+            (PublishStep::SetRunning, _) => self.set_running(&medium.ok_or_else(gone)?.disk),
             (PublishStep::MakeFolder, _) => Ok(make_folder(&want.target)?),
             (PublishStep::MakeFile, _) => Ok(make_file(&want.target)?),
             (PublishStep::Bind, PublishSource::Staging(staging)) => {
-                let leads = mount::Leads::Into(disk.ok_or_else(gone)?.dev);
+                let leads = mount::Leads::Into(medium.ok_or_else(gone)?.dev());
                 Ok(mount::bind(staging, leads, &want.target, want.read_only)?)
             }
             (PublishStep::Bind, PublishSource::Device(_)) => {
-                let disk = disk.ok_or_else(gone)?;
+                let medium = medium.ok_or_else(gone)?;
                 // Held open, so that the name stays this disk's until the bind is done.
-                let device = self.open(disk, sys::block::Access::Shared)?;
-                Ok(mount::bind(device.path(), mount::Leads::To(disk.dev), &want.target, want.read_only)?)
+                let device = self.open_medium(medium, sys::block::Access::Shared)?;
+                Ok(mount::bind(device.path(), mount::Leads::To(medium.dev()), &want.target, want.read_only)?)
             }
             // The plan asks for the disk of a device source only.
             (PublishStep::FindDisk, PublishSource::Staging(_)) => Err(gone()),
@@ -107,13 +120,13 @@ impl Node {
             let seen = looked().at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_unpublish_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
-            kill_point(DOING, &format!("{step:?}"));
+            let deed = kill::step(DOING, &step);
             let target = &want.target;
             match step {
                 UnpublishStep::Unmount => {
                     // Unstage cannot find a legacy disk again that only a device node shows.
-                    if let ShownAt::Device(disk) = self.look_shown(&want.volume, target).at(DOING, &want.volume, "look")? {
-                        self.write_out(&disk).at(DOING, &want.volume, "write out")?;
+                    if let ShownAt::Device(medium) = self.look_shown(&want.volume, target).at(DOING, &want.volume, "look")? {
+                        self.write_out(&medium).at(DOING, &want.volume, "write out")?;
                     }
                     mount::take_away(target).at(DOING, &want.volume, "unmount")?;
                     proto::info!("{DOING} {}: unmounted {}", want.volume, target.display());
@@ -125,6 +138,7 @@ impl Node {
                     std::fs::remove_file(target).map_err(sys::Error::io("unlink", target)).at(DOING, &want.volume, "remove the target")?;
                 }
             }
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }

@@ -6,29 +6,46 @@ use rustix::io::Errno;
 
 use super::expand::grow;
 use super::look::{Room, is_empty_folder, not_named, usable};
+use super::mapping::{self, Medium};
 use super::publish::make_folder;
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
 use crate::error::{AtStep, Cause, Error};
 use crate::format::{self, Ground};
 use crate::identity::{self, Found};
+use crate::kill;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
-use crate::request::{Access, Filesystem, FormatOptions, StageRequest, UnstageRequest, Zeroed};
+use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Volume, Zeroed};
 use crate::sys::scsi::{self, Disk};
-use crate::sys::{self, block, mount};
+use crate::sys::{self, block, dm, mount};
 
 /// What stage remembers between its turns: looks that cost much, and deeds that are tried once.
 struct Memory {
     surface: Surface,
+    /// Of the mapping.
+    inside: Surface,
+    mapping_grow_tried: bool,
     grow_tried: bool,
     /// Growing failed, was not required, and is left to NodeExpandVolume.
     grow_left: bool,
 }
 
+/// What unstage knows of what was mounted, remembered over its end.
+#[derive(Default)]
+struct Known {
+    /// A legacy disk cannot be found again without it.
+    disk: Option<Disk>,
+    /// The UUID of the mapping that was mounted.
+    mounted: Option<String>,
+    /// What is to be closed.
+    mappings: Vec<dm::Mapping>,
+}
+
 /// What a turn of stage has seen, beside what the plan judges.
 struct StageLook {
     seen: StageSeen,
-    disk: Option<Disk>,
+    /// The disk, and the mapping over it where the volume is encrypted.
+    medium: Option<Medium>,
     room: Option<Room>,
 }
 
@@ -37,9 +54,10 @@ impl Node {
     ///
     /// # Errors
     /// See [`Error`]; repeating the call goes on where it stopped.
-    pub fn stage(&self, want: &StageRequest) -> Result<(), Error> {
+    pub fn stage(&self, want: &StageRequest, passphrases: Option<&Passphrases>) -> Result<(), Error> {
         const DOING: &str = "stage";
-        let mut memory = Memory { surface: Surface::Unread, grow_tried: false, grow_left: false };
+        let mut memory =
+            Memory { surface: Surface::Unread, inside: Surface::Unread, mapping_grow_tried: false, grow_tried: false, grow_left: false };
         for _ in 0..MAX_TURNS {
             let look = self.look_stage(want, &memory).at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_stage_step(want, &look.seen).at(DOING, &want.volume, "")? else { return Ok(()) };
@@ -48,11 +66,18 @@ impl Node {
                 StageStep::FindDisk => "find the disk",
                 StageStep::SetRunning => "set the disk running",
                 StageStep::Probe => "probe",
+                StageStep::Encrypt { .. } => "make the LUKS volume",
+                StageStep::Open => "open the LUKS volume",
+                StageStep::CloseLeftover => "close what an earlier call left",
+                StageStep::GrowMapping => "grow the mapping",
+                StageStep::ProbeInside => "probe inside the LUKS volume",
                 StageStep::MakeFilesystem { .. } => "make the filesystem",
                 StageStep::Mount(_) => "mount",
                 StageStep::Grow => "grow the filesystem",
             };
-            self.perform_stage(want, step, &look, &mut memory).at(DOING, &want.volume, name)?;
+            let deed = kill::step(DOING, &step);
+            self.perform_stage(want, step, passphrases, &look, &mut memory).at(DOING, &want.volume, name)?;
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
@@ -60,19 +85,19 @@ impl Node {
     fn look_stage(&self, want: &StageRequest, memory: &Memory) -> Result<StageLook, Cause> {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.staging)?;
-        let (mut mount, from) = self.look_staging(&want.volume, real.as_deref(), &disks)?;
-        let mut room = None;
-        let disk = match &from {
-            Some((disk, _)) if !identity::fits(&want.disk, disk) => {
-                mount = plan::Mount::Stranger(not_named(disk, &want.disk));
+        let staged = self.look_staging(&want.volume, real.as_deref(), &disks)?;
+        let (mut mount, mut room) = (staged.mount, None);
+        let mut medium = match staged.from {
+            Some((medium, _)) if !identity::fits(&want.disk, &medium.disk) => {
+                mount = plan::Mount::Stranger(not_named(&medium.disk, &want.disk));
                 None
             }
-            Some((disk, mounted)) => {
-                room = self.look_room(disk, mounted)?;
-                Some(disk.clone())
+            Some((medium, mounted)) => {
+                room = self.look_room(&medium, &mounted)?;
+                Some(medium)
             }
             None => match identity::find(&want.disk, &disks, &self.in_use(&want.access)?)? {
-                Found::Disk(disk) => Some(disk.clone()),
+                Found::Disk(disk) => Some(Medium { disk: disk.clone(), mapping: None }),
                 Found::NotYet(_) => None,
             },
         };
@@ -81,13 +106,32 @@ impl Node {
             Some(room) => room.growth(memory.grow_tried),
             None => Growth::Full,
         };
-        let seen_disk = disk.as_ref().map_or(plan::Disk::NotYet, usable);
-        Ok(StageLook { seen: StageSeen { mount, disk: seen_disk, surface: memory.surface.clone(), growth }, disk, room })
+        let (mut mapping, mut surface) = (plan::Mapping::None, memory.surface.clone());
+        let disk = medium.as_ref().map_or(plan::Disk::NotYet, |medium| usable(&medium.disk));
+        if let (Some(medium), plan::Disk::Ready { .. }) = (&mut medium, disk) {
+            (mapping, medium.mapping) = self.look_mapping(want, medium)?;
+            if want.encryption.is_none() && want.access == Access::Block && self.is_own_luks(&want.volume, &medium.disk)? {
+                surface = Surface::Luks;
+            }
+        }
+        if let (plan::Mapping::Open { short }, true) = (&mut mapping, memory.mapping_grow_tried) {
+            *short = false;
+        }
+        let inside = memory.inside.clone();
+        Ok(StageLook { seen: StageSeen { mount, disk, mapping, surface, inside, growth }, medium, room })
     }
 
-    fn perform_stage(&self, want: &StageRequest, step: StageStep, look: &StageLook, memory: &mut Memory) -> Result<(), Cause> {
-        kill_point("stage", &format!("{step:?}"));
-        let disk = || look.disk.as_ref().ok_or_else(|| Cause::OtherDiskNow { disk: "the disk".into() });
+    fn perform_stage(
+        &self,
+        want: &StageRequest,
+        step: StageStep,
+        passphrases: Option<&Passphrases>,
+        look: &StageLook,
+        memory: &mut Memory,
+    ) -> Result<(), Cause> {
+        let medium = || look.medium.as_ref().ok_or_else(|| Cause::OtherDiskNow { disk: "the disk".into() });
+        let disk = || medium().map(|medium| &medium.disk);
+        let secrets = || passphrases.ok_or(Cause::Refused(plan::Refusal::NoPassphrase));
         match step {
             StageStep::FindDisk => self.await_disk(&want.disk).map(|_| ()),
             StageStep::SetRunning => self.set_running(disk()?),
@@ -97,20 +141,46 @@ impl Node {
                 memory.surface = probe::probe(&device, &want.volume, want.zeroed)?;
                 Ok(())
             }
-            StageStep::MakeFilesystem { options, unfinished } => {
+            StageStep::Encrypt { unfinished } => {
                 memory.surface = Surface::Unread;
-                self.make_filesystem(want, disk()?, options, unfinished)
+                self.encrypt(want, disk()?, secrets()?, unfinished)
+            }
+            StageStep::Open => self.open_volume(want, disk()?, secrets()?),
+            StageStep::CloseLeftover => {
+                let left = medium()?.mapping.as_ref().ok_or_else(|| Cause::OtherDiskNow { disk: "the mapping".into() })?;
+                self.close(left)
+            }
+            StageStep::GrowMapping => {
+                memory.mapping_grow_tried = true;
+                match self.grow_mapping(&want.volume, medium()?, passphrases) {
+                    Err(cause) if !want.grow_required => {
+                        proto::warn!("stage {}: the mapping stays smaller than its disk: {cause}", want.volume);
+                        Ok(())
+                    }
+                    grown => grown,
+                }
+            }
+            StageStep::ProbeInside => {
+                let _one_of_few = self.workers.take()?;
+                let device = self.open_medium(medium()?, block::Access::Shared)?;
+                // What is not written reads as noise here: nothing is promised but what was written at the format.
+                memory.inside = probe::probe(&device, &want.volume, Zeroed::Unknown)?;
+                Ok(())
+            }
+            StageStep::MakeFilesystem { options, unfinished } => {
+                (memory.surface, memory.inside) = (Surface::Unread, Surface::Unread);
+                self.make_filesystem(want, medium()?, options, unfinished)
             }
             StageStep::Mount(by) => {
-                warn_of_another_kind(want, &memory.surface);
-                self.mount(want, disk()?, by)
+                warn_of_another_kind(want, if want.encryption.is_some() { &memory.inside } else { &memory.surface });
+                self.mount(want, medium()?, by)
             }
             StageStep::Grow => {
                 let Some(room) = look.room else { return Ok(()) };
                 if memory.grow_tried && want.grow_required {
                     return Err(room.not_grown());
                 }
-                let grown = if memory.grow_tried { Err(room.not_grown()) } else { grow(&want.staging, disk()?, room) };
+                let grown = if memory.grow_tried { Err(room.not_grown()) } else { grow(&want.staging, medium()?.dev(), room) };
                 memory.grow_tried = true;
                 match grown {
                     Err(cause) if !want.grow_required => {
@@ -125,21 +195,26 @@ impl Node {
         }
     }
 
-    /// The only place that destroys anything. The disk is probed once more when nobody else can hold it.
-    fn make_filesystem(&self, want: &StageRequest, disk: &Disk, options: FormatOptions, unfinished: bool) -> Result<(), Cause> {
+    /// With `encrypt`, the only places that destroy anything. The surface is probed once more when nobody else can hold it.
+    fn make_filesystem(&self, want: &StageRequest, medium: &Medium, options: FormatOptions, unfinished: bool) -> Result<(), Cause> {
         let _one_of_few = self.workers.take()?;
-        let device = self.open(disk, block::Access::Exclusive)?;
+        let device = self.open_medium(medium, block::Access::Exclusive)?;
         let expected = if unfinished { Surface::Unfinished } else { Surface::Blank };
-        let surface = probe::probe(&device, &want.volume, want.zeroed)?;
+        let (zeroed, topology) = match &medium.mapping {
+            None => (want.zeroed, scsi::topology(&self.sysfs, &medium.disk)?),
+            Some(mapping) => (Zeroed::Unknown, scsi::topology_of(&self.sysfs, mapping.dev)?),
+        };
+        let surface = probe::probe(&device, &want.volume, zeroed)?;
         if surface != expected {
             return Err(Cause::NotBlankAnyMore { surface: format!("{surface:?}") });
         }
-        let ground = if want.zeroed == Zeroed::Yes && !unfinished { Ground::Zeros } else { Ground::Unknown };
-        format::make(&device, &want.volume, options, &scsi::topology(&self.sysfs, disk)?, ground, &self.stop)
+        let ground = if zeroed == Zeroed::Yes && !unfinished { Ground::Zeros } else { Ground::Unknown };
+        format::make(&device, &want.volume, options, &topology, ground, &self.stop)
     }
 
-    fn mount(&self, want: &StageRequest, disk: &Disk, by: Filesystem) -> Result<(), Cause> {
+    fn mount(&self, want: &StageRequest, medium: &Medium, by: Filesystem) -> Result<(), Cause> {
         let Access::Filesystem(options) = &want.access else { return Ok(()) };
+        let disk = &medium.disk;
         let options = if disk.read_only { options.clone().read_only() } else { options.clone() };
         let options = if by == Filesystem::Xfs { options.any_uuid() } else { options };
         make_folder(&want.staging)?;
@@ -154,9 +229,9 @@ impl Node {
             }
         }
         // Held open, so that the name stays this disk's until the mount holds it.
-        let device = self.open(disk, block::Access::Shared)?;
-        mount::filesystem(by.name(), device.path(), &want.staging, &options)?;
-        proto::info!("stage {}: mounted {} as {} at {}", want.volume, identity::name(disk), by.name(), want.staging.display());
+        let _held = self.open_medium(medium, block::Access::Shared)?;
+        mount::filesystem(by.name(), &self.source_of(medium)?, &medium.kernel_name(), &want.staging, &options)?;
+        proto::info!("stage {}: mounted {} as {} at {}", want.volume, medium.name(), by.name(), want.staging.display());
         Ok(())
     }
 
@@ -166,18 +241,27 @@ impl Node {
     /// See [`Error`]; repeating the call goes on where it stopped.
     pub fn unstage(&self, want: &UnstageRequest) -> Result<(), Error> {
         const DOING: &str = "unstage";
-        let mut disk = None;
+        let mut known = Known::default();
         let mut folder_stays = false;
         for _ in 0..MAX_TURNS {
-            let mut seen = self.look_unstage(want, &mut disk).at(DOING, &want.volume, "look")?;
+            let mut seen = self.look_unstage(want, &mut known).at(DOING, &want.volume, "look")?;
             seen.empty_folder &= !folder_stays;
             let Some(step) = plan::next_unstage_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
-            kill_point(DOING, &format!("{step:?}"));
-            match (step, &disk) {
+            let deed = kill::step(DOING, &step);
+            match (step, &known.disk) {
                 (UnstageStep::Unmount, _) => {
                     mount::take_away(&want.staging).at(DOING, &want.volume, "unmount")?;
                     proto::info!("{DOING} {}: unmounted {}", want.volume, want.staging.display());
+                }
+                (UnstageStep::Close, disk) => {
+                    for mapping in &known.mappings {
+                        if let Some(disk) = disk {
+                            let medium = Medium { disk: disk.clone(), mapping: Some(mapping.clone()) };
+                            self.write_out(&medium).at(DOING, &want.volume, "write out")?;
+                        }
+                        self.close(mapping).at(DOING, &want.volume, "close the LUKS volume")?;
+                    }
                 }
                 (UnstageStep::AwaitRelease, Some(disk)) => {
                     self.await_release(disk).at(DOING, &want.volume, "wait for the disk's release")?
@@ -191,26 +275,36 @@ impl Node {
                     folder_stays = true;
                 }
             }
+            deed.done();
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
 
-    /// `disk`: the one behind the mount, remembered over its end, since a legacy disk cannot be found again without it.
-    fn look_unstage(&self, want: &UnstageRequest, disk: &mut Option<Disk>) -> Result<UnstageSeen, Cause> {
+    fn look_unstage(&self, want: &UnstageRequest, known: &mut Known) -> Result<UnstageSeen, Cause> {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.staging)?;
-        let (mount, from) = self.look_staging(&want.volume, real.as_deref(), &disks)?;
-        if let Some((from, _)) = from {
-            *disk = Some(from);
-        } else if disk.is_none() {
-            *disk = disks.into_iter().find(|disk| disk.serial.as_deref() == Some(&want.volume.serial));
+        let staged = self.look_staging(&want.volume, real.as_deref(), &disks)?;
+        if let Some((from, _)) = staged.from {
+            known.disk = Some(from.disk);
+            known.mounted = from.mapping.map(|mapping| mapping.uuid).or(known.mounted.take());
+        } else if known.disk.is_none() {
+            known.disk = disks.iter().find(|disk| disk.serial.as_deref() == Some(&want.volume.serial)).cloned();
         }
-        let held = match (&mount, disk) {
-            (plan::Mount::None, Some(disk)) => self.is_held(disk)?.is_some(),
-            _ => false,
-        };
-        let empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
-        Ok(UnstageSeen { mount, held, empty_folder })
+        known.mounted = staged.left.map(|mapping| mapping.uuid).or(known.mounted.take());
+        let mut seen = UnstageSeen { mount: staged.mount, mapped: false, held: false, empty_folder: false };
+        if seen.mount == plan::Mount::None {
+            known.mappings = self.mappings_of(&want.volume, known.disk.as_ref(), known.mounted.as_deref())?;
+            seen.mapped = !known.mappings.is_empty();
+            if let (None, Some(mapping)) = (&known.disk, known.mappings.first()) {
+                // A legacy disk is found again by what is open over it.
+                known.disk = mapping::backing(mapping).and_then(|dev| disks.iter().find(|disk| disk.dev == dev)).cloned();
+            }
+            if let (false, Some(disk)) = (seen.mapped, &known.disk) {
+                seen.held = self.is_held(disk)?.is_some();
+            }
+        }
+        seen.empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
+        Ok(seen)
     }
 
     /// Who still has a filesystem of the disk mounted; `None`: nobody. The kernel refuses an exclusive open as long as a
@@ -218,14 +312,14 @@ impl Node {
     fn is_held(&self, disk: &Disk) -> Result<Option<String>, Cause> {
         match self.open(disk, block::Access::ExclusiveRead) {
             // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
-            Ok(_) => self.write_out(disk).map(|()| None),
+            Ok(_) => self.write_out(&Medium::of(disk)).map(|()| None),
             Err(Cause::OtherDiskNow { .. }) => Ok(None),
             Err(Cause::Sys(error)) if error.errno == Errno::BUSY => {
                 let holders = scsi::holders(&self.sysfs, &disk.name)?;
                 if !holders.is_empty() {
                     // The guest's own LVM or md sits on what a raw block volume holds: no data of a pod is in it.
                     proto::warn!("{} is held by {}", identity::name(disk), holders.join(", "));
-                    return self.write_out(disk).map(|()| None);
+                    return self.write_out(&Medium::of(disk)).map(|()| None);
                 }
                 let at: Vec<PathBuf> = self.mounted_devices()?.into_iter().filter(|(dev, _)| *dev == disk.dev).map(|(_, at)| at).collect();
                 Ok(Some(match at.first() {
@@ -239,16 +333,21 @@ impl Node {
         }
     }
 
-    /// What was written to the disk itself, not through a filesystem, reaches it. A disk that is gone has lost it.
-    pub(super) fn write_out(&self, disk: &Disk) -> Result<(), Cause> {
-        if disk.read_only {
+    /// What was written to the disk itself or its mapping, not through a filesystem, reaches it. A disk that is gone has lost it.
+    pub(super) fn write_out(&self, medium: &Medium) -> Result<(), Cause> {
+        if medium.disk.read_only {
             return Ok(());
         }
-        match self.open(disk, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
+        match self.open_medium(medium, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
             Err(Cause::OtherDiskNow { .. }) => Ok(()),
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
             done => done,
         }
+    }
+
+    /// Whether a LUKS header that this driver made for the volume is on its disk.
+    pub(super) fn is_own_luks(&self, volume: &Volume, disk: &Disk) -> Result<bool, Cause> {
+        Ok(probe::holds_own_luks(&self.open_new(disk, block::Access::Shared)?, volume)?)
     }
 
     fn await_release(&self, disk: &Disk) -> Result<(), Cause> {
@@ -262,21 +361,9 @@ fn warn_of_another_kind(want: &StageRequest, surface: &Surface) {
     let found = match surface {
         Surface::Ext(kind) => kind.as_str(),
         Surface::Xfs => Filesystem::Xfs.name(),
-        Surface::Unread | Surface::Blank | Surface::Unfinished | Surface::Other(_) => return,
+        Surface::Unread | Surface::Blank | Surface::Unfinished | Surface::Luks | Surface::Other(_) => return,
     };
     if let Some(wanted) = want.fstype.filter(|wanted| *wanted != found) {
         proto::warn!("stage {}: {wanted} is asked for, {found} is on the disk: mounting what is there", want.volume);
     }
-}
-
-/// For the crash tests (feature `kill-points`): dies before the step that `PROXMOX_CSI_KILL_AT` names, as in
-/// `stage:Mount`. In a release it is nothing.
-pub fn kill_point(doing: &str, step: &str) {
-    #[cfg(feature = "kill-points")]
-    if std::env::var("PROXMOX_CSI_KILL_AT").is_ok_and(|at| format!("{doing}:{step}").starts_with(&at)) {
-        eprintln!("killed at {doing}:{step}");
-        std::process::abort();
-    }
-    #[cfg(not(feature = "kill-points"))]
-    let _ = (doing, step);
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
+use super::mapping::Medium;
 use super::*;
 use crate::plan::{Mount, Target};
 use crate::request::{
@@ -34,8 +35,10 @@ impl Bench {
             sysfs: path.join("sys"),
             mountinfo: path.join("mountinfo"),
             devices: path.join("dev"),
+            proc: path.join("proc"),
             folders: Folders::new(vec![kubelet]).unwrap(),
             workers: Slots::new(1),
+            kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
             stop: Stop::default(),
         };
@@ -52,7 +55,7 @@ impl Bench {
 
     fn staging(&self) -> Mount {
         let disks = scsi::scan(&self.node.sysfs).unwrap();
-        self.node.look_staging(&volume(HANDLE), Some(&self.path("staging")), &disks).unwrap().0
+        self.node.look_staging(&volume(HANDLE), Some(&self.path("staging")), &disks).unwrap().mount
     }
 
     fn target(&self, name: &str) -> Target {
@@ -166,7 +169,7 @@ fn expand_and_stats_find_nothing_where_the_volume_is_not() {
     let bench = Bench::new(&[("0:35", "foreign", "tmpfs")]);
     for name in ["foreign", "nothing", "no/such/folder"] {
         let want = ExpandRequest { volume: volume(HANDLE), path: bench.path(name), required_bytes: Some(1) };
-        let error = bench.node.expand(&want).unwrap_err();
+        let error = bench.node.expand(&want, None).unwrap_err();
         assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::NotPublishedHere { .. })), "{error}");
         let error = bench.node.stats(&StatsRequest { volume: volume(HANDLE), path: bench.path(name) }).unwrap_err();
         assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::NotPublishedHere { .. })), "{error}");
@@ -181,7 +184,7 @@ fn other_targets_are_whole_and_in_kubelets_folders() {
         ("8:0", "a/volume-subpaths/b/0", "ext4"),
         ("8:16", "c", "ext4"),
     ]);
-    let others = bench.node.look_other_targets(&ours().0, &[&bench.path("staging"), &bench.path("mine")]).unwrap();
+    let others = bench.node.look_other_targets(&Medium::of(&ours().0), &[&bench.path("staging"), &bench.path("mine")]).unwrap();
     assert_eq!(others, [bench.path("a/mount")]);
 }
 
@@ -214,6 +217,7 @@ fn legacy_disk(lun: u8, name: &str, minor: u32) -> FakeDisk {
 
 fn legacy_stage(bench: &Bench) -> StageRequest {
     StageRequest {
+        encryption: None,
         volume: volume(HANDLE),
         staging: bench.path("staging"),
         access: Access::Filesystem(crate::sys::mount::Options::default()),
@@ -229,7 +233,7 @@ fn legacy_stage(bench: &Bench) -> StageRequest {
 fn a_staged_legacy_disk_of_another_slot_is_not_taken_for_this_attachment() {
     let bench = Bench::new(&[("8:16", "staging", "ext4")]);
     bench.plug(&legacy_disk(2, "sdb", 16));
-    let error = bench.node.stage(&legacy_stage(&bench)).unwrap_err();
+    let error = bench.node.stage(&legacy_stage(&bench), None).unwrap_err();
     assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::OtherMount { .. })), "{error}");
     assert!(error.to_string().contains("not in the slot"), "{error}");
 }
@@ -272,7 +276,8 @@ fn a_place_that_stays_taken_is_waited_for_no_longer_than_said() {
 fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
     let bench = Bench::new(&[("8:0", "shown", "btrfs")]);
     bench.plug(&ours());
-    let error = bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }).unwrap_err();
+    let error =
+        bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }, None).unwrap_err();
     assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::NoGrowing { .. })), "{error}");
 }
 
@@ -280,7 +285,7 @@ fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
 fn a_volume_published_read_only_is_grown_where_it_is_writable() {
     let bench = Bench::new(&[("8:0", "staging", "ext4"), ("8:0", "a/mount", "ext4"), ("8:16", "other", "ext4")]);
     fs::create_dir(bench.path("a")).unwrap();
-    let point = || bench.node.writable_point(&ours().0, &bench.path("a/mount")).unwrap();
+    let point = || bench.node.writable_point(&Medium::of(&ours().0), &bench.path("a/mount")).unwrap();
     assert_eq!(point(), bench.path("a/mount"));
     let lines = fs::read_to_string(&bench.node.mountinfo).unwrap().replace("/a/mount rw", "/a/mount ro");
     fs::write(&bench.node.mountinfo, &lines).unwrap();

@@ -12,6 +12,7 @@ use rustix::ioctl::{Getter, Setter, ioctl, opcode};
 
 use super::mount::Leads;
 use super::{Dev, Error};
+use crate::kill;
 
 /// A plain write of zeros, where the device takes no other request for them.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -147,6 +148,7 @@ impl AsFd for Device {
 pub fn ext4_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     let folder = File::open(point).map_err(Error::io("open", point))?;
     Leads::Into(dev).check(&folder, point)?;
+    kill::called("ioctl");
     rustix::fs::ext4_ioc_resize_fs(&folder, blocks).map_err(Error::at("ioctl(EXT4_IOC_RESIZE_FS)", point))
 }
 
@@ -235,6 +237,7 @@ pub fn xfs_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     if blocks <= geometry.blocks {
         return Ok(());
     }
+    kill::called("ioctl");
     let data = XfsGrowData { newblocks: blocks, imaxpct: geometry.inode_percent };
     // SAFETY: this opcode is `_IOW` of exactly this `repr(C)` struct: the kernel reads its 16 bytes (of the padding it makes
     // nothing), writes none and keeps nothing.

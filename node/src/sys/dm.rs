@@ -4,33 +4,30 @@
 //! (create or undo). A key is in the kernel's keyrings only while its mapping is there: it is given after DEV_CREATE and
 //! taken back before DEV_REMOVE, so that what a sudden end leaves is found by the mapping.
 
+mod call;
 mod message;
 mod node;
 mod table;
 
-use std::ffi::c_void;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
 
-use self::message::{Message, RawTarget, Which};
+use self::call::{ANSWER_BYTES, Nr, ask, call, message, status};
+use self::message::{Message, Which};
 use super::keyring;
 use super::kmsg;
 use super::{Dev, Error};
+use crate::kill;
 
+#[cfg(fuzzing)]
+pub use call::fuzz;
 pub use node::Node;
 pub use table::{Crypt, CryptTable, HexKey, Key};
 
-/// `_IOWR(0xfd, nr, struct dm_ioctl)`; the same on x86_64 and aarch64.
-const DM_IOCTL: u32 = 0xc138_fd00;
-/// An answer's first room: a crypt table with its key takes 400 bytes, a listed device some 100.
-const ANSWER_BYTES: usize = 16 << 10;
-/// Its last: 10,000 mappings.
-const MAX_ANSWER_BYTES: usize = 1 << 20;
 /// `DM_UDEV_PRIMARY_SOURCE_FLAG` in the upper half: udev's rules for device-mapper act on such events alone.
 const UDEV_COOKIE: u32 = 0x0040_0000;
 /// Whoever opens a half-made mapping (udev's rules look at every new device) has done so within milliseconds.
@@ -222,9 +219,9 @@ pub fn create(devices: &Path, name: &str, uuid: &str, table: &CryptTable<'_>, re
         _ => error,
     })?;
     let it = It { control: &control, devices, subject: &subject, name, uuid, dev: created.header().dev };
+    kill::inside("created");
     let made = || -> Result<Mapping, Refused> {
-        it.load_with_key(table, read_only)?;
-        it.resume()?;
+        it.put_in_force(|| it.load_with_key(table, read_only))?;
         let gone = Error { call: Nr::TableStatus.call(), subject: subject.clone(), errno: Errno::NXIO };
         Ok(status(&control, Which::Uuid(uuid), &subject)?.ok_or(gone)?)
     };
@@ -238,8 +235,7 @@ pub fn create(devices: &Path, name: &str, uuid: &str, table: &CryptTable<'_>, re
 pub fn replace(devices: &Path, mapping: &Mapping, table: &CryptTable<'_>) -> Result<(), Refused> {
     let (control, subject) = (node::control(devices)?, devices.join("mapper").join(&mapping.name));
     let it = It::of(&control, devices, &subject, mapping);
-    it.load_with_key(table, mapping.read_only)?;
-    it.resume_or_clear()
+    it.exchange(|| it.load_with_key(table, mapping.read_only))
 }
 
 /// Gives a mapping another length with the key that it has: shown in its table, or ours in the kernel's keyrings.
@@ -256,8 +252,16 @@ pub fn resize(devices: &Path, mapping: &Mapping, length_sectors: u64) -> Result<
         Key::Hex(_) => None,
         Key::Keyring { .. } => Some(keyring::find(&mapping.uuid)?),
     };
-    it.load(&crypt.print(), length_sectors, mapping.read_only)?;
-    it.resume_or_clear()
+    it.exchange(|| it.load(&crypt.print(), length_sectors, mapping.read_only))
+}
+
+/// Ends a suspension: what a sudden end in the middle of an exchange of tables, or somebody else, has left.
+///
+/// # Errors
+/// The kernel's.
+pub fn resume(devices: &Path, mapping: &Mapping) -> Result<(), Error> {
+    let (control, subject) = (node::control(devices)?, devices.join("mapper").join(&mapping.name));
+    It::of(&control, devices, &subject, mapping).resume()
 }
 
 /// Takes a mapping away, its key and the node that we made with it: one try. One that is gone already is no error.
@@ -267,8 +271,10 @@ pub fn resize(devices: &Path, mapping: &Mapping, length_sectors: u64) -> Result<
 pub fn remove(devices: &Path, mapping: &Mapping) -> Result<(), Error> {
     // Where keyrings are refused, there is no key of ours.
     let _ = keyring::forget(&mapping.uuid);
+    kill::inside("key-forgotten");
     let (control, subject) = (node::control(devices)?, devices.join("mapper").join(&mapping.name));
     It::of(&control, devices, &subject, mapping).remove()?;
+    kill::inside("removed");
     node::forget(devices, &mapping.name, mapping.dev)
 }
 
@@ -321,7 +327,7 @@ impl<'a> It<'a> {
         Error { call: nr.call(), subject: self.subject.clone(), errno }
     }
 
-    fn load_with_key(&self, table: &CryptTable<'_>, read_only: bool) -> Result<(), Refused> {
+    fn load_with_key(&self, table: &CryptTable<'_>, read_only: bool) -> Result<(), Error> {
         let size_bytes = u32::try_from(table.key.len()).unwrap_or(u32::MAX);
         let odd = || self.error(Nr::TableLoad, Errno::INVAL);
         // cryptsetup's own name for it, so that its resize knows the mapping for its own.
@@ -331,10 +337,11 @@ impl<'a> It<'a> {
         };
         // Held until the table is loaded: dm-crypt finds it by this thread.
         if let Ok(_held) = keyring::hold(self.uuid, &description, table.key) {
+            kill::inside("key-held");
             let key = Key::Keyring { size_bytes, kind: "logon".into(), description };
             match self.load(&table.print(&key).ok_or_else(odd)?, table.length_sectors, read_only) {
                 // A kernel whose dm-crypt may not look keys up.
-                Err(refused) if matches!(refused.error.errno, Errno::NOKEY | Errno::ACCESS | Errno::PERM) => {}
+                Err(error) if matches!(error.errno, Errno::NOKEY | Errno::ACCESS | Errno::PERM) => {}
                 loaded => return loaded,
             }
         }
@@ -343,36 +350,49 @@ impl<'a> It<'a> {
         self.load(&table.print(&key).ok_or_else(odd)?, table.length_sectors, read_only)
     }
 
-    fn load(&self, params: &str, length_sectors: u64, read_only: bool) -> Result<(), Refused> {
+    fn load(&self, params: &str, length_sectors: u64, read_only: bool) -> Result<(), Error> {
         let flags = if read_only { message::READONLY } else { 0 };
         let loading = Message::with_target(self.which(), flags, length_sectors, CRYPT, params);
         let mut loading = loading.ok_or_else(|| self.error(Nr::TableLoad, Errno::INVAL))?;
+        call(self.control, Nr::TableLoad, self.subject, &mut loading)
+    }
+
+    /// Puts the loaded table in force, and ends a suspension.
+    fn resume(&self) -> Result<(), Error> {
+        kill::called("resume");
+        self.plainly(Nr::DevSuspend, UDEV_COOKIE)
+    }
+
+    /// `loads` a table and puts it in force. The kernel's reasons may come with either: a table that is too large is found out
+    /// when it is to be put in force.
+    fn put_in_force(&self, loads: impl FnOnce() -> Result<(), Error>) -> Result<(), Refused> {
         let mut log = kmsg::Log::from_now();
-        call(self.control, Nr::TableLoad, self.subject, &mut loading).map_err(|error| {
+        let loaded = loads().inspect(|()| kill::inside("loaded"));
+        loaded.and_then(|()| self.resume()).map_err(|error| {
             // `device-mapper: table: 253:0: crypt: …`
             let mark = format!(" {}: ", self.dev);
             Refused { error, said: log.lines_about("device-mapper").into_iter().filter(|line| line.contains(&mark)).collect() }
         })
     }
 
-    /// Puts the loaded table in force.
-    fn resume(&self) -> Result<(), Error> {
-        let mut message = message(self.which(), 0, UDEV_COOKIE, 0, Nr::DevSuspend.call(), self.subject)?;
-        call(self.control, Nr::DevSuspend, self.subject, &mut message)
-    }
-
-    fn resume_or_clear(&self) -> Result<(), Refused> {
-        self.resume().map_err(|error| {
-            if let Ok(mut clear) = message(self.which(), 0, 0, 0, Nr::TableClear.call(), self.subject) {
-                let _ = call(self.control, Nr::TableClear, self.subject, &mut clear);
-            }
-            error.into()
+    /// The same for a mapping in use, which goes on with its old table where the new one is refused: do_resume (drivers/md/dm-ioctl.c)
+    /// suspends it for the exchange, and leaves it suspended when that fails.
+    fn exchange(&self, loads: impl FnOnce() -> Result<(), Error>) -> Result<(), Refused> {
+        self.put_in_force(loads).inspect_err(|_| {
+            let _ = self.plainly(Nr::TableClear, 0);
+            let _ = self.resume();
         })
     }
 
+    /// A call without data.
+    fn plainly(&self, nr: Nr, event_nr: u32) -> Result<(), Error> {
+        let mut message = message(self.which(), 0, event_nr, 0, nr.call(), self.subject)?;
+        call(self.control, nr, self.subject, &mut message)
+    }
+
     fn remove(&self) -> Result<(), Error> {
-        let mut message = message(self.which(), 0, UDEV_COOKIE, 0, Nr::DevRemove.call(), self.subject)?;
-        match call(self.control, Nr::DevRemove, self.subject, &mut message) {
+        kill::called("remove");
+        match self.plainly(Nr::DevRemove, UDEV_COOKIE) {
             Err(error) if error.errno == Errno::NXIO => Ok(()),
             done => done,
         }
@@ -391,113 +411,7 @@ impl<'a> It<'a> {
     }
 }
 
-fn status(control: &File, which: Which<'_>, subject: &Path) -> Result<Option<Mapping>, Error> {
-    let answer = match ask(control, Nr::TableStatus, which, message::STATUS_TABLE | message::SECURE_DATA, subject) {
-        Err(error) if error.errno == Errno::NXIO => return Ok(None),
-        answer => answer?,
-    };
-    let header = answer.header();
-    let is = |flag| header.flags & flag != 0;
-    Ok(Some(Mapping {
-        dev: header.dev,
-        open_count: header.open_count,
-        is_suspended: is(message::SUSPEND),
-        read_only: is(message::READONLY),
-        has_other_table: is(message::INACTIVE_PRESENT),
-        targets: answer.targets().into_iter().map(target).collect(),
-        name: header.name,
-        uuid: header.uuid,
-    }))
-}
-
-fn target(raw: RawTarget) -> Target {
-    let crypt = if raw.kind == CRYPT { Crypt::parse(&raw.params) } else { None };
-    Target { start_sectors: raw.start_sectors, length_sectors: raw.length_sectors, kind: raw.kind, crypt }
-}
-
-/// A call with an answer, in a buffer that grows until the answer fits.
-fn ask(control: &File, nr: Nr, which: Which<'_>, flags: u32, subject: &Path) -> Result<Message, Error> {
-    let mut room = ANSWER_BYTES;
-    loop {
-        let mut message = message(which, flags, 0, room, nr.call(), subject)?;
-        call(control, nr, subject, &mut message)?;
-        if message.header().flags & message::BUFFER_FULL == 0 {
-            return Ok(message);
-        }
-        room *= 4;
-        if room > MAX_ANSWER_BYTES {
-            return Err(Error { call: nr.call(), subject: subject.into(), errno: Errno::FBIG });
-        }
-    }
-}
-
-fn message(which: Which<'_>, flags: u32, event_nr: u32, answer_bytes: usize, call: &'static str, subject: &Path) -> Result<Message, Error> {
-    let refused = || Error { call, subject: subject.into(), errno: Errno::NAMETOOLONG };
-    Message::new(which, flags, event_nr, answer_bytes).ok_or_else(refused)
-}
-
-/// The calls that we make.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Nr {
-    ListDevices = 2,
-    DevCreate = 3,
-    DevRemove = 4,
-    DevSuspend = 6,
-    TableLoad = 9,
-    TableClear = 10,
-    TableStatus = 12,
-    GetTargetVersion = 17,
-}
-
-impl Nr {
-    fn call(self) -> &'static str {
-        match self {
-            Self::ListDevices => "ioctl(DM_LIST_DEVICES)",
-            Self::DevCreate => "ioctl(DM_DEV_CREATE)",
-            Self::DevRemove => "ioctl(DM_DEV_REMOVE)",
-            Self::DevSuspend => "ioctl(DM_DEV_SUSPEND)",
-            Self::TableLoad => "ioctl(DM_TABLE_LOAD)",
-            Self::TableClear => "ioctl(DM_TABLE_CLEAR)",
-            Self::TableStatus => "ioctl(DM_TABLE_STATUS)",
-            Self::GetTargetVersion => "ioctl(DM_GET_TARGET_VERSION)",
-        }
-    }
-}
-
-/// A device-mapper call on a buffer that begins with a `struct dm_ioctl`.
-struct Call<'a> {
-    nr: Nr,
-    buffer: &'a mut [u8],
-}
-
-// SAFETY: every device-mapper opcode takes a `struct dm_ioctl` and, behind it, as many bytes as its `data_size` says, all to
-// be read and written; `Message` sets `data_size` to the length of the very buffer whose pointer is given here, which is
-// borrowed mutably until the call has returned. The kernel keeps no pointer, and any bytes are a value of `[u8]`.
-#[allow(unsafe_code, reason = "ioctls that rustix lacks")]
-unsafe impl Ioctl for Call<'_> {
-    type Output = ();
-
-    const IS_MUTATING: bool = true;
-
-    fn opcode(&self) -> Opcode {
-        DM_IOCTL | self.nr as Opcode
-    }
-
-    fn as_ptr(&mut self) -> *mut c_void {
-        self.buffer.as_mut_ptr().cast()
-    }
-
-    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
-        Ok(())
-    }
-}
-
-#[allow(unsafe_code, reason = "ioctls that rustix lacks")]
-fn call(control: &File, nr: Nr, subject: &Path, message: &mut Message) -> Result<(), Error> {
-    // SAFETY: the descriptor is the control node's (its number is checked when it is opened), so these opcodes are
-    // device-mapper's, and `Call` says rightly what it does with its argument (above).
-    unsafe { ioctl(control, Call { nr, buffer: message.bytes_mut() }) }.map_err(Error::at(nr.call(), subject))
-}
-
+#[cfg(test)]
+mod kernel;
 #[cfg(test)]
 mod tests;

@@ -5,12 +5,15 @@
 
 pub mod blkid;
 pub mod block;
+pub mod confine;
 pub mod dm;
+pub mod kernel;
 pub mod keyring;
 pub mod kmsg;
 pub mod memory;
 pub mod mount;
 pub mod mountinfo;
+pub mod random;
 pub mod scsi;
 
 use std::fmt;

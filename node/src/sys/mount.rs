@@ -3,17 +3,18 @@
 //! A mount appears at its place complete or not at all: flags are set while it is still detached.
 
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
-    fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick, move_mount, open_tree, unmount,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
+    fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick, mount_remount, move_mount, open_tree, unmount,
 };
 
 use super::{Dev, Error, kmsg};
+use crate::kill;
 
 /// Messages read from a filesystem context; each is at most a line.
 const MAX_MESSAGES: usize = 16;
@@ -130,19 +131,18 @@ fn split(flags: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Mounts the filesystem on `source` (a device node) at `target`.
+/// Mounts the filesystem on `source` (a device node, which the kernel's log calls `device`) at `target`.
 ///
 /// # Errors
 /// With the option at fault and the kernel's words.
-pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options) -> Result<(), Refused> {
-    let device = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, options: &Options) -> Result<(), Refused> {
     let mut log = kmsg::Log::from_now();
     let context =
         fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Refused::from(Error::at("fsopen", Path::new(fstype))(errno)))?;
     let mut refuse = |call: &'static str, option: Option<String>, errno: Errno| {
         let mut said = messages(&context);
         if said.is_empty() {
-            said = log.lines_about(&device);
+            said = log.lines_about(device);
         }
         Refused { error: Error { call, subject: source.into(), errno }, option, said }
     };
@@ -154,9 +154,11 @@ pub fn filesystem(fstype: &str, source: &Path, target: &Path, options: &Options)
         }
         .map_err(|errno| refuse("fsconfig", Some(key.clone()), errno))?;
     }
+    kill::called("create");
     fsconfig_create(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_CREATE)", None, errno))?;
     let attributes = MountAttrFlags::from_bits_retain(options.attributes);
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
+    kill::inside("mounted");
     attach(&mount, target)?;
     Ok(())
 }
@@ -205,7 +207,7 @@ impl Leads {
 }
 
 /// Shows the mount (or file) at `source`, which must lead where `leads` says, at `target` too. Read-only from its first
-/// moment, where that is asked.
+/// moment, where that is asked and the kernel can (5.12); on an older one, before this returns.
 ///
 /// # Errors
 /// As the kernel says; ESTALE: `source` has become something else.
@@ -213,13 +215,38 @@ pub fn bind(source: &Path, leads: Leads, target: &Path, read_only: bool) -> Resu
     let tree = open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
         .map_err(Error::at("open_tree", source))?;
     leads.check(&tree, source)?;
-    if read_only {
-        set_read_only(&tree).map_err(Error::at("mount_setattr(MOUNT_ATTR_RDONLY)", source))?;
+    kill::inside("cloned");
+    if !read_only {
+        return attach(&tree, target);
     }
-    attach(&tree, target)
+    match set_read_only(&tree) {
+        Ok(()) => attach(&tree, target),
+        Err(Errno::NOSYS) => attach_then_set_read_only(&tree, target),
+        Err(errno) => Err(Error { call: "mount_setattr(MOUNT_ATTR_RDONLY)", subject: source.into(), errno }),
+    }
+}
+
+/// Before Linux 5.12 only a mount that is in its place can be changed, by its path. No pod runs yet that could write to it.
+fn attach_then_set_read_only(tree: &OwnedFd, target: &Path) -> Result<(), Error> {
+    let has = rustix::fs::fstatvfs(tree).map_err(Error::at("statfs", target))?.f_flag;
+    attach(tree, target)?;
+    // A bind remount takes away what it does not name, the atime flags aside (path_mount in fs/namespace.c).
+    let mut flags = MountFlags::BIND | MountFlags::RDONLY;
+    for (flag, keep) in [
+        (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+        (StatVfsMountFlags::NODEV, MountFlags::NODEV),
+        (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+    ] {
+        flags.set(keep, has.contains(flag));
+    }
+    mount_remount(target, flags, c"").map_err(Error::at("mount(MS_REMOUNT|MS_BIND|MS_RDONLY)", target)).inspect_err(|_| {
+        // Not left writable. Where this fails too, the error says enough.
+        let _ = take_away(target);
+    })
 }
 
 fn attach(mount: &OwnedFd, target: &Path) -> Result<(), Error> {
+    kill::called("move_mount");
     move_mount(mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(Error::at("move_mount", target))
 }
 
@@ -239,6 +266,7 @@ pub fn usage(point: &Path, dev: Dev) -> Result<rustix::fs::StatVfs, Error> {
 /// # Errors
 /// EBUSY: a process works in it. EINVAL: nothing is mounted there.
 pub fn take_away(target: &Path) -> Result<(), Error> {
+    kill::called("umount2");
     unmount(target, UnmountFlags::NOFOLLOW).map_err(Error::at("umount2", target))
 }
 
@@ -267,23 +295,27 @@ struct MountAttr {
     userns_fd: u64,
 }
 
-/// Kernel 5.12 and up; rustix has no such call. Number 442 on every architecture (asm-generic/unistd.h).
-#[allow(unsafe_code, reason = "a system call that rustix lacks")]
 fn set_read_only(tree: &OwnedFd) -> Result<(), Errno> {
-    use std::ffi::{c_char, c_int, c_long, c_uint};
-    use std::os::fd::AsRawFd;
-    unsafe extern "C" {
-        fn syscall(number: c_long, ...) -> c_long;
-    }
-    const SYS_MOUNT_SETATTR: c_long = 442;
-    const AT_EMPTY_PATH: c_uint = 0x1000;
     let attr = MountAttr { attr_set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits().into(), attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let fd: c_int = tree.as_fd().as_raw_fd();
-    let path: *const c_char = c"".as_ptr();
-    // SAFETY: mount_setattr(dfd, path, flags, uattr, size): the kernel reads the empty C string and `size` bytes of `attr`,
-    // writes neither and keeps nothing; both live until the call returns, and `fd` is open since `tree` is borrowed.
-    let answer = unsafe { syscall(SYS_MOUNT_SETATTR, fd, path, AT_EMPTY_PATH, &raw const attr, size_of::<MountAttr>()) };
+    mount_setattr(tree, &attr, size_of::<MountAttr>())
+}
+
+/// Kernel 5.12 and up; rustix has no such call.
+#[allow(unsafe_code, reason = "a system call that rustix lacks")]
+fn mount_setattr(tree: impl AsFd, attr: &MountAttr, size: usize) -> Result<(), Errno> {
+    let fd = tree.as_fd().as_raw_fd();
+    let size = size.min(size_of::<MountAttr>());
+    // SAFETY: mount_setattr(dfd, path, flags, uattr, size): the kernel reads the empty C string and at most `size` bytes of `attr`,
+    // writes neither and keeps nothing; both live until the call returns, and `fd` is open since `tree` lives.
+    let answer = unsafe { libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), libc::AT_EMPTY_PATH, std::ptr::from_ref(attr), size) };
     if answer == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)) }
+}
+
+/// Whether the kernel has it. A size of 0 is EINVAL to one that has, before it looks at anything else.
+#[must_use]
+pub fn has_mount_setattr() -> bool {
+    let attr = MountAttr { attr_set: 0, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    mount_setattr(CWD, &attr, 0).err() != Some(Errno::NOSYS)
 }
 
 /// Where a path really is: its folder with links resolved, its last part as given. mountinfo knows real paths only.
@@ -362,6 +394,47 @@ mod tests {
         assert_eq!(real(&real_folder.join("link/x")).unwrap(), real_folder.join("x"));
         assert_eq!(real(&real_folder.join("no/x")).unwrap_err().errno, Errno::NOENT);
         assert_eq!(real(Path::new("/")).unwrap_err().errno, Errno::INVAL);
+    }
+
+    /// In a mount namespace of one thread; for Linux 5.10 and 5.11, tried on whatever runs here.
+    #[test]
+    #[allow(unsafe_code, reason = "unshare is unsafe in rustix")]
+    fn an_old_kernels_read_only_mount_keeps_its_other_flags() {
+        use rustix::mount::{MountPropagationFlags, mount, mount_change};
+        let folder = Folder::new();
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        std::fs::create_dir(&from).and_then(|()| std::fs::create_dir(&to)).unwrap();
+        let (has, from) = (to.clone(), from.clone());
+        let flags = std::thread::spawn(move || {
+            // SAFETY: this thread gets a mount namespace (and a working folder) of its own; no memory or descriptor is unshared.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?;
+            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+            mount("tmpfs", &from, "tmpfs", MountFlags::NODEV | MountFlags::NOATIME, None)?;
+            let tree = open_tree(CWD, &from, OpenTreeFlags::OPEN_TREE_CLONE)?;
+            attach_then_set_read_only(&tree, &has).unwrap();
+            std::fs::write(from.join("x"), "the staged mount stays writable").unwrap();
+            let refused = std::fs::write(has.join("x"), "").unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(Errno::ROFS.raw_os_error()));
+            Ok::<_, Errno>(rustix::fs::statvfs(&has)?.f_flag)
+        });
+        match flags.join().unwrap() {
+            Ok(flags) => {
+                let kept = StatVfsMountFlags::NODEV | StatVfsMountFlags::NOATIME | StatVfsMountFlags::RDONLY;
+                assert!(flags.contains(kept), "{flags:?}");
+                assert!(!flags.intersects(StatVfsMountFlags::NOEXEC | StatVfsMountFlags::NOSUID), "{flags:?}");
+            }
+            Err(errno) => {
+                use std::io::Write as _;
+                let _ = writeln!(std::io::stderr(), "SKIPPED: no mount namespace here: {}", super::super::words(errno));
+                assert!(std::env::var_os("CI").is_none(), "SKIPPED under CI");
+            }
+        }
+    }
+
+    #[test]
+    fn asking_for_mount_setattr_changes_nothing() {
+        // The machine's own kernel is newer than 5.12, as far as anyone builds this.
+        assert!(has_mount_setattr());
     }
 
     proptest! {

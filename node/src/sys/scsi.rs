@@ -198,7 +198,18 @@ pub fn holders(sysfs: &Path, name: &str) -> Result<Vec<String>, Error> {
 /// # Errors
 /// sysfs cannot be read.
 pub fn topology(sysfs: &Path, disk: &Disk) -> Result<Topology, Error> {
-    let block = device(sysfs, disk.address).join("block").join(&disk.name);
+    topology_below(&device(sysfs, disk.address).join("block").join(&disk.name))
+}
+
+/// The same of any block device, such as a mapping.
+///
+/// # Errors
+/// sysfs cannot be read.
+pub fn topology_of(sysfs: &Path, dev: Dev) -> Result<Topology, Error> {
+    topology_below(&sysfs.join("dev/block").join(dev.to_string()))
+}
+
+fn topology_below(block: &Path) -> Result<Topology, Error> {
     let queue = block.join("queue");
     let number = |name: &str| Ok(text(&queue.join(name))?.and_then(|text| text.parse().ok()).unwrap_or_default());
     Ok(Topology {

@@ -8,11 +8,16 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail, ensure};
 use guest_init::MODULES;
 
+use super::Profile;
 use crate::tools;
 
 /// Enough for disks, network and filesystems; what they need in turn is read from the modules. ext4 itself is built in.
 /// `crc32c_intel`: without it, libcrc32c takes the slow generic one.
 const WANTED_MODULES: [&str; 6] = ["virtio_pci", "virtio_net", "virtio_scsi", "sd_mod", "crc32c_intel", "xfs"];
+/// dm-crypt with the ciphers of LUKS. `ecb` and `xts` are asked for by name, which no dependency shows.
+const ENCRYPTION_MODULES: [&str; 4] = ["ecb", "xts", "aesni_intel", "dm_crypt"];
+/// The kernel's ciphers for programs, AF_ALG.
+const USER_CRYPTO_MODULES: [&str; 2] = ["af_alg", "algif_skcipher"];
 const TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// A cloud kernel as `scripts/tools` unpacks it.
@@ -40,9 +45,14 @@ impl Kernel {
     }
 
     /// The wanted modules and what they depend on, in loading order: file name in the guest and bytes.
-    fn load_order(&self) -> Result<Vec<(String, Vec<u8>)>> {
+    fn load_order(&self, profile: Profile) -> Result<Vec<(String, Vec<u8>)>> {
+        let (encryption, user_crypto): (&[&str], &[&str]) = match profile {
+            Profile::Debian => (&ENCRYPTION_MODULES, &USER_CRYPTO_MODULES),
+            Profile::Talos => (&ENCRYPTION_MODULES, &[]),
+            Profile::WithoutEncryption => (&[], &[]),
+        };
         let mut order = Vec::new();
-        for wanted in WANTED_MODULES {
+        for wanted in WANTED_MODULES.iter().chain(encryption).chain(user_crypto) {
             self.visit(wanted, &mut order)?;
         }
         Ok(order)
@@ -103,13 +113,13 @@ fn build_guest_init() -> Result<PathBuf> {
 }
 
 /// Writes the archive. `files` are (path in the guest, file here); each keeps whether it is executable.
-pub(super) fn write(to: &Path, kernel: &Kernel, files: &[(String, PathBuf)]) -> Result<()> {
+pub(super) fn write(to: &Path, kernel: &Kernel, profile: Profile, files: &[(String, PathBuf)]) -> Result<()> {
     let init = guest_init()?;
     let mut archive = Cpio::default();
     // The kernel opens it for PID 1's input and output before anything is mounted.
     archive.entry("dev/console", 0o020_600, (5, 1), &[]);
     archive.entry("init", 0o100_755, (0, 0), &std::fs::read(&init).with_context(|| format!("read {}", init.display()))?);
-    let modules = kernel.load_order()?;
+    let modules = kernel.load_order(profile)?;
     let order: String = modules.iter().map(|(file, _)| format!("{file}\n")).collect();
     archive.entry(MODULES.trim_start_matches('/'), 0o100_644, (0, 0), order.as_bytes());
     for (file, bytes) in &modules {

@@ -2,15 +2,16 @@
 //!
 //! A virtual clock jumps to the next deadline as soon as nothing in the simulator is busy, so that a wait of 30 s costs nothing and
 //! still happens in the right order. Busy means: a request or a task is being worked on and is not itself waiting here. What a client
-//! does between its requests does not count. A real clock waits for real.
+//! does between its requests does not count. A real clock waits for real, by tokio's clock, which a test may have paused.
 //!
 //! A wait is never cancelled (its future must be polled to its end): the count of the busy would be wrong.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 /// How time passes in the simulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -112,7 +113,11 @@ fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Clock {
     pub(crate) fn new(time: Time) -> Clock {
-        let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Clock::since(time, SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+    }
+
+    /// A clock that shows that long after 1970 now.
+    pub(crate) fn since(time: Time, epoch: Duration) -> Clock {
         Clock(Arc::new(Inner { time, started: Instant::now(), epoch, state: Mutex::default() }))
     }
 

@@ -35,6 +35,7 @@ pub(crate) enum Endpoint {
     VmStatus,
     VmConfig,
     VmPending,
+    ContainerConfig,
     VmUpdate,
     VmUpdateAsync,
     VmUnlink,
@@ -97,7 +98,7 @@ const STORE: Property = ("storage", Type::Storage, true);
 const DIGEST: Property = ("digest", Type::Text(40), false);
 const DELAY: Type = Type::Integer(1, 30);
 
-static ROUTES: [Route; 38] = [
+static ROUTES: [Route; 39] = [
     Route { method: "GET", path: "/version", endpoint: Endpoint::Version, protected: false, check: Check::Anybody, properties: &[] },
     Route {
         method: "GET",
@@ -348,6 +349,14 @@ static ROUTES: [Route; 38] = [
         protected: false,
         check: AUDIT,
         properties: &[NODE, VMID, ("current", Type::Boolean, false), ("snapshot", Type::SnapshotName, false)],
+    },
+    Route {
+        method: "GET",
+        path: "/nodes/{node}/lxc/{vmid}/config",
+        endpoint: Endpoint::ContainerConfig,
+        protected: false,
+        check: AUDIT,
+        properties: &[NODE, VMID],
     },
     Route {
         method: "GET",

@@ -60,6 +60,8 @@ pub enum Inner {
     ControllerStays { vmid: u32 },
     /// The volume grows, QEMU is not told, the task fails.
     ResizeSecondHalf { vmid: u32 },
+    /// The task's worker is killed when QEMU has done its part and the config does not say so yet.
+    WorkerDies { vmid: u32 },
     /// A task of this type ends at once with this exit status, its work not done.
     TaskFails { kind: String, exit_status: String },
 }

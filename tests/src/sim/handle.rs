@@ -19,11 +19,15 @@ use super::describe::{Acl, Description, STANDARD_SECRET, Vm};
 use super::drive::{self, Drive};
 use super::faults::{Fault, Inner};
 use super::state::{Cluster, Latency, Plugged};
+use super::turns::{Door, Turns, Waiting};
 use super::version::Version;
 use super::{hotplug, http, tls};
 
 /// In virtual time everything ends at once; what has not by then hangs.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+
+/// When a scheduled simulator's day begins: an hour that is good for nothing but being the same.
+const SCHEDULED_EPOCH: Duration = Duration::from_secs(1_800_000_000);
 
 /// How to start a simulator.
 #[derive(Debug, Clone)]
@@ -35,6 +39,7 @@ pub struct Builder {
     listen: SocketAddr,
     tls: bool,
     root: Option<PathBuf>,
+    scheduled: bool,
 }
 
 /// A running simulator; ends when dropped.
@@ -105,6 +110,15 @@ impl Builder {
         self
     }
 
+    /// Every request waits until it is let in ([`Simulator::admit`]). Time is tokio's, which the test has paused, and begins on the
+    /// same day in every run.
+    #[must_use]
+    pub fn scheduled(mut self) -> Builder {
+        self.time = Time::Real;
+        self.scheduled = true;
+        self
+    }
+
     /// Changes the description.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Description)) -> Builder {
@@ -117,8 +131,10 @@ impl Builder {
         let owns_root = self.root.is_none();
         let root = self.root.map_or_else(|| crate::folder::new("pve-simulator-", ""), Ok)?;
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
-        let clock = Clock::new(self.time);
-        let cluster = Arc::new(Cluster::new(&self.description, &root, self.version, self.latency, clock)?);
+        let clock = if self.scheduled { Clock::since(self.time, SCHEDULED_EPOCH) } else { Clock::new(self.time) };
+        let mut cluster = Cluster::new(&self.description, &root, self.version, self.latency, clock)?;
+        cluster.turns = self.scheduled.then(Turns::default);
+        let cluster = Arc::new(cluster);
         prepare_images(&cluster)?;
         for vm in self.description.vms.iter().filter(|vm| vm.running) {
             hotplug::plug_all(&cluster, &vm.node, vm.vmid).map_err(|error| anyhow::anyhow!("VM {}: {}", vm.vmid, error.text()))?;
@@ -132,7 +148,7 @@ impl Builder {
             (None, None)
         };
         let scheme = if self.tls { "https" } else { "http" };
-        let server = tokio::spawn(http::serve(listener, acceptor, Arc::clone(&cluster)));
+        let server = tokio::spawn(http::serve(listener, acceptor, Arc::clone(&cluster), String::new()));
         Ok(Simulator { cluster, url: format!("{scheme}://{address}/api2/json"), certificate, root, owns_root, server })
     }
 }
@@ -172,6 +188,7 @@ impl Simulator {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             tls: false,
             root: None,
+            scheduled: false,
         }
     }
 
@@ -395,6 +412,12 @@ impl Simulator {
         self.cluster.state().vms.insert(vm.vmid, made);
     }
 
+    /// A container with these lines in its config (`mp0`, `rootfs`).
+    pub fn set_container(&self, vmid: u32, node: &str, lines: &[(&str, &str)]) {
+        let lines = lines.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        self.cluster.state().containers.insert(vmid, (node.to_owned(), lines));
+    }
+
     pub fn remove_vm(&self, vmid: u32) {
         self.cluster.state().vms.remove(&vmid);
     }
@@ -466,6 +489,21 @@ impl Simulator {
         self.cluster.clock.try_lock(&format!("/var/lock/qemu-server/lock-{vmid}.conf"), 1)
     }
 
+    /// `qm set VMID --SLOT VOLID` by somebody else, done at once; refused where Proxmox or QEMU would refuse it.
+    pub fn attach_by_hand(&self, vmid: u32, key: &str, volid: &str) -> Result<(), String> {
+        let Some(_held) = self.hold_config_lock(vmid) else { return Err("the VM is being changed".to_owned()) };
+        let node = self.vm(vmid).map(|vm| vm.node).ok_or("no such VM")?;
+        hotplug::plug_by_hand(&self.cluster, &node, vmid, key, volid).map_err(|error| error.text().to_owned())
+    }
+
+    /// The same the other way round.
+    pub fn detach_by_hand(&self, vmid: u32, key: &str) {
+        self.change(vmid, |vm| {
+            vm.config.current.remove(key);
+            vm.plugged.remove(key);
+        });
+    }
+
     /// Somebody holds the storage's lock until this is dropped.
     #[must_use]
     pub fn hold_storage_lock(&self, id: &str) -> Option<Held> {
@@ -516,6 +554,44 @@ impl Simulator {
     /// The log of an old task was rotated away.
     pub fn purge_task(&self, upid: &str) {
         self.cluster.state().tasks.purge(upid);
+    }
+
+    /// One more listener, without TLS, whose requests are known by its name.
+    pub async fn door(&self, name: &str) -> anyhow::Result<Door> {
+        let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.context("open a door")?;
+        let url = format!("http://{}/api2/json", listener.local_addr()?);
+        let server = tokio::spawn(http::serve(listener, None, Arc::clone(&self.cluster), name.to_owned()));
+        Ok(Door { name: name.to_owned(), url, turns: self.cluster.turns.clone(), server })
+    }
+
+    /// The requests that wait, sorted.
+    #[must_use]
+    pub fn waiting(&self) -> Vec<Waiting> {
+        self.cluster.turns.iter().flat_map(Turns::waiting).collect()
+    }
+
+    /// How many requests wait or are worked on: all that are on their way in are there when a client has as many in flight.
+    #[must_use]
+    pub fn inside(&self) -> usize {
+        self.cluster.turns.iter().map(Turns::inside).sum()
+    }
+
+    /// How many were let in and are not answered.
+    #[must_use]
+    pub fn working(&self) -> usize {
+        self.cluster.turns.iter().map(Turns::working).sum()
+    }
+
+    /// Lets a request in; false: none such waits.
+    pub fn admit(&self, waiting: &Waiting) -> bool {
+        let at = format!("{:9.3}", self.cluster.clock.elapsed().as_secs_f64());
+        self.cluster.turns.as_ref().is_some_and(|turns| turns.admit(waiting, &at))
+    }
+
+    /// What was let in, with time and door.
+    #[must_use]
+    pub fn admitted(&self) -> Vec<String> {
+        self.cluster.turns.iter().flat_map(Turns::log).collect()
     }
 
     /// Stops listening and closes all connections.

@@ -206,6 +206,22 @@ pub(crate) fn plug_all(cluster: &Cluster, node: &str, vmid: u32) -> Result<()> {
     Ok(())
 }
 
+/// All of an attachment in one moment.
+pub(crate) fn plug_by_hand(cluster: &Cluster, node: &str, vmid: u32, key: &str, volid: &str) -> Result<()> {
+    let mut state = cluster.state();
+    let drive = Drive::stored(volid);
+    let (plugged, _) = drive_of(&state, node, key, &drive, false)?;
+    let held = state.is_held(node, plugged.inode, false);
+    let vm = state.vm_mut(node, vmid)?;
+    vm.check_lock()?;
+    if held || !vm.running || vm.config.current.contains_key(key) || vm.plugged.contains_key(key) {
+        return Err(ApiError::die(format!("VM {vmid} cannot take {volid} as {key} now")));
+    }
+    vm.config.current.insert(key.to_owned(), volid.to_owned());
+    vm.plugged.insert(key.to_owned(), plugged);
+    Ok(())
+}
+
 /// Tells QEMU of a disk's new size.
 pub(crate) async fn announce_size(cluster: &Arc<Cluster>, node: &str, vmid: u32, key: &str, bytes: u64) -> Result<()> {
     let machine: Option<Arc<dyn Machine>> = {

@@ -62,36 +62,38 @@ pub(crate) struct Answer {
     pub(crate) location: Option<String>,
 }
 
-/// Accepts connections until the task is aborted.
-pub(crate) async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, cluster: Arc<Cluster>) {
+/// Accepts connections until the task is aborted; `door`: what this listener is called.
+pub(crate) async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, cluster: Arc<Cluster>, door: String) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
         // Small answers, one at a time: waiting to fill a packet would cost 40 ms each.
         let _ = stream.set_nodelay(true);
-        let (tls, cluster) = (tls.clone(), Arc::clone(&cluster));
+        let (tls, cluster, door) = (tls.clone(), Arc::clone(&cluster), door.clone());
         connections.spawn(async move {
             // A broken connection is the client's business.
-            let _ = greet(stream, tls, cluster).await;
+            let _ = greet(stream, tls, cluster, &door).await;
         });
         while connections.try_join_next().is_some() {}
     }
 }
 
-async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, cluster: Arc<Cluster>) -> io::Result<()> {
-    let Some(tls) = tls else { return talk(stream, &cluster, false).await };
+async fn greet(stream: TcpStream, tls: Option<TlsAcceptor>, cluster: Arc<Cluster>, door: &str) -> io::Result<()> {
+    let Some(tls) = tls else { return talk(stream, &cluster, door, false).await };
     let mut first = [0];
     if stream.peek(&mut first).await? == 1 && first != [TLS_HANDSHAKE] {
-        return talk(stream, &cluster, true).await;
+        return talk(stream, &cluster, door, true).await;
     }
-    talk(tls.accept(stream).await?, &cluster, false).await
+    talk(tls.accept(stream).await?, &cluster, door, false).await
 }
 
-async fn talk<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, cluster: &Arc<Cluster>, misdirected: bool) -> io::Result<()> {
+async fn talk<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, cluster: &Arc<Cluster>, door: &str, misdirected: bool) -> io::Result<()> {
     let mut buffer = Vec::new();
-    for _ in 0..REQUESTS_PER_CONNECTION {
-        let Some(request) = read(&mut stream, &mut buffer).await? else { return Ok(()) };
-        let outcome = if misdirected { redirect(&request) } else { route::respond(cluster, &request).await };
+    // Which connection a client's thread takes is chance: with a scheduler nothing may depend on it.
+    let (requests, idle) = if cluster.turns.is_some() { (usize::MAX, None) } else { (REQUESTS_PER_CONNECTION, Some(IDLE)) };
+    for _ in 0..requests {
+        let Some(request) = read(&mut stream, &mut buffer, idle).await? else { return Ok(()) };
+        let outcome = if misdirected { redirect(&request) } else { route::respond(cluster, &request, door).await };
         let answer = match outcome {
             Outcome::Answer(answer) => answer,
             Outcome::Close => return Ok(()),
@@ -117,7 +119,11 @@ fn redirect(request: &Request) -> Outcome {
 }
 
 /// The next request; `None`: the client has gone, or stayed idle too long.
-async fn read<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, buffer: &mut Vec<u8>) -> io::Result<Option<Request>> {
+async fn read<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    buffer: &mut Vec<u8>,
+    idle: Option<Duration>,
+) -> io::Result<Option<Request>> {
     let mut chunk = [0; 16 * 1024];
     let end = loop {
         if let Some(end) = buffer.windows(4).position(|four| four == b"\r\n\r\n") {
@@ -126,9 +132,12 @@ async fn read<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, buffer: &mut Ve
         if buffer.len() > HEADER_LIMIT {
             return Ok(None);
         }
-        let count = match tokio::time::timeout(IDLE, stream.read(&mut chunk)).await {
-            Ok(count) => count?,
-            Err(_) => return Ok(None),
+        let count = match idle {
+            None => stream.read(&mut chunk).await?,
+            Some(idle) => match tokio::time::timeout(idle, stream.read(&mut chunk)).await {
+                Ok(count) => count?,
+                Err(_) => return Ok(None),
+            },
         };
         if count == 0 {
             return Ok(None);

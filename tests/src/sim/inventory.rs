@@ -60,6 +60,13 @@ pub(crate) fn resources(cluster: &Cluster, call: &Call) -> Result {
             }
         }
     }
+    if wanted("vm") {
+        for (vmid, (node, _)) in &state.containers {
+            if state.access.may(&call.caller, &format!("/vms/{vmid}"), &["VM.Audit"]) {
+                list.push(json!({"id": format!("lxc/{vmid}"), "type": "lxc", "vmid": vmid, "node": node, "status": "running"}));
+            }
+        }
+    }
     if wanted("node") {
         list.extend(node_entries(cluster, &state, &call.caller, false));
     }
@@ -137,12 +144,12 @@ pub(crate) fn next_id(cluster: &Cluster, call: &Call) -> Result {
     let state = cluster.state();
     if call.get("vmid").is_some() {
         let vmid = call.vmid();
-        if state.vms.contains_key(&vmid) {
+        if state.vms.contains_key(&vmid) || state.containers.contains_key(&vmid) {
             return Err(ApiError::param("vmid", format!("VM {vmid} already exists")));
         }
         return Ok(json!(vmid.to_string()).into());
     }
-    let free = (100..1_000_000).find(|vmid| !state.vms.contains_key(vmid));
+    let free = (100..1_000_000).find(|vmid| !state.vms.contains_key(vmid) && !state.containers.contains_key(vmid));
     free.map(|vmid| json!(vmid.to_string()).into()).ok_or_else(|| ApiError::die("unable to get any free VMID in range [100, 1000000]"))
 }
 
@@ -175,6 +182,14 @@ pub(crate) fn permissions(cluster: &Cluster, call: &Call) -> Result {
         }
     }
     Ok(Value::Object(all).into())
+}
+
+/// GET …/lxc/{vmid}/config.
+pub(crate) fn container(cluster: &Cluster, call: &Call) -> Result {
+    let state = cluster.state();
+    let missing = || ApiError::die(format!("Configuration file 'nodes/{}/lxc/{}.conf' does not exist", call.node, call.vmid()));
+    let (_, lines) = state.containers.get(&call.vmid()).filter(|(node, _)| *node == call.node).ok_or_else(missing)?;
+    Ok(json!(lines).into())
 }
 
 /// The task, if it is known and the caller may see it.

@@ -40,6 +40,7 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod turns;
 mod update;
 mod version;
 mod vms;
@@ -49,4 +50,5 @@ pub use describe::{Acl, CSI_PRIVILEGES, Description, Node, STANDARD_PASSWORD, ST
 pub use faults::{Effect, Fault, Inner};
 pub use handle::{Builder, Simulator, VmState};
 pub use state::{Latency, Plugged};
+pub use turns::{Door, Waiting};
 pub use version::Version;

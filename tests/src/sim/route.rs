@@ -52,11 +52,20 @@ impl Call {
     }
 }
 
-pub(crate) async fn respond(cluster: &Arc<Cluster>, request: &Request) -> Outcome {
+pub(crate) async fn respond(cluster: &Arc<Cluster>, request: &Request, door: &str) -> Outcome {
     let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
     if let Some(path) = path.strip_prefix("/_sim") {
         return control::respond(cluster, &request.method, path, &request.body);
     }
+    let Some(turns) = &cluster.turns else { return answer(cluster, request, path, query).await };
+    let text =
+        format!("{} {} {}", request.method, percent_decode(&request.target), percent_decode(&String::from_utf8_lossy(&request.body)));
+    let Some(working) = turns.arrive(door, text.trim_end()).await else { return Outcome::Close };
+    let outcome = answer(cluster, request, path, query).await;
+    if working.leave().await { outcome } else { Outcome::Close }
+}
+
+async fn answer(cluster: &Arc<Cluster>, request: &Request, path: &str, query: &str) -> Outcome {
     let _busy = cluster.clock.busy();
     let Some(path) = path.strip_prefix("/api2/json") else {
         return failed(cluster, &ApiError::server(501, format!("no such file '{path}'")), false);
@@ -262,6 +271,7 @@ async fn dispatch(cluster: Arc<Cluster>, call: Call) -> Result<Reply, ApiError> 
         Endpoint::VmStatus => vms::status(&cluster, &call).await,
         Endpoint::VmConfig => vms::config(&cluster, &call),
         Endpoint::VmPending => vms::pending(&cluster, &call),
+        Endpoint::ContainerConfig => inventory::container(&cluster, &call),
         Endpoint::VmUpdate => update::put(&cluster, &call).await,
         Endpoint::VmUpdateAsync => update::post(&cluster, &call).await,
         Endpoint::VmUnlink => update::unlink(&cluster, &call).await,

@@ -16,6 +16,7 @@ use super::describe::{Description, Node};
 use super::faults::Faults;
 use super::storage::{Name, Storage};
 use super::tasks::{Log, Tasks};
+use super::turns::Turns;
 use super::version::Version;
 
 /// How long the config flock and a local storage's flock are waited for.
@@ -89,6 +90,8 @@ pub(crate) struct State {
     pub(crate) down_since: BTreeMap<String, Duration>,
     pub(crate) storages: BTreeMap<String, Storage>,
     pub(crate) vms: BTreeMap<u32, Vm>,
+    /// Containers: VMID to node and config.
+    pub(crate) containers: BTreeMap<u32, (String, BTreeMap<String, String>)>,
     pub(crate) access: Access,
     pub(crate) tasks: Tasks,
     pub(crate) faults: Faults,
@@ -113,6 +116,8 @@ pub(crate) struct Cluster {
     pub(crate) version: Version,
     pub(crate) latency: Latency,
     pub(crate) clock: Clock,
+    /// Requests wait until they are let in.
+    pub(crate) turns: Option<Turns>,
     pub(crate) state: Mutex<State>,
 }
 
@@ -138,6 +143,7 @@ impl Cluster {
             down_since: BTreeMap::new(),
             storages,
             vms: vms.collect(),
+            containers: BTreeMap::new(),
             access: Access::new(description),
             tasks: Tasks::default(),
             faults: Faults::default(),
@@ -148,7 +154,7 @@ impl Cluster {
             key_order: Vec::new(),
             slow_allocation: Duration::ZERO,
         };
-        Ok(Cluster { name: description.cluster.clone(), entry_node, version, latency, clock, state: Mutex::new(state) })
+        Ok(Cluster { name: description.cluster.clone(), entry_node, version, latency, clock, turns: None, state: Mutex::new(state) })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {

@@ -11,6 +11,7 @@ use super::answer::{ApiError, Reply};
 use super::config::VmConfig;
 use super::content;
 use super::drive::{self, Drive, is_drive, is_unused};
+use super::faults::Inner;
 use super::hotplug;
 use super::options::{self, Needs};
 use super::params::Params;
@@ -394,6 +395,10 @@ impl Work {
         let mut errors = BTreeMap::new();
         if running {
             self.hotplug_all(modified, &mut errors).await;
+            let dies = Inner::WorkerDies { vmid: self.vmid };
+            if self.cluster.state().faults.meets(|planned| *planned == dies).is_some() {
+                return Err(ApiError::die("unexpected status"));
+            }
         } else {
             self.apply_all(&mut errors).await;
         }

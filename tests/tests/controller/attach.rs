@@ -318,12 +318,21 @@ async fn a_changed_digest_is_read_again_and_a_taken_slot_left() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_locked_vm_and_a_dead_host_are_unavailable() {
+async fn w57_a_locked_vm_is_waited_for_and_a_dead_host_is_unavailable() {
     let bed = standard().await;
     let volume = bed.volume("pvc-1", "local").await;
     bed.sim.set_lock(101, Some("backup"));
-    assert_refused(bed.publish(&volume, "node-101/101").await, Code::Unavailable, &["VM is locked (backup)"]);
+    let publish = |seconds| {
+        let mut request = tonic::Request::new(publish_request(&volume, "node-101/101"));
+        request.set_timeout(std::time::Duration::from_secs(seconds));
+        csi::controller_server::Controller::controller_publish_volume(&bed.csi, request)
+    };
+    assert_refused(publish(2).await, Code::Unavailable, &["VM is locked (backup) since 20", "UTC", "qm unlock 101"]);
     assert!(bed.traces(101, &volume).is_empty());
+    // Unlocked while the call waits.
+    let sim = std::sync::Arc::clone(&bed.sim);
+    bed.sim.before("GET", "/nodes/*/qemu/101/pending", 3, move |_| sim.set_lock(101, None));
+    publish(60).await.unwrap();
 
     let bed = two_hosts().await;
     let volume = bed.volume_on("pvc-1", "ds", "pve2").await;

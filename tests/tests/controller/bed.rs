@@ -151,7 +151,7 @@ impl Bed {
     pub(crate) fn own_requests(&self, vmid: u32) -> Vec<String> {
         let of_vm = format!("/qemu/{vmid}/");
         let counts = |request: &&String| {
-            let evidence = ["/cluster/resources", "/qemu?full=1", "/access/permissions", "/cluster/status", "/tasks/"];
+            let evidence = ["/cluster/resources", "/qemu?full=1", "/access/permissions", "/cluster/status", "/tasks/", "/tasks?"];
             !evidence.iter().any(|part| request.contains(part)) && (!request.contains("/qemu/") || request.contains(&of_vm))
         };
         self.sim.requests().iter().filter(counts).cloned().collect()

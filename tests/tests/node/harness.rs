@@ -119,7 +119,7 @@ impl Agent {
     /// The same on a machine of another kind.
     pub(crate) fn start_on(options: &GuestOptions) -> Option<Self> {
         let guest = boot(options)?;
-        let job = start_node(&guest);
+        let job = start_node(&guest, &[]);
         let calls = guest.node().unwrap();
         Some(Self { guest, calls, job })
     }
@@ -128,7 +128,7 @@ impl Agent {
     pub(crate) fn restart(&mut self) {
         self.guest.signal(self.job, 9).unwrap();
         self.guest.wait(self.job, SEEN_LIMIT).unwrap();
-        self.job = start_node(&self.guest);
+        self.job = start_node(&self.guest, &[]);
     }
 
     /// Plugs the volume's disk at `lun` and makes kubelet's folders for it.
@@ -181,10 +181,11 @@ impl Agent {
     }
 }
 
-pub(crate) fn start_node(guest: &Guest) -> Job {
+/// The node agent, with this environment beside the usual one.
+pub(crate) fn start_node(guest: &Guest, env: &[(&str, &str)]) -> Job {
     let args =
         ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
-    guest.start_node(&args, &[("LOG_LEVEL", "info")]).unwrap()
+    guest.start_node(&args, &[&[("LOG_LEVEL", "debug")], env].concat()).unwrap()
 }
 
 pub(crate) fn handle(name: &str) -> VolumeHandle {

@@ -124,7 +124,7 @@ fn guest_agent_replaced_under_running_pods() {
         for (round, signal) in [(0, 9), (1, 15), (2, 9)] {
             guest.signal(agent.job, signal).unwrap_or_else(|error| panic!("round {round}: {error:#}"));
             guest.wait(agent.job, SEEN_LIMIT).unwrap();
-            agent.job = crate::harness::start_node(guest);
+            agent.job = crate::harness::start_node(guest, &[]);
         }
         writer.join().unwrap()
     });

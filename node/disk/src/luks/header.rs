@@ -112,6 +112,18 @@ impl Copy {
         Ok(Self { place, hdr_size, seqid: u64::from_be_bytes(field(&raw, SEQID)), csum_alg, raw, metadata })
     }
 
+    /// Beside what differs in every pair: magic, salt, place.
+    pub(super) fn says_the_same(&self, other: &Self) -> bool {
+        let plain = |copy: &Self| {
+            let mut raw = copy.raw.clone();
+            put(&mut raw, 0, &[0; MAGIC_PRIMARY.len()]);
+            put(&mut raw, SALT, &[0; 64]);
+            put(&mut raw, HDR_OFFSET, &[0; 8]);
+            raw
+        };
+        self.metadata == other.metadata && plain(self) == plain(other)
+    }
+
     pub(super) fn uuid(&self) -> Option<String> {
         text::<UUID_SIZE>(&self.raw, UUID)
             .filter(|uuid| !uuid.is_empty() && uuid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-'))

@@ -86,6 +86,9 @@ impl Keyslot {
         if self.area_offset_bytes < first_byte || end.is_none_or(|end| end > data_offset_bytes) {
             return bad("its area lies outside the keyslots area");
         }
+        if !self.area_offset_bytes.is_multiple_of(SECTOR) || !self.area_size_bytes.is_multiple_of(SECTOR) {
+            return bad("its area is not made of whole sectors");
+        }
         if self.area_size_bytes > MAX_AREA_BYTES {
             return bad("its area is larger than 8 MiB");
         }

@@ -76,8 +76,13 @@ impl Header {
                 (secondary, Some(why))
             }
             (Ok(primary), Ok(secondary)) => {
-                let is_older = secondary.seqid < primary.seqid;
-                let why = is_older.then(|| format!("sequence number {}, the primary has {}", secondary.seqid, primary.seqid));
+                let why = if secondary.seqid < primary.seqid {
+                    Some(format!("sequence number {}, the primary has {}", secondary.seqid, primary.seqid))
+                } else {
+                    // cryptsetup takes the primary then, and so do we; nobody writes such a pair.
+                    (!secondary.says_the_same(&primary))
+                        .then(|| format!("it differs from the primary under one sequence number, {}", primary.seqid))
+                };
                 (primary, why)
             }
             (Ok(copy), Err(why)) | (Err(why), Ok(copy)) => (copy, Some(why)),

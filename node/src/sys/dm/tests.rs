@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::call::target;
 use super::message::{self, HEADER_BYTES, Message, Which};
 use super::*;
 

@@ -1,0 +1,255 @@
+//! What a cluster says of itself: which VM a node id names, whether everything is shown to us, who is quorate, who is off.
+
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::Controller;
+use super::region::{EVIDENCE_AGE, Region, STATE_AGE, ago, locked};
+use super::when;
+use crate::error::Error;
+use crate::pve::Meaning;
+use crate::pve::api::{self, Resources, Vm};
+use crate::request::NodeId;
+
+/// A lost privilege makes lists shorter and nothing else: as old as the lists may be, no older.
+const PERMISSIONS_AGE: Duration = EVIDENCE_AGE;
+
+/// A Proxmox node that is off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Off {
+    /// When that was first seen.
+    pub(crate) since: SystemTime,
+    /// The operator says so, too: what its VMs held counts as let go.
+    pub(crate) fenced: bool,
+}
+
+impl std::fmt::Display for Off {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "off since {} or longer", when::utc(self.since))
+    }
+}
+
+impl Controller {
+    /// Whether the VM is the Kubernetes node that is meant: a number alone may be another VM's, of a clone of the node's
+    /// template, or in another cluster. Node and VM may have different names; a VM of exactly that name elsewhere is proof.
+    ///
+    /// # Errors
+    /// It is another one, by name.
+    pub(super) async fn check_is_node(&self, region: &Region, node: &NodeId, vm: &Vm) -> Result<(), Error> {
+        let (NodeId::Vmid(name, _), Some(shown)) = (node, vm.name.as_deref()) else { return Ok(()) };
+        if is_name_of(shown, name) {
+            return Ok(());
+        }
+        if let Some(other) = region.vm_named(name).await {
+            return Err(Error::precondition(format!(
+                "node {node}: VM {} is named {shown:?}, and VM {} on {} is named {name:?}; the node carries another VM's number: set the \
+                 VMID in its provider ID or SMBIOS serial right",
+                vm.vmid, other.vmid, other.host
+            )));
+        }
+        self.check_not_elsewhere(region, node).await
+    }
+
+    /// Whether a VM of the node's name is in another region: then node and volume do not belong together.
+    ///
+    /// # Errors
+    /// It is, by region.
+    pub(super) async fn check_not_elsewhere(&self, region: &Region, node: &NodeId) -> Result<(), Error> {
+        let (NodeId::Vmid(name, _) | NodeId::Name(name)) = node;
+        for (other, elsewhere) in self.clusters()?.regions.iter().filter(|(other, _)| **other != region.name) {
+            if let Some(vm) = elsewhere.vm_named(name).await {
+                return Err(Error::precondition(format!(
+                    "node {node} is VM {} on {} of region {other}, the volume is in region {}: a volume cannot leave its Proxmox cluster; \
+                     give the PV its nodeAffinity, or the pod a node of region {}",
+                    vm.vmid, vm.host, region.name, region.name
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// As DNS compares names; a VM may carry the domain, too.
+fn is_name_of(vm: &str, node: &str) -> bool {
+    let first = |name: &str| name.split('.').next().unwrap_or_default().to_ascii_lowercase();
+    vm.eq_ignore_ascii_case(node) || (first(vm) == first(node) && vm.contains('.') != node.contains('.'))
+}
+
+impl Region {
+    /// The VM that a node id names; nothing: there is none in what is shown to us.
+    ///
+    /// # Errors
+    /// Proxmox's; or several VMs have that name.
+    pub(crate) async fn find_vm(&self, node: &NodeId) -> Result<Option<Vm>, Error> {
+        for since in [ago(EVIDENCE_AGE), Instant::now()] {
+            let resources = self.resources(since).await?;
+            let mut found = resources.vms.values().filter(|vm| match node {
+                NodeId::Vmid(_, vmid) => vm.vmid == *vmid,
+                NodeId::Name(name) => !vm.template && vm.name.as_deref() == Some(name),
+            });
+            match (found.next(), found.next()) {
+                (Some(one), None) => return Ok(Some(one.clone())),
+                (Some(one), Some(other)) => {
+                    return Err(Error::precondition(format!(
+                        "node {node}: VMs {} and {} of region {} both have this name; node ids should carry the VMID (NAME/VMID)",
+                        one.vmid, other.vmid, self.name
+                    )));
+                }
+                (None, _) => (),
+            }
+        }
+        let resources = self.resources(ago(STATE_AGE)).await?;
+        if let (NodeId::Name(_), Some(nameless)) = (node, resources.vms.values().find(|vm| vm.name.is_none())) {
+            return Err(Error::unavailable(format!(
+                "node {node}: no VM of that name, but VM {} on {} shows no name now (its node is silent, or it is new); repeated",
+                nameless.vmid, nameless.host
+            )));
+        }
+        Ok(None)
+    }
+
+    /// The VM of that name, in what was read lately; nothing where the cluster does not answer.
+    async fn vm_named(&self, name: &str) -> Option<Vm> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await.ok()?;
+        let is_named = |vm: &&Vm| !vm.template && vm.name.as_deref().is_some_and(|shown| is_name_of(shown, name));
+        resources.vms.values().find(is_named).cloned()
+    }
+
+    /// Whether every VM of the cluster is shown to us: without that, nobody can be said not to hold a volume.
+    ///
+    /// # Errors
+    /// The privilege that is missing; or Proxmox's.
+    pub(crate) async fn check_sees_all_vms(&self) -> Result<(), Error> {
+        let mut checked = self.sees_all_vms.lock().await;
+        if checked.is_some_and(|at| at >= ago(PERMISSIONS_AGE)) {
+            return Ok(());
+        }
+        if api::read_sees_all_vms(&self.client().call(api::permissions()).await?) {
+            *checked = Some(Instant::now());
+            return Ok(());
+        }
+        Err(Error::precondition(format!(
+            "region {}: not every VM is shown to us, so that the holder of a volume could be overlooked; give the token's role VM.Audit on \
+             /vms (or /) with propagation",
+            self.name
+        )))
+    }
+
+    /// "Not there" is true only if the cluster is quorate, answered, and shows everything.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub(crate) async fn check_absence_counts(&self) -> Result<(), Error> {
+        self.check_sees_all_vms().await?;
+        if self.is_quorate(Instant::now()).await? {
+            return Ok(());
+        }
+        Err(Error::unavailable(format!(
+            "region {}: the cluster has no quorum, so that what is not shown may still be there; repeated until it has",
+            self.name
+        )))
+    }
+
+    /// A VM that is not listed is gone, not merely hidden from us (an ACL with NoAccess leaves no other trace).
+    ///
+    /// # Errors
+    /// It is there, or absence does not count.
+    pub(crate) async fn check_vm_gone(&self, vmid: u32) -> Result<(), Error> {
+        self.check_absence_counts().await?;
+        match self.client().call(api::next_id(vmid)).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.meaning() == Meaning::VmidTaken => {
+                let resources = self.resources(Instant::now()).await?;
+                if resources.containers.contains_key(&vmid) {
+                    // A container has the number now.
+                    return Ok(());
+                }
+                if resources.vms.contains_key(&vmid) {
+                    return Err(Error::unavailable(format!("VM {vmid} is there again; repeated")));
+                }
+                Err(Error::denied(format!(
+                    "VM {vmid} is there and not shown to us; give the token's role VM.Audit on /vms/{vmid} (look for NoAccess or another role \
+                     of that path: pveum acl list)"
+                )))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// By Proxmox's word since `since`; without Sys.Audit, by more than half of its nodes being online.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub(crate) async fn is_quorate(&self, since: Instant) -> Result<bool, Error> {
+        let mut held = self.quorate.lock().await;
+        if let Some((_, quorate)) = held.filter(|(read_at, _)| *read_at >= since) {
+            return Ok(quorate);
+        }
+        let (read_at, request) = (Instant::now(), api::cluster_status());
+        let call = request.name();
+        let quorate = match self.client().call(request).await.and_then(|data| api::read_quorate(&call, &data)) {
+            Ok(quorate) => quorate,
+            Err(error) if error.meaning() == Meaning::Forbidden => {
+                let resources = self.resources(since.min(ago(STATE_AGE))).await?;
+                let online = resources.hosts.values().filter(|status| *status == "online").count();
+                // One that was part of a cluster and shows only itself has lost the others, not outlived them.
+                let alone = resources.hosts.len() == 1 && *locked(&self.most_hosts) == 1;
+                alone || online * 2 > resources.hosts.len().max(*locked(&self.most_hosts))
+            }
+            Err(error) => return Err(error.into()),
+        };
+        *held = Some((read_at, quorate));
+        Ok(quorate)
+    }
+
+    /// Keeps since when nodes are off.
+    pub(super) fn note_hosts(&self, resources: &Resources) {
+        let mut most = locked(&self.most_hosts);
+        *most = resources.hosts.len().max(*most);
+        let mut offline = locked(&self.offline_since);
+        for (host, status) in &resources.hosts {
+            if status == "offline" {
+                offline.entry(host.clone()).or_insert_with(SystemTime::now);
+            } else {
+                offline.remove(host);
+            }
+        }
+    }
+
+    /// Since when a node is off, by the cluster as read within the last minute; nothing where it is not.
+    ///
+    /// # Errors
+    /// Proxmox's; or it is called offline by a cluster without quorum.
+    pub(crate) async fn off(&self, host: &str) -> Result<Option<Off>, Error> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        if resources.hosts.get(host).is_none_or(|status| status != "offline") {
+            return Ok(None);
+        }
+        if !self.is_quorate(ago(STATE_AGE)).await? {
+            return Err(Error::unavailable(format!("Proxmox node {host} is offline and the cluster has no quorum")));
+        }
+        let since = locked(&self.offline_since).get(host).copied().unwrap_or_else(SystemTime::now);
+        Ok(Some(Off { since, fenced: self.rules().fenced.contains(host) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_compared_as_dns_does() {
+        for (vm, node, same) in [
+            ("worker-1", "worker-1", true),
+            ("Worker-1", "worker-1", true),
+            ("worker-1.lan", "worker-1", true),
+            ("worker-1", "worker-1.lan", true),
+            ("worker-1.a", "worker-1.b", false),
+            ("worker-1", "worker-10", false),
+            ("worker-1", "worker-2", false),
+        ] {
+            assert_eq!(is_name_of(vm, node), same, "{vm} {node}");
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! What must be true of Proxmox and of the answers, whatever happened.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proto::VolumeHandle;
+
+use super::plan::{NODES, VMS};
+use super::world::{Answer, Claim, Rpc};
+use crate::sim::Simulator;
+
+/// What an orchestrator knows of one volume.
+#[derive(Debug, Default, Clone)]
+struct Believed {
+    /// Ids given since the last successful deletion.
+    ids: BTreeSet<String>,
+    /// VMs whose attachment was answered OK, and whose detachment was not begun since.
+    held: BTreeSet<u32>,
+    /// VMs that an attachment was begun to, and none of whose detachments that began later was answered OK.
+    perhaps: BTreeSet<u32>,
+    /// Its deletion and another call went on at once, which no orchestrator may do: whoever has it then may have nothing.
+    torn: bool,
+}
+
+#[derive(Debug)]
+struct Open {
+    rpc: Rpc,
+    /// Another call about the same volume began before this one was answered.
+    disturbed: bool,
+}
+
+/// Keeps the books of a history.
+#[derive(Debug)]
+pub struct Judge {
+    volumes: Vec<Believed>,
+    open: BTreeMap<usize, Open>,
+    /// Attached by hand: VM and slot of each volume.
+    by_hand: BTreeMap<usize, (u32, String)>,
+    /// Slots whose leftovers were planned.
+    pub phantoms: usize,
+}
+
+/// Every trace of a volume in a VM: configured, planned, plugged.
+#[must_use]
+pub fn traces(sim: &Simulator, vmid: u32, volid: &str) -> Vec<String> {
+    let Some(vm) = sim.vm(vmid) else { return Vec::new() };
+    let names = |line: &str| line == volid || line.strip_prefix(volid).is_some_and(|rest| rest.starts_with(','));
+    let configured = vm.config.iter().filter(|(_, line)| names(line)).map(|(key, _)| format!("configured {key}"));
+    let planned = vm.pending.iter().filter(|(_, line)| names(line)).map(|(key, _)| format!("planned {key}"));
+    let plugged = vm.plugged.iter().filter(|(_, drive)| drive.volid == volid).map(|(key, _)| format!("plugged {key}"));
+    configured.chain(planned).chain(plugged).collect()
+}
+
+/// The traces in all VMs.
+#[must_use]
+pub fn all_traces(sim: &Simulator, volid: &str) -> Vec<(u32, Vec<String>)> {
+    VMS.iter().map(|vmid| (*vmid, traces(sim, *vmid, volid))).filter(|(_, traces)| !traces.is_empty()).collect()
+}
+
+/// Where images of a volume's name are: node or `shared`, and volid.
+#[must_use]
+pub fn images(sim: &Simulator, claim: &Claim) -> BTreeSet<String> {
+    let shared = matches!(claim.storage.as_str(), "nfs" | "ceph");
+    let of_node = |node: &&str| {
+        let place = if shared { "shared" } else { *node };
+        let named = sim.volumes(node, &claim.storage).into_iter().filter(|volid| volid.contains(&format!("-{}", claim.name)));
+        named.map(|volid| format!("{place} {volid}")).collect::<Vec<_>>()
+    };
+    NODES.iter().flat_map(of_node).collect()
+}
+
+impl Judge {
+    #[must_use]
+    pub fn new(volumes: usize) -> Judge {
+        Judge { volumes: vec![Believed::default(); volumes], open: BTreeMap::new(), by_hand: BTreeMap::new(), phantoms: 0 }
+    }
+
+    fn volume(&mut self, volume: usize) -> &mut Believed {
+        if self.volumes.len() <= volume {
+            self.volumes.resize(volume + 1, Believed::default());
+        }
+        #[expect(clippy::indexing_slicing, reason = "made just before")]
+        &mut self.volumes[volume]
+    }
+
+    /// VMs that the volume must be detached from before it can be said to be nowhere.
+    #[must_use]
+    pub fn perhaps_at(&self, volume: usize) -> Vec<u32> {
+        self.volumes.get(volume).map_or_else(Vec::new, |volume| volume.perhaps.iter().copied().collect())
+    }
+
+    pub fn begins(&mut self, call: usize, rpc: &Rpc) {
+        let mut disturbed = false;
+        for open in self.open.values_mut().filter(|open| open.rpc.volume() == rpc.volume()) {
+            open.disturbed = true;
+            disturbed = true;
+        }
+        let deletes = |rpc: &Rpc| matches!(rpc, Rpc::Delete { .. });
+        let deleting = self.open.values().any(|open| open.rpc.volume() == rpc.volume() && deletes(&open.rpc));
+        self.volume(rpc.volume()).torn |= deleting || (disturbed && deletes(rpc));
+        match rpc {
+            Rpc::Publish { volume, vm } => drop(self.volume(*volume).perhaps.insert(*vm)),
+            Rpc::Unpublish { volume, vm } => drop(self.volume(*volume).held.remove(vm)),
+            Rpc::Create { .. } | Rpc::Expand { .. } | Rpc::Delete { .. } => {}
+        }
+        self.open.insert(call, Open { rpc: rpc.clone(), disturbed });
+    }
+
+    /// The client does not get to know the answer; the controller may still work on it.
+    pub fn unanswered(&mut self, call: usize) {
+        if let Some(open) = self.open.get_mut(&call) {
+            open.disturbed = true;
+        }
+    }
+
+    /// Also what no client waits for has ended.
+    pub fn all_ended(&mut self) {
+        self.open.clear();
+    }
+
+    /// QEMU was started anew, say: what was held there may be gone.
+    pub fn lets_go(&mut self, vm: u32) {
+        for volume in &mut self.volumes {
+            volume.held.remove(&vm);
+        }
+    }
+
+    pub fn took_by_hand(&mut self, volume: usize, vm: u32, slot: String) {
+        self.by_hand.insert(volume, (vm, slot));
+    }
+
+    pub fn by_hand(&self) -> &BTreeMap<usize, (u32, String)> {
+        &self.by_hand
+    }
+
+    pub fn gave_back(&mut self, volume: usize) {
+        self.by_hand.remove(&volume);
+    }
+
+    /// What is wrong with this answer, as things stand.
+    pub fn answered(&mut self, sim: &Simulator, claims: &[Claim], call: usize, answer: &Answer) -> Result<(), String> {
+        let Some(Open { rpc, disturbed }) = self.open.remove(&call) else { return Ok(()) };
+        let Ok(id) = answer else { return check_refusal(&rpc, answer) };
+        let volume = rpc.volume();
+        let claim = claims.get(volume).ok_or("no such volume")?;
+        let handle = match &rpc {
+            Rpc::Create { .. } => id.parse::<VolumeHandle>().map_err(|error| error.to_string())?,
+            _ => claim.handle().ok_or("answered about a volume without an id")?,
+        };
+        let volid = handle.volid();
+        match &rpc {
+            Rpc::Create { .. } => {
+                let ids = &mut self.volume(volume).ids;
+                ids.insert(id.clone());
+                if ids.len() > 1 && !disturbed {
+                    return Err(format!("{} has two ids: {ids:?}", claim.name));
+                }
+                let images = images(sim, claim);
+                if images.is_empty() && !disturbed {
+                    return Err(format!("{id} was said to be made, and is not there"));
+                }
+            }
+            Rpc::Publish { vm, .. } => return self.attached(sim, volume, *vm, &volid, disturbed),
+            Rpc::Unpublish { vm, .. } => {
+                let left = traces(sim, *vm, &volid);
+                if !disturbed && !left.is_empty() && self.by_hand.get(&volume).is_none_or(|(by, _)| by != vm) {
+                    return Err(format!("{volid} was said to be detached from VM {vm}, which has it {left:?}"));
+                }
+                if !disturbed {
+                    self.volume(volume).perhaps.remove(vm);
+                }
+            }
+            Rpc::Expand { bytes, .. } => {
+                let size = [handle.zone.as_str(), "pve1"]
+                    .iter()
+                    .find_map(|node| sim.image(node, &volid))
+                    .and_then(|file| std::fs::metadata(file).ok());
+                if !disturbed && size.is_none_or(|size| size.len() < *bytes) {
+                    return Err(format!("{volid} was said to have {bytes} bytes, and has not"));
+                }
+            }
+            Rpc::Delete { .. } => {
+                let left = all_traces(sim, &volid);
+                if !disturbed && !left.is_empty() {
+                    return Err(format!("{volid} was said to be deleted, and is in {left:?}"));
+                }
+                if !self.volume(volume).held.is_empty() && !disturbed {
+                    return Err(format!("{volid} was said to be deleted, while its attachment had been answered OK"));
+                }
+                self.volume(volume).ids.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn attached(&mut self, sim: &Simulator, volume: usize, vm: u32, volid: &str, disturbed: bool) -> Result<(), String> {
+        if disturbed {
+            return Ok(());
+        }
+        if !sim.vm(vm).is_some_and(|state| state.plugged.values().any(|drive| drive.volid == volid)) {
+            return Err(format!("{volid} was said to be attached to VM {vm}, which has it {:?}", traces(sim, vm, volid)));
+        }
+        let still = |(by, slot): &&(u32, String)| *by != vm && sim.vm(*by).is_some_and(|state| state.plugged.contains_key(slot));
+        if let Some((by, slot)) = self.by_hand.get(&volume).filter(still) {
+            return Err(format!("{volid} was said to be attached to VM {vm}, and somebody else has it as {slot} of VM {by}"));
+        }
+        let held = &mut self.volume(volume).held;
+        held.insert(vm);
+        if held.len() > 1 {
+            return Err(format!("{volid}: two attachments were answered OK: to VMs {held:?}"));
+        }
+        Ok(())
+    }
+
+    /// Nobody holds what was never asked for, and nothing is there twice. For a moment when nothing is going on.
+    pub fn at_rest(&self, sim: &Simulator, claims: &[Claim]) -> Result<(), String> {
+        for (number, claim) in claims.iter().enumerate() {
+            let images = images(sim, claim);
+            if images.len() > 1 {
+                return Err(format!("{} is there more than once: {images:?}", claim.name));
+            }
+            let Some(handle) = claim.handle() else { continue };
+            let volid = handle.volid();
+            let holders = all_traces(sim, &volid);
+            let known = self.perhaps_at(number);
+            for (vm, traces) in &holders {
+                let by_hand = self.by_hand.get(&number).is_some_and(|(by, _)| by == vm);
+                if !known.contains(vm) && !by_hand {
+                    return Err(format!("{volid} is left {traces:?} in VM {vm}, although its detachment was answered OK"));
+                }
+                if traces.iter().filter(|trace| trace.starts_with("plugged")).count() > 1 {
+                    return Err(format!("{volid} is plugged twice in VM {vm}: {traces:?}"));
+                }
+            }
+            let torn = self.volumes.get(number).is_some_and(|volume| volume.torn);
+            if !torn && holders.iter().any(|(_, traces)| traces.iter().any(|trace| trace.starts_with("plugged"))) && images.is_empty() {
+                return Err(format!("{volid} was deleted while {holders:?} has it"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing is left of anything: after everything was detached and deleted.
+    pub fn at_the_end(&self, sim: &Simulator, claims: &[Claim]) -> Result<(), String> {
+        for claim in claims {
+            let images = images(sim, claim);
+            if !images.is_empty() {
+                return Err(format!("{} was deleted, and is there: {images:?}", claim.name));
+            }
+        }
+        for vmid in VMS {
+            let Some(vm) = sim.vm(vmid) else { continue };
+            let disks: Vec<&String> = vm.config.keys().filter(|key| key.starts_with("scsi") && *key != "scsihw").collect();
+            if !disks.is_empty() || !vm.plugged.is_empty() || !vm.pending.is_empty() || !vm.pending_delete.is_empty() {
+                let (pending, deletes, plugged) = (&vm.pending, &vm.pending_delete, &vm.plugged);
+                return Err(format!(
+                    "VM {vmid} should be empty: configured {disks:?}, planned {pending:?} {deletes:?}, plugged {plugged:?}"
+                ));
+            }
+            if vm.leaked.len() > self.phantoms {
+                return Err(format!("VM {vmid} has leftovers in {:?}, of {} planned", vm.leaked, self.phantoms));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An error says something, in one of the codes that we mean.
+fn check_refusal(rpc: &Rpc, answer: &Answer) -> Result<(), String> {
+    let Err(status) = answer else { return Ok(()) };
+    use tonic::Code;
+    let meant = matches!(
+        status.code(),
+        Code::Unavailable
+            | Code::Aborted
+            | Code::FailedPrecondition
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::Internal
+            | Code::ResourceExhausted
+    );
+    if !meant || status.message().is_empty() || status.message().contains("broke off") {
+        return Err(format!("{rpc:?} answered {:?} {:?}", status.code(), status.message()));
+    }
+    Ok(())
+}

@@ -1,0 +1,463 @@
+//! Controllers in this process, the simulator that lets their requests in one at a time, and tokio's paused clock for both.
+//!
+//! Between two steps nothing moves: every call to Proxmox waits at its door or for simulated time, and no task can go on. So the
+//! order of everything is the order of the steps, and the same steps give the same log. Only what threads do between a door and the
+//! controller is left to chance, and nothing depends on it: one request at a time is let in.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ::controller::run::Controller;
+use ::controller::service::ControllerService;
+use anyhow::{Context, Result, ensure};
+use proto::VolumeHandle;
+use proto::csi::controller_server::Controller as _;
+use proto::csi::volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode};
+use proto::csi::{self, VolumeCapability};
+use tokio::task::AbortHandle;
+use tonic::{Request, Status};
+
+use crate::sim::{Builder, Door, STANDARD_SECRET, Simulator, Waiting};
+
+/// What all volumes are in.
+pub const REGION: &str = "fsn1";
+/// Nothing moved for so many looks: nothing will.
+const CALM_LOOKS: u32 = 4;
+/// What every step takes of simulated time.
+const TICK: Duration = Duration::from_micros(10);
+/// Real time; a step takes microseconds.
+const STEP_LIMIT: Duration = Duration::from_secs(60);
+/// The first pause of simulated time when nothing else can be done, and the longest: short ones see tasks end one by one.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// What is asked of a controller. Volumes are numbers: their names are made of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rpc {
+    Create { volume: usize },
+    Publish { volume: usize, vm: u32 },
+    Unpublish { volume: usize, vm: u32 },
+    Expand { volume: usize, bytes: u64 },
+    Delete { volume: usize },
+}
+
+impl Rpc {
+    #[must_use]
+    pub fn volume(&self) -> usize {
+        match self {
+            Rpc::Create { volume }
+            | Rpc::Publish { volume, .. }
+            | Rpc::Unpublish { volume, .. }
+            | Rpc::Expand { volume, .. }
+            | Rpc::Delete { volume } => *volume,
+        }
+    }
+}
+
+/// A volume that may come to be.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    pub name: String,
+    pub storage: String,
+    /// Empty: any.
+    pub zones: Vec<String>,
+    pub bytes: u64,
+    /// Its image on a storage that all share, which a person makes: this version creates on storages local to one node only.
+    pub image: Option<&'static str>,
+    /// Once it was created.
+    pub id: Option<String>,
+}
+
+impl Claim {
+    #[must_use]
+    pub fn handle(&self) -> Option<VolumeHandle> {
+        self.id.as_ref()?.parse().ok()
+    }
+}
+
+/// What a call answered: a volume's id, or nothing worth keeping.
+pub type Answer = Result<String, Status>;
+
+/// One process of a controller, from its start to its end.
+#[derive(Debug)]
+struct Incarnation {
+    door: Door,
+    controller: Arc<Controller>,
+    csi: ControllerService,
+}
+
+type Answered = Arc<Mutex<Vec<(usize, Answer)>>>;
+
+/// All of it. Ends with its value.
+#[derive(Debug)]
+pub struct World {
+    pub sim: Arc<Simulator>,
+    pub claims: Vec<Claim>,
+    incarnations: Vec<Incarnation>,
+    /// Which of them each controller is now.
+    current: Vec<usize>,
+    answered: Answered,
+    /// Not answered: in which process, what waits for the answer, and what was asked.
+    running: HashMap<usize, (usize, AbortHandle, Rpc)>,
+    next_call: usize,
+    began: tokio::time::Instant,
+    log: Vec<String>,
+    folder: PathBuf,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // Temporary: what cannot be removed is left to the next run's sweep.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Runs `work` alone on this thread under a clock that stands still until it is told to go.
+///
+/// # Errors
+/// Its own; or no runtime.
+pub fn under_paused_time<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().context("start tokio")?;
+    runtime.block_on(work)
+}
+
+impl World {
+    /// Must run [`under_paused_time`].
+    ///
+    /// # Errors
+    /// The simulator or a folder cannot be made.
+    pub async fn new(builder: Builder, controllers: usize, claims: Vec<Claim>) -> Result<World> {
+        let sim = Arc::new(builder.scheduled().start().await?);
+        let folder = crate::folder::new("pve-csi-bed-", "-history")?;
+        let mut world = World {
+            sim,
+            claims,
+            incarnations: Vec::new(),
+            current: Vec::new(),
+            answered: Answered::default(),
+            running: HashMap::new(),
+            next_call: 0,
+            began: tokio::time::Instant::now(),
+            log: Vec::new(),
+            folder,
+        };
+        for _ in 0..controllers {
+            let started = world.start().await?;
+            world.current.push(started);
+        }
+        Ok(world)
+    }
+
+    async fn start(&mut self) -> Result<usize> {
+        let number = self.incarnations.len();
+        let door = self.sim.door(&format!("c{number}")).await?;
+        let config = self.folder.join(format!("c{number}.yaml"));
+        let text = format!(
+            "clusters:\n  - url: {}\n    region: {REGION}\n    token_id: csi@pve!csi\n    token_secret: \"{STANDARD_SECRET}\"\n",
+            door.url
+        );
+        std::fs::write(&config, text).context("write the clusters file")?;
+        let controller = Arc::new(Controller::new(config, None));
+        let csi = ControllerService::new(Arc::clone(&controller));
+        self.incarnations.push(Incarnation { door, controller, csi });
+        Ok(number)
+    }
+
+    /// SIGKILL and a new process. What was sent and not looked at is lost, what Proxmox works on goes on. The calls that nobody
+    /// will answer any more, by number.
+    ///
+    /// # Errors
+    /// A folder or a socket cannot be made.
+    pub async fn kill(&mut self, controller: usize) -> Result<Vec<usize>> {
+        let old = *self.current.get(controller).context("no such controller")?;
+        if let Some(incarnation) = self.incarnations.get(old) {
+            incarnation.door.shut();
+        }
+        let new = self.start().await?;
+        self.note(format!("kill controller {controller} (c{old}); it is c{new} now"));
+        if let Some(current) = self.current.get_mut(controller) {
+            *current = new;
+        }
+        let mut lost: Vec<usize> = self.running.iter().filter(|(_, (at, _, _))| *at == old).map(|(call, _)| *call).collect();
+        lost.sort_unstable();
+        for call in &lost {
+            self.give_up(*call);
+        }
+        Ok(lost)
+    }
+
+    /// The door of a controller as it is now.
+    #[must_use]
+    pub fn door(&self, controller: usize) -> &str {
+        let at = self.current.get(controller).and_then(|current| self.incarnations.get(*current));
+        at.map_or("", |incarnation| incarnation.door.name.as_str())
+    }
+
+    /// Simulated time since the world began.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Writes a line into the log.
+    pub fn note(&mut self, text: impl AsRef<str>) {
+        let now = self.now().as_secs_f64();
+        let mut line = format!("{now:9.3} {}", text.as_ref());
+        // The port of a door is chance.
+        for incarnation in &self.incarnations {
+            line = line.replace(&incarnation.door.url, &format!("http://{}", incarnation.door.name));
+        }
+        // The controller tells people when it first saw a lock or an absence, by the calendar.
+        if let Some((before, after)) = line.split_once("since ").and_then(|(before, rest)| Some((before, rest.split_once(" or longer")?.1)))
+        {
+            line = format!("{before}since then{after}");
+        }
+        self.log.push(line);
+    }
+
+    /// All that happened, in order.
+    #[must_use]
+    pub fn log(&self) -> &[String] {
+        &self.log
+    }
+
+    /// Begins a call; its answer comes out of [`World::answers`] under this number.
+    ///
+    /// # Errors
+    /// It is about a volume that was never created: there is no id to name it.
+    pub fn call(&mut self, controller: usize, rpc: &Rpc) -> Result<usize> {
+        let claim = self.claims.get(rpc.volume()).context("no such volume")?.clone();
+        let at = *self.current.get(controller).context("no such controller")?;
+        let csi = self.incarnations.get(at).context("no such process")?.csi.clone();
+        let id = claim.id.clone();
+        ensure!(id.is_some() || matches!(rpc, Rpc::Create { .. }), "{rpc:?}: never created");
+        let number = self.next_call;
+        self.next_call += 1;
+        self.note(format!("call {number} of c{at}: {rpc:?}"));
+        let (rpc, asked, answered) = (rpc.clone(), rpc.clone(), Arc::clone(&self.answered));
+        if let (Rpc::Create { .. }, Some(image)) = (&rpc, claim.image) {
+            let volid = format!("{}:{image}", claim.storage);
+            // There already: so much the better.
+            let made = self.sim.create_volume("pve1", &volid, claim.bytes).is_ok();
+            self.note(format!("{volid} {}", if made { "is made by hand" } else { "is there" }));
+            let id = format!("{REGION}//{}/{image}", claim.storage);
+            answered.lock().unwrap_or_else(PoisonError::into_inner).push((number, Ok(id)));
+            self.running.insert(number, (at, tokio::spawn(async {}).abort_handle(), asked));
+            return Ok(number);
+        }
+        let task = tokio::spawn(async move {
+            let answer = perform(&csi, &claim, id.unwrap_or_default(), &rpc).await;
+            answered.lock().unwrap_or_else(PoisonError::into_inner).push((number, answer));
+        });
+        self.running.insert(number, (at, task.abort_handle(), asked));
+        Ok(number)
+    }
+
+    /// The client gives up; the controller does not.
+    pub fn give_up(&mut self, call: usize) {
+        if let Some((_, task, _)) = self.running.remove(&call) {
+            task.abort();
+            self.note(format!("call {call}: the client gives up"));
+        }
+    }
+
+    /// How many calls are not answered.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Calls that were answered since this was asked last, in this order.
+    pub fn answers(&mut self) -> Vec<(usize, Answer)> {
+        let answers = std::mem::take(&mut *self.answered.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut known = Vec::new();
+        for (call, answer) in answers {
+            let Some((_, _, rpc)) = self.running.remove(&call) else { continue };
+            if let (Rpc::Create { volume }, Ok(id)) = (&rpc, &answer)
+                && let Some(claim) = self.claims.get_mut(*volume)
+            {
+                claim.id = Some(id.clone());
+            }
+            known.push((call, answer));
+        }
+        let answers = known;
+        for (call, answer) in &answers {
+            let text = match answer {
+                Ok(id) => format!("OK {id}"),
+                Err(status) => format!("{:?}: {}", status.code(), status.message()),
+            };
+            self.note(format!("call {call} answers {text}"));
+        }
+        answers
+    }
+
+    fn in_flight(&self) -> usize {
+        self.incarnations.iter().map(|incarnation| incarnation.controller.calls_in_flight()).sum()
+    }
+
+    /// Waits until every call to Proxmox stands at its door or waits for time to pass, and no task can go on.
+    ///
+    /// # Errors
+    /// Something moves on for a minute of real time.
+    pub async fn calm(&self) -> Result<()> {
+        let begun = Instant::now();
+        let (mut looks, mut last) = (0, (0, 0, 0, 0));
+        while looks < CALM_LOOKS {
+            tokio::task::yield_now().await;
+            let answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner).len();
+            let now = (self.in_flight(), self.sim.inside(), self.sim.working(), answered);
+            if now.0 == now.1 && now == last {
+                looks += 1;
+            } else {
+                looks = 0;
+                last = now;
+                std::thread::yield_now();
+                ensure!(
+                    begun.elapsed() < STEP_LIMIT,
+                    "calls in flight, at their doors, worked on, answered: {now:?}; {:#?}",
+                    self.sim.waiting()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets one request in, and waits until nothing moves.
+    ///
+    /// # Errors
+    /// As [`World::calm`].
+    pub async fn admit(&mut self, waiting: &Waiting) -> Result<()> {
+        self.note(format!("{} {} {}", waiting.door, if waiting.answer { "<-" } else { "->" }, waiting.request));
+        self.sim.admit(waiting);
+        // No two steps are at the same moment.
+        self.pass(TICK).await
+    }
+
+    /// Simulated time passes.
+    ///
+    /// # Errors
+    /// As [`World::calm`].
+    pub async fn pass(&mut self, time: Duration) -> Result<()> {
+        tokio::time::advance(time).await;
+        self.calm().await
+    }
+
+    /// Lets everything in as it comes, in a fixed order, until `done`; at most for `limit` of simulated time.
+    ///
+    /// # Errors
+    /// As [`World::calm`].
+    pub async fn go_on(&mut self, limit: Duration, mut done: impl FnMut(&mut World) -> bool) -> Result<bool> {
+        let end = self.now() + limit;
+        let mut pause = SHORTEST_PAUSE;
+        self.calm().await?;
+        while !done(self) {
+            if let Some(first) = self.sim.waiting().last() {
+                self.admit(first).await?;
+                pause = SHORTEST_PAUSE;
+            } else if self.now() >= end {
+                return Ok(false);
+            } else {
+                self.pass(pause.min(end - self.now())).await?;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Makes one call and lets everything in until it is answered.
+    ///
+    /// # Errors
+    /// As [`World::call`]; or it is not answered within `limit`.
+    pub async fn answer_to(&mut self, controller: usize, rpc: &Rpc, limit: Duration) -> Result<Answer> {
+        let call = self.call(controller, rpc)?;
+        let mut found = None;
+        self.go_on(limit, |world| {
+            found = found.take().or_else(|| world.answers().into_iter().find(|(number, _)| *number == call));
+            found.is_some()
+        })
+        .await?;
+        let (_, answer) = found.with_context(|| format!("{rpc:?}: no answer within {} s", limit.as_secs()))?;
+        Ok(answer)
+    }
+
+    /// Everything that was begun ends: calls, tasks, and what pveproxy gave up on.
+    ///
+    /// # Errors
+    /// As [`World::calm`]; or something goes on for `limit`.
+    pub async fn run_dry(&mut self, limit: Duration) -> Result<()> {
+        let idle = |world: &mut World| {
+            let answered = world.answers();
+            drop(answered);
+            world.running() == 0 && world.sim.inside() == 0 && world.in_flight() == 0
+        };
+        ensure!(self.go_on(limit, idle).await?, "{} calls still run after {} s", self.running(), limit.as_secs());
+        Ok(())
+    }
+}
+
+fn capability() -> VolumeCapability {
+    VolumeCapability {
+        access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
+        access_type: Some(AccessType::Mount(MountVolume { fs_type: "ext4".into(), ..Default::default() })),
+    }
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+fn creation(claim: &Claim) -> csi::CreateVolumeRequest {
+    let topology = |zone: &String| csi::Topology {
+        segments: HashMap::from([
+            (proto::TOPOLOGY_REGION.to_string(), REGION.to_string()),
+            (proto::TOPOLOGY_ZONE.to_string(), zone.clone()),
+        ]),
+    };
+    let requisite: Vec<csi::Topology> = claim.zones.iter().map(topology).collect();
+    csi::CreateVolumeRequest {
+        name: claim.name.clone(),
+        capacity_range: Some(csi::CapacityRange { required_bytes: signed(claim.bytes), limit_bytes: 0 }),
+        volume_capabilities: vec![capability()],
+        parameters: HashMap::from([("storage".to_string(), claim.storage.clone())]),
+        accessibility_requirements: (!requisite.is_empty()).then(|| csi::TopologyRequirement { preferred: requisite.clone(), requisite }),
+        ..Default::default()
+    }
+}
+
+async fn perform(csi: &ControllerService, claim: &Claim, volume_id: String, rpc: &Rpc) -> Answer {
+    match rpc {
+        Rpc::Create { .. } => {
+            let answer = csi.create_volume(Request::new(creation(claim))).await?.into_inner();
+            Ok(answer.volume.unwrap_or_default().volume_id)
+        }
+        Rpc::Publish { vm, .. } => {
+            let request = csi::ControllerPublishVolumeRequest {
+                volume_id,
+                node_id: format!("node-{vm}/{vm}"),
+                volume_capability: Some(capability()),
+                ..Default::default()
+            };
+            let context = csi.controller_publish_volume(Request::new(request)).await?.into_inner().publish_context;
+            Ok(context.get(proto::publish_context::LUN).cloned().unwrap_or_default())
+        }
+        Rpc::Unpublish { vm, .. } => {
+            let request = csi::ControllerUnpublishVolumeRequest { volume_id, node_id: format!("node-{vm}/{vm}"), ..Default::default() };
+            csi.controller_unpublish_volume(Request::new(request)).await.map(|_| String::new())
+        }
+        Rpc::Expand { bytes, .. } => {
+            let request = csi::ControllerExpandVolumeRequest {
+                volume_id,
+                capacity_range: Some(csi::CapacityRange { required_bytes: signed(*bytes), limit_bytes: 0 }),
+                volume_capability: Some(capability()),
+                ..Default::default()
+            };
+            csi.controller_expand_volume(Request::new(request)).await.map(|answer| answer.into_inner().capacity_bytes.to_string())
+        }
+        Rpc::Delete { .. } => {
+            let request = csi::DeleteVolumeRequest { volume_id, ..Default::default() };
+            csi.delete_volume(Request::new(request)).await.map(|_| String::new())
+        }
+    }
+}
