@@ -15,7 +15,6 @@ use node::service::Service;
 use node::status::Machine;
 use node::sys::confine::{self, confine};
 use node::sys::kernel;
-use proto::csi::node_server::NodeServer;
 use proto::flags::Flag;
 use proto::health::{self, Pages};
 use proto::identity::Identity;
@@ -311,7 +310,7 @@ async fn serve(
     }
     let mut until = stop.clone();
     let until = async { drop(until.wait_for(|stop| *stop).await) };
-    let service = NodeServer::new(Service::new(node, configured));
+    let service = Service::new(node, configured).server();
     let served = socket.serve(with_identity(Identity::new(env!("CARGO_PKG_VERSION")), service), until, DRAIN).await;
     let _ = registering.await;
     served.map_err(|error| error.to_string())

@@ -154,3 +154,20 @@ async fn while_it_does_not_know_its_place_it_lives_unregistered_and_says_why() {
     assert_eq!(agent.page("/healthz").await.0, 200);
     assert!(!agent.socket().exists());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_over_the_limit_is_refused_and_the_next_one_answered() {
+    let agent = Agent::start("large", &["--region=fsn1", "--zone=pve-1"]);
+    agent.until("the socket", || agent.socket().exists().then_some(())).await;
+    let channel = connect(&agent.folder.join("csi.sock").display().to_string()).await;
+    let mut node = csi::node_client::NodeClient::new(channel);
+    for _ in 0..8 {
+        let large = csi::NodeGetVolumeStatsRequest { volume_id: "x".repeat(5 << 20), volume_path: "/x".into(), ..Default::default() };
+        let refused = node.node_get_volume_stats(large).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::OutOfRange, "{refused:?}");
+    }
+    assert!(node.node_get_info(csi::NodeGetInfoRequest {}).await.is_ok());
+    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.child.id())).unwrap();
+    let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap();
+    assert!(rss < 8 << 10, "{rss} KiB after eight requests of 5 MiB");
+}
