@@ -21,5 +21,7 @@ mod expand;
 mod hold;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/race.rs"]
+mod race;
 #[path = "controller/trouble.rs"]
 mod trouble;

@@ -20,6 +20,9 @@ use crate::pve::api::{Resources, VmState};
 use crate::pve::drive::{is_disk_slot, volume_of};
 use crate::pve::{self, Meaning};
 
+/// Looks at a VM whose drives change between its state and its config, before what is odd is believed.
+const MAX_LOOKS: usize = 4;
+
 /// How much of each VM is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Depth {
@@ -370,10 +373,16 @@ impl Region {
             let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
             state.plugged.is_none() || unexplained(seen).any(|key| !known.held.contains_key(key))
         };
-        if is_odd(&known, &state) {
+        for _ in 0..MAX_LOOKS {
+            if !is_odd(&known, &state) {
+                break;
+            }
             // The list and the config were read one after the other; what changed between them explains itself now.
             state = self.state_now(host, vmid).await?;
-            if state.plugged.is_some() && is_odd(&known, &state) {
+            if state.plugged.is_none() {
+                break;
+            }
+            if is_odd(&known, &state) {
                 known = self.config(host, vmid, Instant::now()).await?;
             }
         }

@@ -98,6 +98,16 @@ impl Region {
 
     pub(super) async fn check_nobody_else(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Result<(), Error> {
         let references = self.references_before_refusal(handle, Some(vmid), Depth::Plugged).await?;
+        self.check_references(handle, vmid, references).await
+    }
+
+    /// The same from readings of now: QEMU refused the volume, as it does when another one has it open.
+    pub(super) async fn check_nobody_else_now(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Result<(), Error> {
+        let references = self.references(handle, Instant::now(), Some(vmid), Depth::Plugged).await?;
+        self.check_references(handle, vmid, references).await
+    }
+
+    async fn check_references(&self, handle: &VolumeHandle, vmid: u32, references: Vec<Reference>) -> Result<(), Error> {
         if let Some(holder) = references.iter().find(|one| one.counts()) {
             return Err(held_elsewhere(holder));
         }
@@ -140,6 +150,7 @@ impl Region {
                 Err(error) => {
                     // Who cannot look again must not stay.
                     self.detach(handle, vm).await?;
+                    self.settle(&handle.volid());
                     return Err(error);
                 }
             };
@@ -150,6 +161,7 @@ impl Region {
             }
             proto::warn!("attach {handle}: {rival}: our own attachment to VM {} is taken back", vm.vmid);
             self.detach(handle, vm).await?;
+            self.settle(&handle.volid());
             return Err(held_elsewhere(&rival));
         }
     }
@@ -190,7 +202,7 @@ impl Region {
     }
 }
 
-fn held_elsewhere(holder: &Reference) -> Error {
+pub(super) fn held_elsewhere(holder: &Reference) -> Error {
     let then = match &holder.off {
         Some(_) => format!(
             "bring the node back and detach it there, or, if the node is off for certain, write fencedNodes: [{}] into the config file",

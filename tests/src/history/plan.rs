@@ -201,7 +201,7 @@ fn trouble(chance: &mut Chance, controllers: usize, volumes: usize, first: usize
             };
             Act::Request { method, path, nth: 1 + u32::try_from(chance.below(4)).unwrap_or(0), effect }
         }
-        50..65 => Act::Inside(match chance.below(7) {
+        50..65 => Act::Inside(match chance.below(8) {
             0 => Inner::PhantomAttach { vmid: vm },
             1 => Inner::PlugFails { vmid: vm, text: "adding blockdev 'drive-scsi1' failed: got timeout".into() },
             2 => Inner::DiskStays { vmid: vm },

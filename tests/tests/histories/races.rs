@@ -9,7 +9,7 @@ use testbed::sim::Waiting;
 use tonic::Code;
 
 /// Pairs in `scripts/test`; `PROXMOX_CSI_RACES=N` for others. Issue 6 asks for 1,000.
-const SHARE: u64 = 60;
+const SHARE: u64 = 20;
 const CALL_LIMIT: Duration = Duration::from_secs(300);
 /// A sidecar repeats for hours; a race is over after some calls.
 const TRIES: usize = 10;
