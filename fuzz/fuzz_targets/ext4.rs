@@ -3,7 +3,8 @@
 
 use disk::Mark;
 use disk::ext4::superblock;
-use disk::ext4::{HEAD_BYTES, Surface, judge};
+use disk::ext4::{Surface, judge};
+use disk::mark::HEAD_BYTES;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(init: fuzz::limit_memory(), |data: &[u8]| {

@@ -3,10 +3,12 @@
 
 use libfuzzer_sys::fuzz_target;
 use node::request::{
-    ExpandRequest, Folders, PublishRequest, Refusal, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume,
+    ExpandRequest, Folders, Format, Passphrases, PublishRequest, Refusal, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest,
+    Volume,
 };
 use prost::Message as _;
 use proto::csi;
+use std::collections::HashMap;
 use std::fmt::{Debug, Display};
 use std::path::{Component, Path, PathBuf};
 use std::sync::LazyLock;
@@ -37,6 +39,22 @@ fn taken(volume: &Volume, id: &str, paths: &[(&Path, &str)]) {
     }
 }
 
+/// Taken out and wiped, whatever they are. `None`: refused.
+fn secrets(given: &mut HashMap<String, String>) -> Option<Option<Passphrases>> {
+    let taken = Passphrases::take(given);
+    assert!(given.is_empty(), "secrets are left in the request");
+    match taken {
+        Ok(taken) => {
+            assert!(taken.as_ref().is_none_or(|taken| !taken.current().is_empty() && taken.previous() != Some(taken.current())));
+            Some(taken)
+        }
+        Err(why) => {
+            said::<()>(&Err(why));
+            None
+        }
+    }
+}
+
 fn display(value: &impl Display) -> usize {
     value.to_string().len()
 }
@@ -49,9 +67,14 @@ fuzz_target!(init: fuzz::limit_memory(), |data: &[u8]| {
             if let Some(secret) = given.secrets.values_mut().next() {
                 *secret = SECRET.into();
             }
-            let judged = StageRequest::new(&given, &FOLDERS);
+            let Some(passphrases) = secrets(&mut given.secrets) else { return };
+            let judged = StageRequest::new(&given, passphrases.as_ref(), &FOLDERS);
             said(&judged);
             if let Ok(stage) = judged {
+                assert_eq!(stage.encryption.is_some(), passphrases.is_some(), "a volume is encrypted if there is a passphrase");
+                if let (Format::May(_), Some(encryption)) = (&stage.format, &stage.encryption) {
+                    assert!(encryption.kdf.check_new().is_ok(), "{encryption:?}");
+                }
                 taken(&stage.volume, &given.volume_id, &[(&stage.staging, &given.staging_target_path)]);
             }
         }
@@ -64,10 +87,7 @@ fuzz_target!(init: fuzz::limit_memory(), |data: &[u8]| {
             }
         }
         2 => {
-            let Ok(mut given) = csi::NodePublishVolumeRequest::decode(data) else { return };
-            if let Some(secret) = given.secrets.values_mut().next() {
-                *secret = SECRET.into();
-            }
+            let Ok(given) = csi::NodePublishVolumeRequest::decode(data) else { return };
             let judged = PublishRequest::new(&given, &FOLDERS);
             said(&judged);
             if let Ok(publish) = judged {
@@ -83,10 +103,7 @@ fuzz_target!(init: fuzz::limit_memory(), |data: &[u8]| {
             }
         }
         4 => {
-            let Ok(mut given) = csi::NodeExpandVolumeRequest::decode(data) else { return };
-            if let Some(secret) = given.secrets.values_mut().next() {
-                *secret = SECRET.into();
-            }
+            let Ok(given) = csi::NodeExpandVolumeRequest::decode(data) else { return };
             let judged = ExpandRequest::new(&given, &FOLDERS);
             said(&judged);
             if let Ok(expand) = judged {

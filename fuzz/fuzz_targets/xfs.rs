@@ -2,8 +2,9 @@
 #![no_main]
 
 use disk::Mark;
+use disk::mark::HEAD_BYTES;
 use disk::xfs::superblock;
-use disk::xfs::{HEAD_BYTES, Surface, judge};
+use disk::xfs::{Surface, judge};
 use libfuzzer_sys::fuzz_target;
 
 const CRC: usize = 224;

@@ -189,7 +189,7 @@ impl Node {
 
     /// What is mounted from where, in kubelet's folders or elsewhere. For a mapping the disk below it.
     fn mounted_devices(&self) -> Result<Vec<(sys::Dev, PathBuf)>, Cause> {
-        self.mounts()?.into_iter().map(|mount| Ok((self.below(mount.dev)?, mount.point))).collect()
+        self.below(self.mounts()?.into_iter().map(|mount| (mount.dev, mount.point)))
     }
 
     /// How much memory there is for a key derivation.

@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use proto::csi::node_server::NodeServer;
 use proto::csi::node_service_capability::{Rpc, Type, rpc};
 use proto::csi::{self, VolumeUsage, volume_usage::Unit};
 use tonic::{Code, Request, Response, Status};
@@ -17,6 +18,9 @@ use crate::request::{
     self, ExpandRequest, Passphrases, PublishRequest, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume,
 };
 use crate::run::{Node, Usage};
+
+/// A Secret has at most 1 MiB, a PersistentVolume 1.5 MiB; 4 MiB is what gRPC servers take by default.
+const MAX_REQUEST_BYTES: usize = 4 << 20;
 
 /// The Node service.
 #[derive(Debug, Clone)]
@@ -31,6 +35,12 @@ impl Service {
     #[must_use]
     pub fn new(node: Node, configured: Configured) -> Self {
         Self { node: Arc::new(node), configured: Arc::new(configured), busy: Busy::default() }
+    }
+
+    /// As it is served: requests that are too large are OutOfRange.
+    #[must_use]
+    pub fn server(self) -> NodeServer<Self> {
+        NodeServer::new(self).max_decoding_message_size(MAX_REQUEST_BYTES)
     }
 
     /// Runs `work` on a thread that may block. It goes on to its end even if the caller goes away, and holds the volume until

@@ -219,7 +219,7 @@ impl Node {
     }
 
     /// The place of the one key derivation, where there is memory for it.
-    fn derive_alone(&self, needs_kib: u64) -> Result<Slot<'_>, Cause> {
+    pub(super) fn derive_alone(&self, needs_kib: u64) -> Result<Slot<'_>, Cause> {
         let alone = self.kdf.take().map_err(busy)?;
         let room = self.memory()?;
         if needs_kib <= room.free_kib {
@@ -279,7 +279,7 @@ fn noise() -> Result<impl luks::Noise, Cause> {
 }
 
 /// All places being taken has another reason here.
-fn busy(cause: Cause) -> Cause {
+pub(super) fn busy(cause: Cause) -> Cause {
     match cause {
         Cause::Crowded { waited } => Cause::KdfBusy { waited },
         other => other,

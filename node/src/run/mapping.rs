@@ -1,7 +1,8 @@
 //! Mappings of dm-crypt over volumes' disks: found by the device in their tables and judged by their UUIDs and tables, so
 //! that those of the reference driver (`sdb-encrypted`) are known as well as ours. Their names decide nothing.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use disk::luks::Header;
 use rustix::io::Errno;
@@ -69,6 +70,13 @@ pub(super) fn name_of(volume: &Volume) -> String {
 }
 
 impl Node {
+    /// At the start: takes keys back whose mappings somebody else has closed meanwhile.
+    pub fn forget_keys(&self) {
+        if let Err(error) = dm::forget_keys_of_gone(&self.devices) {
+            proto::warn!("keys of mappings that are gone stay in the kernel: {error}");
+        }
+    }
+
     /// All mappings, anybody's. A kernel without device-mapper is not asked.
     fn mappings(&self) -> Result<Vec<dm::Mapping>, sys::Error> {
         let there = self.sysfs.join("class/misc/device-mapper");
@@ -77,25 +85,45 @@ impl Node {
 
     /// The mapping with this device number; `None`: it is no mapping.
     pub(super) fn mapping_at(&self, dev: Dev) -> Result<Option<dm::Mapping>, Cause> {
-        // Only device-mapper's devices have that folder: for others nothing is asked.
-        let folder = self.sysfs.join("dev/block").join(dev.to_string()).join("dm");
-        if !folder.try_exists().map_err(sys::Error::io("stat", &folder))? {
-            return Ok(None);
-        }
-        Ok(self.mappings()?.into_iter().find(|mapping| mapping.dev == dev))
+        let folder = self.sysfs.join("dev/block").join(dev.to_string());
+        Ok(self.mapping_of_folder(&folder)?.filter(|mapping| mapping.dev == dev))
     }
 
-    /// The disk below a mapping; any other device itself.
-    pub(super) fn below(&self, dev: Dev) -> Result<Dev, Cause> {
-        Ok(self.mapping_at(dev)?.as_ref().and_then(backing).unwrap_or(dev))
+    /// The mapping that a folder of sysfs is of. Only device-mapper's devices say a name there: of others nothing is asked.
+    fn mapping_of_folder(&self, folder: &Path) -> Result<Option<dm::Mapping>, Cause> {
+        let path = folder.join("dm/name");
+        match std::fs::read_to_string(&path) {
+            Ok(name) => Ok(dm::mapping(&self.devices, name.trim_end())?),
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(cause) => Err(sys::Error::io("read", &path)(cause).into()),
+        }
+    }
+
+    /// Of each device the one below it, if it is a crypt mapping; else itself.
+    pub(super) fn below<T>(&self, devices: impl IntoIterator<Item = (Dev, T)>) -> Result<Vec<(Dev, T)>, Cause> {
+        // Each is asked about once: hundreds of mounts may be from one mapping.
+        let mut known: BTreeMap<Dev, Dev> = BTreeMap::new();
+        let mut found = Vec::new();
+        for (dev, of) in devices {
+            let below = match known.get(&dev) {
+                Some(below) => *below,
+                None if dev.major == 0 => dev,
+                None => self.mapping_at(dev)?.as_ref().and_then(backing).unwrap_or(dev),
+            };
+            known.insert(dev, below);
+            found.push((below, of));
+        }
+        Ok(found)
     }
 
     /// The crypt mappings over the disk.
     pub(super) fn mappings_over(&self, disk: &Disk) -> Result<Vec<dm::Mapping>, Cause> {
-        if !scsi::holders(&self.sysfs, &disk.name)?.iter().any(|holder| holder.starts_with("dm-")) {
-            return Ok(Vec::new());
+        let mut over = Vec::new();
+        for holder in scsi::holders(&self.sysfs, &disk.name)? {
+            let mapping = self.mapping_of_folder(&self.sysfs.join("class/block").join(&holder))?;
+            over.extend(mapping.filter(|mapping| backing(mapping) == Some(disk.dev)));
         }
-        Ok(self.mappings()?.into_iter().filter(|mapping| backing(mapping) == Some(disk.dev)).collect())
+        Ok(over)
     }
 
     /// The mapping that stage has opened over a raw block volume's disk.
@@ -188,8 +216,8 @@ impl Node {
     pub(super) fn open_medium(&self, medium: &Medium, access: Access) -> Result<Device, Cause> {
         let Some(mapping) = &medium.mapping else { return self.open(&medium.disk, access) };
         let device = Device::open(&dm::node(&self.devices, mapping)?.real, mapping.dev, access)?;
-        let same =
-            self.mappings()?.iter().any(|now| (now.dev, &now.uuid, backing(now)) == (mapping.dev, &mapping.uuid, Some(medium.disk.dev)));
+        let now = dm::mapping(&self.devices, &mapping.name)?;
+        let same = now.is_some_and(|now| (now.dev, &now.uuid, backing(&now)) == (mapping.dev, &mapping.uuid, Some(medium.disk.dev)));
         if same { Ok(device) } else { Err(Cause::OtherDiskNow { disk: medium.name() }) }
     }
 
@@ -301,3 +329,6 @@ pub(super) fn read_header(device: &Device) -> Result<Header, Cause> {
 pub(super) fn read(device: &Device, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
     device.read_at(offset, buffer).map_err(|error| std::io::Error::from_raw_os_error(error.errno.raw_os_error()))
 }
+
+#[cfg(test)]
+mod tests;

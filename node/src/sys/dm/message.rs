@@ -116,7 +116,7 @@ impl Message {
         Some(message)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn of(bytes: Vec<u8>) -> Self {
         Self(Zeroizing::new(bytes))
     }
