@@ -15,7 +15,7 @@ use crate::identity::{self, Found};
 use crate::kill;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
-use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Volume, Zeroed};
+use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Zeroed};
 use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, block, dm, mount};
 
@@ -37,6 +37,8 @@ struct Known {
     disk: Option<Disk>,
     /// The UUID of the mapping that was mounted.
     mounted: Option<String>,
+    /// It, where it holds all I/O back: an unmount would wait for ever.
+    suspended: Option<dm::Mapping>,
     /// What is to be closed.
     mappings: Vec<dm::Mapping>,
 }
@@ -110,7 +112,7 @@ impl Node {
         let disk = medium.as_ref().map_or(plan::Disk::NotYet, |medium| usable(&medium.disk));
         if let (Some(medium), plan::Disk::Ready { .. }) = (&mut medium, disk) {
             (mapping, medium.mapping) = self.look_mapping(want, medium)?;
-            if want.encryption.is_none() && want.access == Access::Block && self.is_own_luks(&want.volume, &medium.disk)? {
+            if want.encryption.is_none() && want.access == Access::Block && self.is_own_luks(&medium.disk)? {
                 surface = Surface::Luks;
             }
         }
@@ -251,12 +253,17 @@ impl Node {
             let deed = kill::step(DOING, &step);
             match (step, &known.disk) {
                 (UnstageStep::Unmount, _) => {
+                    if let Some(mapping) = known.suspended.take() {
+                        self.wake(&mapping).at(DOING, &want.volume, "resume the mapping")?;
+                    }
                     mount::take_away(&want.staging).at(DOING, &want.volume, "unmount")?;
                     proto::info!("{DOING} {}: unmounted {}", want.volume, want.staging.display());
                 }
-                (UnstageStep::Close, disk) => {
+                (UnstageStep::Close, _) => {
+                    let disks = scsi::scan(&self.sysfs).at(DOING, &want.volume, "look")?;
                     for mapping in &known.mappings {
-                        if let Some(disk) = disk {
+                        // Nothing reaches a disk that is gone.
+                        if let Some(disk) = mapping::backing(mapping).and_then(|dev| disks.iter().find(|disk| disk.dev == dev)) {
                             let medium = Medium { disk: disk.clone(), mapping: Some(mapping.clone()) };
                             self.write_out(&medium).at(DOING, &want.volume, "write out")?;
                         }
@@ -284,6 +291,8 @@ impl Node {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.staging)?;
         let staged = self.look_staging(&want.volume, real.as_deref(), &disks)?;
+        let mounted = staged.from.as_ref().and_then(|(from, _)| from.mapping.as_ref()).or(staged.left.as_ref());
+        known.suspended = mounted.filter(|mapping| mapping.is_suspended).cloned();
         if let Some((from, _)) = staged.from {
             known.disk = Some(from.disk);
             known.mounted = from.mapping.map(|mapping| mapping.uuid).or(known.mounted.take());
@@ -338,6 +347,9 @@ impl Node {
         if medium.disk.read_only {
             return Ok(());
         }
+        if let Some(mapping) = medium.mapping.as_ref().filter(|mapping| mapping.is_suspended) {
+            self.wake(mapping)?;
+        }
         match self.open_medium(medium, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
             Err(Cause::OtherDiskNow { .. }) => Ok(()),
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
@@ -345,9 +357,9 @@ impl Node {
         }
     }
 
-    /// Whether a LUKS header that this driver made for the volume is on its disk.
-    pub(super) fn is_own_luks(&self, volume: &Volume, disk: &Disk) -> Result<bool, Cause> {
-        Ok(probe::holds_own_luks(&self.open_new(disk, block::Access::Shared)?, volume)?)
+    /// Whether a LUKS header that this driver made, for the volume or the one it is a copy of, is on its disk.
+    pub(super) fn is_own_luks(&self, disk: &Disk) -> Result<bool, Cause> {
+        Ok(probe::holds_own_luks(&self.open_new(disk, block::Access::Shared)?)?)
     }
 
     fn await_release(&self, disk: &Disk) -> Result<(), Cause> {

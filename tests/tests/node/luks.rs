@@ -226,6 +226,16 @@ fn guest_passphrases_that_do_not_fit() {
         let (code, sentence) = refused(&agent, &encrypted(volume.clone(), wrong), &image);
         assert!(code == Code::InvalidArgument && sentence.contains("no keyslot opens"), "{code:?} {sentence}");
     }
+    // Whose header it is shows only when it opens: a damaged copy is not mended before.
+    let second = image.read_at(16 << 10, 512);
+    image.write_at(16 << 10, &[0x55; 512]);
+    agent.detach(1);
+    agent.guest.machine().plug(&image.drive(1, Some(&handle.serial()))).unwrap();
+    let (code, sentence) = refused(&agent, &encrypted(volume.clone(), "wrong"), &image);
+    assert!(code == Code::InvalidArgument && sentence.contains("no keyslot opens"), "{code:?} {sentence}");
+    agent.stage(&right);
+    agent.put_away(&right);
+    assert_eq!(image.read_at(16 << 10, 6), second[..6], "mended");
     let (code, sentence) = refused(&agent, &volume, &image);
     assert!(code == Code::InvalidArgument && sentence.contains("encrypted with LUKS"), "{code:?} {sentence}");
     let (code, sentence) = refused(&agent, &encrypted(volume.clone(), ""), &image);
