@@ -6,7 +6,7 @@
 
 mod encryption;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
@@ -351,6 +351,15 @@ impl StageRequest {
             || is_true(&given.volume_context, volume_context::RESIZE_REQUIRED);
         let zeroed = zeroed(&given.publish_context)?;
         let mut format = format(&given.volume_context, grow_required, fstype);
+        if passphrases.is_none() && !given.secrets.is_empty() && matches!(format, Format::May(_)) {
+            // Whoever names a secret wants encryption: a misspelt key in it must not become plaintext. What is there already is mounted.
+            let names: BTreeSet<String> = given.secrets.keys().map(|name| shorten(name)).collect();
+            format = Format::Never(format!(
+                "its node-stage-secret has {}, and no {}",
+                names.into_iter().collect::<Vec<_>>().join(", "),
+                secrets::PASSPHRASE
+            ));
+        }
         let mut encryption = None;
         if passphrases.is_some() {
             let (options, wrong) = encryption::options(&given.volume_context);

@@ -356,3 +356,11 @@ fn a_missing_access_mode_is_missing_and_not_unsupported() {
     let refused = staged(|request| request.volume_capability.as_mut().unwrap().access_mode = None).unwrap_err();
     assert_eq!(refused, Refusal::Missing { field: "volume_capability.access_mode" });
 }
+
+#[test]
+fn a_secret_without_a_passphrase_makes_no_plain_filesystem() {
+    let misspelt = staged(|request| request.secrets = map(&[("passphrase", "x"), ("encryption-passphrase ", "y")])).unwrap();
+    let Format::Never(why) = misspelt.format else { panic!("{misspelt:?}") };
+    assert!(misspelt.encryption.is_none() && why.contains("has encryption-passphrase , passphrase, and no encryption-passphrase"), "{why}");
+    assert!(matches!(staged(|_| ()).unwrap().format, Format::May(_)));
+}
