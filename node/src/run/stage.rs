@@ -1,6 +1,7 @@
 //! Stage and unstage.
 
 use std::path::PathBuf;
+use std::sync::PoisonError;
 
 use rustix::io::Errno;
 
@@ -30,9 +31,9 @@ struct Memory {
     grow_left: bool,
 }
 
-/// What unstage knows of what was mounted, remembered over its end.
-#[derive(Default)]
-struct Known {
+/// What unstage knows of what was mounted, remembered over its end, and over the end of a call that did not succeed.
+#[derive(Debug, Default)]
+pub(super) struct Known {
     /// A legacy disk cannot be found again without it.
     disk: Option<Disk>,
     /// The UUID of the mapping that was mounted.
@@ -50,6 +51,9 @@ struct StageLook {
     medium: Option<Medium>,
     room: Option<Room>,
 }
+
+/// Volumes whose unstage has begun and not ended: a VM has 29 slots, and each of them some history.
+const MAX_UNSTAGING: usize = 256;
 
 impl Node {
     /// Finds the volume's disk, puts a filesystem on it if it is blank and may be formatted, mounts it.
@@ -242,11 +246,25 @@ impl Node {
     /// # Errors
     /// See [`Error`]; repeating the call goes on where it stopped.
     pub fn unstage(&self, want: &UnstageRequest) -> Result<(), Error> {
+        let left = || self.unstaging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = left().remove(&want.volume.serial).unwrap_or_default();
+        let done = self.unstage_on(want, &mut known);
+        // A disk without serial is found by its mount alone: after the unmount, a repeated call would know of nothing that is still held.
+        let is_found_again = known.disk.as_ref().is_some_and(|disk| disk.serial.as_deref() == Some(&want.volume.serial));
+        if done.is_err() && !is_found_again && (known.disk.is_some() || known.mounted.is_some()) {
+            let mut left = left();
+            if left.len() < MAX_UNSTAGING {
+                left.insert(want.volume.serial.clone(), known);
+            }
+        }
+        done
+    }
+
+    fn unstage_on(&self, want: &UnstageRequest, known: &mut Known) -> Result<(), Error> {
         const DOING: &str = "unstage";
-        let mut known = Known::default();
         let mut folder_stays = false;
         for _ in 0..MAX_TURNS {
-            let mut seen = self.look_unstage(want, &mut known).at(DOING, &want.volume, "look")?;
+            let mut seen = self.look_unstage(want, known).at(DOING, &want.volume, "look")?;
             seen.empty_folder &= !folder_stays;
             let Some(step) = plan::next_unstage_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
@@ -311,8 +329,9 @@ impl Node {
             if let (false, Some(disk)) = (seen.mapped, &known.disk) {
                 seen.held = self.is_held(disk)?.is_some();
             }
+            // Only the folder itself: what is mounted on it may be a disk that answers no more.
+            seen.empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
         }
-        seen.empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
         Ok(seen)
     }
 

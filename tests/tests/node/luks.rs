@@ -347,6 +347,8 @@ fn guest_an_encrypted_block_volume() {
     let answer = agent.calls.node_expand_volume(volume.expand(96 * MIB)).unwrap();
     assert_eq!(answer.capacity_bytes, (96 * MIB).cast_signed());
     assert_eq!(size(&agent), (96 * MIB - HEADER_BYTES).cast_signed());
+    // Somebody has suspended it: what would wait for it for ever resumes it.
+    judge(&agent, "dmsetup", &["suspend", &mapping_of(&handle)]);
     agent.put_away(&volume);
     agent.put_away(&volume);
     assert_eq!((mappings(&agent), agent.guest.stat(&target).unwrap()), (Vec::new(), None));
