@@ -47,11 +47,9 @@ impl Size {
         100 + u32::try_from(number).unwrap_or(0)
     }
 
-    /// VMs that take a local volume of the `number`th claim.
+    /// The VM of the `number`th volume: one after the other.
     fn vm_for(self, number: usize) -> u32 {
-        let on_node = (self.vms + self.nodes - 1 - number % self.nodes) / self.nodes;
-        let place = (number / self.nodes) % on_node.max(1);
-        Self::vmid(place * self.nodes + number % self.nodes)
+        Self::vmid(number % self.vms)
     }
 
     fn cluster(self, scsihw: &str) -> Builder {
@@ -70,12 +68,12 @@ impl Size {
         Simulator::builder(description).latency(Latency::MODEL)
     }
 
-    /// Volumes on local storages, spread over the nodes; or on the shared one, which are made beforehand.
+    /// Volumes on local storages, each on the node of its VM; or on the shared one, which are made beforehand.
     fn claims(self, count: usize, shared: bool) -> Vec<Claim> {
         let claim = |number: usize| Claim {
             name: format!("pvc-{number}"),
             storage: if shared { "ceph" } else { "ds" }.to_owned(),
-            zones: if shared { Vec::new() } else { vec![self.node(number)] },
+            zones: if shared { Vec::new() } else { vec![self.node(number % self.vms)] },
             bytes: 64 * MIB,
             image: None,
             id: shared.then(|| format!("{}//ceph/vm-9999-pvc-{number}", crate::history::world::REGION)),
@@ -185,7 +183,7 @@ async fn run(world: &mut World, what: &str, calls: &[Rpc], at_once: usize) -> Re
 async fn rounds(size: Size, shared: bool, at_once: usize, count: usize, rows: &mut Vec<Row>) -> Result<()> {
     let mut world = size.world("virtio-scsi-single", count, shared).await?;
     let place = if shared { "shared" } else { "local" };
-    let vm = |volume: usize| if shared { Size::vmid(volume % size.vms) } else { size.vm_for(volume) };
+    let vm = |volume: usize| size.vm_for(volume);
     let all = |make: &dyn Fn(usize) -> Rpc| (0..count).map(make).collect::<Vec<_>>();
     if !shared {
         let goal = (at_once == 1).then_some((50, Duration::from_millis(100)));
