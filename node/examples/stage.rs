@@ -98,7 +98,8 @@ fn stage(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         Surface::Xfs => Filesystem::Xfs,
         other => return Err(format!("holds {other:?}").into()),
     };
-    mount::filesystem(by.name(), path, folder, &mount::Options::default()).map_err(|refused| refused.to_string())?;
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    mount::filesystem(by.name(), path, &name, folder, &mount::Options::default()).map_err(|refused| refused.to_string())?;
     let mounted = begun.elapsed();
     println!(
         "probe_us={} make_us={} mount_us={} total_us={}",

@@ -20,7 +20,7 @@ use crate::sys::block::{Access, Device};
 use crate::sys::dm::{self, CryptTable};
 use crate::sys::random;
 use crate::sys::scsi::{self, Disk};
-use crate::{format, kill, probe};
+use crate::{format, identity, kill, probe};
 
 /// dm-crypt's sectors.
 const SECTOR_BYTES: u64 = 512;
@@ -58,7 +58,10 @@ impl Node {
         let device = self.open(disk, Access::Exclusive)?;
         let expected = if unfinished { Surface::Unfinished } else { Surface::Blank };
         let surface = probe::probe(&device, &want.volume, want.zeroed)?;
-        if surface != expected || device.size_bytes()? != disk.size_bytes {
+        if device.size_bytes()? != disk.size_bytes {
+            return Err(Cause::OtherDiskNow { disk: identity::name(disk) });
+        }
+        if surface != expected {
             return Err(Cause::NotBlankAnyMore { surface: format!("{surface:?}") });
         }
         format::execute(&device, Format::new(writes, &probe::mark(&want.volume)?), &self.stop)?;
@@ -240,6 +243,12 @@ impl Node {
         let device = self.open(&medium.disk, Access::Shared)?;
         let header = read_header(&device)?;
         let sectors = mapping::length(&header, &medium.disk)?;
+        // Another table over the same data would show, and write, something else.
+        let is_discarding = live.crypt().is_some_and(|crypt| crypt.options.iter().any(|option| option == mapping::DISCARDS));
+        let same = Encryption { kdf: luks::Kdf::DEFAULT, discards: is_discarding };
+        if let Some(what) = mapping::difference(&header, &medium.disk, &same, live) {
+            return Err(plan::Refusal::StrangeMapping { what: format!("{} is over it, and {what}", live.name) }.into());
+        }
         match dm::resize(&self.devices, live, sectors) {
             Err(refused) if refused.error.errno == Errno::NOKEY => {
                 let Some(passphrases) = passphrases else { return Err(Cause::NoKey) };

@@ -24,7 +24,7 @@ const UUID_BEGIN: &str = "CRYPT-LUKS";
 const SECTOR_BYTES: u64 = 512;
 /// Options of a table that change nothing of what is read and written.
 const SPEED_OPTIONS: &[&str] = &["same_cpu_crypt", "submit_from_crypt_cpus", "no_read_workqueue", "no_write_workqueue", "high_priority"];
-const DISCARDS: &str = "allow_discards";
+pub(super) const DISCARDS: &str = "allow_discards";
 
 /// Where a volume's bytes are: its disk, or the open mapping over it.
 #[derive(Debug, Clone)]
@@ -192,6 +192,9 @@ impl Node {
             return Ok(plan::Mapping::Leftover);
         }
         let strange = |what: String| Ok(plan::Mapping::Strange(format!("{} is over it, and {what}", mapping.name)));
+        if opened_as(mapping).is_some_and(|name| name.starts_with(identity::OUR_SERIALS) && name != name_of(&want.volume)) {
+            return strange("it was opened for another volume: unstage that first".into());
+        }
         let header = match self.luks_header(disk) {
             Ok(header) => header,
             Err(Cause::Luks(why)) => return strange(format!("its disk has no header to judge it by: {why}")),
@@ -276,7 +279,7 @@ fn is_drivers(mapping: &dm::Mapping, volume: &Volume, disk: &Disk) -> bool {
 }
 
 /// What of a live mapping is not as it would be made now; its length aside, where it is too short.
-fn difference(header: &Header, disk: &Disk, encryption: &Encryption, mapping: &dm::Mapping) -> Option<String> {
+pub(super) fn difference(header: &Header, disk: &Disk, encryption: &Encryption, mapping: &dm::Mapping) -> Option<String> {
     let Some(crypt) = mapping.crypt() else {
         let kinds: Vec<&str> = mapping.targets.iter().map(|target| target.kind.as_str()).collect();
         return Some(format!("it is not one piece of dm-crypt: {}", kinds.join(", ")));

@@ -5,16 +5,16 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use proto::csi;
 use proto::publish_context::SERIAL;
+use proto::{csi, secrets};
 use testbed::calls::{NodeVolume, mount_capability};
 use testbed::guest::{GuestOptions, wait};
 use testbed::tools;
 use tonic::Status;
 
 use crate::ciphertext::{assert_cryptsetup_opens, decrypted};
-use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, boot, handle, start_node};
-use crate::luks::{PASSPHRASE, encrypted, mappings};
+use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, start_node};
+use crate::luks::{PASSPHRASE, encrypted, keyslots, mappings, volume_key};
 use crate::xfs::assert_clean_xfs;
 
 const KILL_AT: &str = "PROXMOX_CSI_KILL_AT";
@@ -36,11 +36,13 @@ struct Kind {
     judge: fn(&Image),
     /// Points that there must be at least.
     must: &'static [&'static str],
+    /// Deeds that are the same as another kind's, which dies at them.
+    same: &'static [&'static str],
 }
 
 /// Of every kind.
 const MUST: [&str; 4] =
-    ["inside:stage:MakeFilesystem:write-4", "inside:stage:Mount:mounted", "inside:publish:Bind:cloned", "after:unstage:RemoveFolder"];
+    ["inside:stage:MakeFilesystem:write-4", "inside:stage:Mount:mounted", "inside:expand:Grow:ioctl", "inside:unstage:Unmount:umount2"];
 
 /// A volume's image after its life, and what was written into it.
 struct Lived {
@@ -61,7 +63,14 @@ struct Mortal<'a> {
     is_plugged: bool,
 }
 
-impl Mortal<'_> {
+impl<'a> Mortal<'a> {
+    /// `None`, after saying so, where guests cannot run.
+    fn boot(kind: &'a Kind) -> Option<Self> {
+        let files = vec![(format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), tools::kill_points_binary())];
+        let agent = Agent::start_on(&GuestOptions { files, ..GuestOptions::named(kind.name) })?;
+        Some(Self { agent, kind, at: None, deaths: 0, is_plugged: false })
+    }
+
     /// The running agent's end, if it has not ended, and a new one that dies at that point.
     fn restart(&mut self, at: Option<&str>) {
         self.agent.guest.signal(self.agent.job, 9).unwrap();
@@ -203,15 +212,14 @@ fn points(output: &str) -> Points {
 }
 
 fn walk(kind: &Kind) {
-    let files = vec![(format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), tools::kill_points_binary())];
-    let Some(guest) = boot(&GuestOptions { files, ..GuestOptions::named(kind.name) }) else { return };
-    let (job, calls) = (start_node(&guest, &[]), guest.node().unwrap());
-    let mut mortal = Mortal { agent: Agent { guest, calls, job }, kind, at: None, deaths: 0, is_plugged: false };
+    let Some(mut mortal) = Mortal::boot(kind) else { return };
     let mut lived = vec![mortal.live(0, &mut Points::new())];
     let (_, output) = mortal.agent.guest.output(mortal.agent.job).unwrap();
     let mut points = points(&output);
+    for deed in kind.same {
+        points.values_mut().for_each(|points| points.retain(|point| !format!("{point}:").contains(&format!(":{deed}:"))));
+    }
     let told: String = points.values().flatten().map(|point| format!("{point}\n")).collect();
-    assert!(points.keys().map(String::as_str).eq(["expand", "publish", "stage", "unpublish", "unstage"]), "{told}");
     for must in MUST.iter().chain(kind.must) {
         assert!(told.contains(must), "{must} is not among the points:\n{told}");
     }
@@ -237,7 +245,8 @@ const EXT4: Kind = Kind {
     grown_bytes: 96 * MIB,
     is_encrypted: false,
     judge: assert_clean,
-    must: &["inside:expand:Grow:ioctl"],
+    must: &["after:stage:FindDisk", "inside:publish:Bind:cloned", "after:unpublish:RemoveFolder", "after:unstage:RemoveFolder"],
+    same: &[],
 };
 
 const XFS: Kind = Kind {
@@ -252,7 +261,6 @@ const XFS: Kind = Kind {
 const LUKS: Kind = Kind {
     is_encrypted: true,
     must: &[
-        "inside:stage:Encrypt:write-16",
         "inside:stage:Open:created",
         "inside:stage:Open:key-held",
         "inside:stage:Open:loaded",
@@ -278,8 +286,73 @@ fn guest_encrypted_ext4_killed_at_every_point() {
     walk(&Kind { name: "killed-luks-ext4", judge: |image| assert_clean_inside(image, assert_clean), ..LUKS });
 }
 
+/// The header is made and the pod shown the volume as with ext4.
 #[test]
 fn guest_encrypted_xfs_killed_at_every_point() {
-    let judge = |image: &Image| assert_clean_inside(image, XFS.judge);
-    walk(&Kind { name: "killed-luks-xfs", fstype: "xfs", size_bytes: 316 * MIB, grown_bytes: 416 * MIB, judge, ..LUKS });
+    walk(&Kind {
+        name: "killed-luks-xfs",
+        fstype: "xfs",
+        size_bytes: 316 * MIB,
+        grown_bytes: 416 * MIB,
+        judge: |image| assert_clean_inside(image, XFS.judge),
+        same: &["FindDisk", "Probe", "Encrypt", "MakeFolder", "Bind", "AwaitSize", "unpublish", "RemoveFolder"],
+        ..LUKS
+    });
+}
+
+/// A passphrase that is replaced: after every death, one of the two opens.
+#[test]
+fn guest_rotation_killed_at_every_point() {
+    const NEW: &str = "the passphrase that comes after it";
+    let Some(mut mortal) = Mortal::boot(&Kind { name: "killed-rotation", size_bytes: 48 * MIB, ..LUKS }) else { return };
+    let (handle, made) = (handle("killed-rotation"), Image::new(48 * MIB));
+    let volume = mortal.agent.attach(&handle, &made, LUN);
+    mortal.is_plugged = true;
+    let (old, mut both) = (encrypted(volume.clone(), PASSPHRASE), encrypted(volume, NEW));
+    both.secrets.insert(secrets::PASSPHRASE_PREVIOUS.into(), PASSPHRASE.into());
+    mortal.agent.stage(&old);
+    mortal.agent.put_away(&old);
+    mortal.agent.detach(LUN);
+    let key = volume_key(&made, PASSPHRASE).unwrap();
+
+    let mut points: Option<VecDeque<String>> = None;
+    for lives in 0.. {
+        let image = Image::new(made.size_bytes());
+        std::fs::copy(&made.0, &image.0).unwrap();
+        mortal.agent.attach(&handle, &image, LUN);
+        loop {
+            let point = points.as_ref().and_then(|points| points.front().cloned());
+            mortal.restart(point.as_deref());
+            match mortal.attempt("stage", &both, &image) {
+                Some(Ok(())) => break,
+                Some(Err(status)) => panic!("{status:?}; {}", mortal.agent.guest.quote()),
+                None => (),
+            }
+            points.as_mut().unwrap().pop_front();
+            let opened = volume_key(&image, PASSPHRASE).or_else(|| volume_key(&image, NEW));
+            assert!(opened.is_some_and(|opened| opened == key), "neither opens after {point:?}");
+        }
+        let left = points.get_or_insert_with(|| {
+            let (_, output) = mortal.agent.guest.output(mortal.agent.job).unwrap();
+            let mut told = self::points(&output).remove("stage").unwrap();
+            told.retain(|point| point.contains(":stage:Open"));
+            println!("{told:#?}");
+            for must in ["add-keyslot", "keyslot-added", "remove-keyslot", "keyslot-removed"] {
+                assert!(told.iter().any(|point| point.ends_with(must)), "{must} is not among {told:?}");
+            }
+            told
+        });
+        let is_done = left.is_empty();
+        mortal.agent.put_away(&both);
+        mortal.agent.detach(LUN);
+        assert!(volume_key(&image, NEW).is_some_and(|opened| opened == key) && volume_key(&image, PASSPHRASE).is_none());
+        assert_eq!(keyslots(&image).len(), 1, "a keyslot of a rotation that was cut short is left");
+        assert_cryptsetup_opens(&image, NEW);
+        if is_done {
+            println!("{} deaths in {lives} lives", mortal.deaths);
+            break;
+        }
+        assert!(lives <= MAX_LIVES, "points that no life comes to: {points:?}");
+    }
+    mortal.agent.guest.power_off().unwrap();
 }

@@ -9,6 +9,7 @@ use disk::luks::{Header, VolumeKey};
 use proto::{VolumeHandle, secrets, volume_context};
 use testbed::calls::{NodeVolume, block_capability, mount_capability};
 use testbed::guest::{GuestOptions, Program, with_libraries};
+use testbed::machine::PluggedDrive;
 use testbed::tools;
 use tonic::Code;
 
@@ -267,6 +268,17 @@ fn guest_a_passphrase_is_replaced() {
     agent.put_away(&old);
     let key = volume_key(&image, PASSPHRASE).unwrap();
     assert_eq!(keyslots(&image), [0]);
+
+    // A disk that refuses writes is opened by the previous one, and keeps it.
+    agent.detach(1);
+    agent.guest.machine().plug(&PluggedDrive { read_only: true, ..image.drive(1, Some(&handle.serial())) }).unwrap();
+    agent.stage(&both);
+    agent.publish(&both);
+    assert_eq!(agent.guest.sha256(&file).unwrap(), written);
+    agent.put_away(&both);
+    agent.detach(1);
+    assert_eq!(keyslots(&image), [0]);
+    agent.guest.machine().plug(&image.drive(1, Some(&handle.serial()))).unwrap();
 
     // Twice: the second finds nothing left to replace.
     for _ in 0..2 {

@@ -192,7 +192,7 @@ fn stage_times(bed: &Bed, report: &mut Report) -> Result<()> {
     let children = bed.guest.read(&format!("/proc/{0}/task/{0}/children", bed.agent.pid)).unwrap_or_default();
     let processes = Some(children.split_whitespace().count() as u64);
     let [blank, formatted, their_blank, their_formatted] = seen;
-    let side = |times, processes| Side { time: median(times), processes, ..Side::default() };
+    let side = |times: Vec<Duration>, processes| Side { time: median(times), processes, ..Side::default() };
     report.compare(
         "NodeStageVolume of a blank 10 GiB ext4, guest",
         "blkid, mkfs.ext4, mount",
@@ -284,17 +284,14 @@ fn memory(bed: &Bed, report: &mut Report) -> Result<()> {
     };
     report.note(format!("The agent's peak memory after {} bare stages: {:.1} MiB.", 2 * RUNS + 3, peak_mib()?));
     let image = Image::new(GIB)?;
-    let volume = bed.volume("encrypted", "ext4", &image, 1)?;
-    let mut stage = volume.stage();
-    stage.secrets.insert("encryption-passphrase".into(), "of the bench".into());
-    let measured = match bed.calls.node_stage_volume(stage) {
-        Ok(_) => {
-            bed.unstage(&volume)?;
-            Ok(peak_mib()?)
-        }
-        Err(status) => Err(status.message().to_owned()),
-    };
+    let mut volume = bed.volume("encrypted", "ext4", &image, 1)?;
+    volume.secrets.insert(proto::secrets::PASSPHRASE.into(), "of the bench".into());
+    // Made, then opened: argon2id with 64 MiB each time.
+    for _ in 0..2 {
+        bed.stage(&volume)?;
+        bed.unstage(&volume)?;
+    }
     bed.unplug(1)?;
-    report.goal("peak memory of the agent over an encrypted stage", 72.0, "MiB", measured);
+    report.goal("peak memory of the agent over an encrypted stage", 72.0, "MiB", Ok(peak_mib()?));
     Ok(())
 }
