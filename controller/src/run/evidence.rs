@@ -239,7 +239,12 @@ impl Region {
             // What is off carries nothing out.
             if resources.hosts.get(&host).is_some_and(|status| status != "offline") && self.may_have_earlier_writes(&host) {
                 let region = Arc::clone(self);
-                looking.spawn(async move { region.check_no_earlier_write(&host).await });
+                looking.spawn(async move {
+                    let Err(error) = region.check_no_earlier_write(&host).await else { return Ok(()) };
+                    // Gone off since the cluster was read, perhaps: then it carries nothing out.
+                    let now = region.resources(Instant::now()).await?;
+                    if now.hosts.get(&host).is_some_and(|status| status == "offline") { Ok(()) } else { Err(error) }
+                });
             }
         }
         while let Some(looked) = looking.join_next().await {
