@@ -300,7 +300,11 @@ fn term(segments: &HashMap<String, String>) -> Result<Term, Error> {
     Ok(Term { region, zone })
 }
 
-fn node_id(given: &str) -> Result<NodeId, Error> {
+/// Reads a node id: `NAME/VMID` or `NAME`.
+///
+/// # Errors
+/// INVALID_ARGUMENT with what is wrong.
+pub(crate) fn node_id(given: &str) -> Result<NodeId, Error> {
     let wrong = |what: &str| {
         let shown: String = given.chars().take(100).collect();
         Err(Error::invalid(format!("node_id {shown:?} {what}; it should be NAME or NAME/VMID")))

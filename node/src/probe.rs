@@ -141,17 +141,24 @@ fn luks(device: &Device, signature: &Signature, size_bytes: u64, volume: &Volume
     })
 }
 
-/// Whether the disk begins with a LUKS header that this driver made for this very volume.
+/// Whether the disk begins with a LUKS header that this driver made: for this very volume, or for the one that it is a copy of.
+/// A pod's own on its raw block device is not: this driver's UUIDs say that they are of its own making (RFC 9562, version 8),
+/// cryptsetup's are random ones (version 4).
 ///
 /// # Errors
 /// It cannot be read.
-pub fn holds_own_luks(device: &Device, volume: &Volume) -> Result<bool, sys::Error> {
-    const UUID_AT: usize = 168;
-    let own = format::luks_uuid(volume);
+pub fn holds_own_luks(device: &Device) -> Result<bool, sys::Error> {
+    const UUID: Range<usize> = 168..168 + 37;
+    const VERSION_AT: usize = 14;
     let mut start = [0; SECTOR_BYTES];
     device.read_at(0, &mut start)?;
-    let uuid = start.get(UUID_AT..).unwrap_or_default();
-    Ok(start.starts_with(LUKS_MAGIC) && uuid.starts_with(own.as_bytes()) && uuid.get(own.len()) == Some(&0))
+    let uuid = start.get(UUID).unwrap_or_default();
+    let is_uuid = uuid.iter().enumerate().all(|(at, byte)| match at {
+        8 | 13 | 18 | 23 => *byte == b'-',
+        36 => *byte == 0,
+        _ => byte.is_ascii_hexdigit(),
+    });
+    Ok(start.starts_with(LUKS_MAGIC) && is_uuid && uuid.get(VERSION_AT) == Some(&b'8'))
 }
 
 /// What a probe of a device of this size looks at: the inside of a new LUKS volume is made to read as zeros there, where it

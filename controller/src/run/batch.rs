@@ -34,9 +34,9 @@ const MAX_LEAKED: usize = 6;
 /// A removal, its repeat for a busy guest, and a changed digest.
 const MAX_UNDO_TRIES: usize = 3;
 /// How long a locked VM is waited for by callers who say nothing of their patience: the least that sidecars wait.
-const LOCK_WAIT: Duration = Duration::from_secs(14);
+pub(super) const LOCK_WAIT: Duration = Duration::from_secs(14);
 /// Between two looks at a VM that carries a lock.
-const LOCK_POLL: Duration = Duration::from_secs(1);
+pub(super) const LOCK_POLL: Duration = Duration::from_secs(1);
 
 /// One volume on its way, from slot to slot.
 struct Work {
@@ -674,7 +674,7 @@ impl Region {
     }
 
     /// Notes the lock that a VM carries, or that it carries none. When it was first seen.
-    fn note_lock(&self, vmid: u32, lock: Option<&str>) -> SystemTime {
+    pub(super) fn note_lock(&self, vmid: u32, lock: Option<&str>) -> SystemTime {
         let slot = self.vm(vmid);
         let mut seen = locked(&slot.lock);
         let Some(lock) = lock else {

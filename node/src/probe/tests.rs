@@ -284,8 +284,7 @@ fn encrypted(handle: &str, size_bytes: u64) -> (Image, disk::luks::VolumeKey) {
 fn a_luks_volume_is_known_by_either_copy_of_its_header() {
     let (image, _) = encrypted(OURS, SIZE);
     assert!(EACH.iter().all(|zeroed| image.probe(*zeroed) == Surface::Luks));
-    assert!(holds_own_luks(&image.device, &volume(OURS)).unwrap());
-    assert!(!holds_own_luks(&image.device, &volume("r/z/lvm/other")).unwrap());
+    assert!(holds_own_luks(&image.device).unwrap());
     // Its first copy damaged, then wiped: the second is this volume's own.
     for bytes in [&[0xff; 512][..], &[0; 4096]] {
         image.device.write_at(0, bytes).unwrap();
@@ -294,6 +293,39 @@ fn a_luks_volume_is_known_by_either_copy_of_its_header() {
     // Both: never blank where zeros were promised.
     image.device.zero(0, 32 << 10).unwrap();
     assert!(matches!(image.probe(Zeroed::Yes), Surface::Other(_)));
+}
+
+/// A raw block volume whose class asks for no passphrase: a copy of an encrypted one is not shown as ciphertext, a pod's own is the pod's.
+#[test]
+fn what_this_driver_encrypted_is_told_from_what_a_pod_did_also_in_a_copy() {
+    let (image, _) = encrypted("r/z/lvm/the-source", SIZE);
+    assert!(holds_own_luks(&image.device).unwrap(), "a copy has its source's UUID");
+    for (uuid, ours) in [
+        ("0b5b5bd9-6a0c-8a1c-8f4e-7c1a7a2f9d10\0", true),
+        ("0b5b5bd9-6a0c-4a1c-8f4e-7c1a7a2f9d10\0", false),
+        ("0b5b5bd9-6a0c-8a1c-8f4e-7c1a7a2f9d10x", false),
+        ("0b5b5bd9x6a0c-8a1c-8f4e-7c1a7a2f9d10\0", false),
+    ] {
+        image.device.write_at(168, uuid.as_bytes()).unwrap();
+        assert_eq!(holds_own_luks(&image.device).unwrap(), ours, "{uuid:?}");
+    }
+    assert!(!holds_own_luks(&Image::new(SIZE).device).unwrap());
+}
+
+/// Recycled storage wipes 4 KiB: the second header of what was there before must not stand beside the new filesystem, or libblkid sees two things.
+#[test]
+fn a_filesystem_over_a_former_encrypted_volume_is_all_that_is_seen() {
+    for (filesystem, size_bytes, surface) in [
+        (Filesystem::Ext4, SIZE, Surface::Ext("ext4".into())),
+        (Filesystem::Ext4, 1 << 33, Surface::Ext("ext4".into())),
+        (Filesystem::Xfs, XFS_SIZE, Surface::Xfs),
+    ] {
+        let (image, _) = encrypted("r/z/lvm/former", size_bytes);
+        image.device.zero(0, 4096).unwrap();
+        let options = FormatOptions { filesystem, ..FormatOptions::default() };
+        format::make(&image.device, &volume(OURS), options, &TOPOLOGY, Ground::Unknown, &Stop::default()).unwrap();
+        assert_eq!(image.probe(Zeroed::No), surface, "{filesystem:?}");
+    }
 }
 
 #[test]

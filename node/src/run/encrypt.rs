@@ -74,26 +74,22 @@ impl Node {
         Ok(())
     }
 
-    /// Opens the LUKS volume on the disk: its mapping is there when this returns. Mends its header and replaces the previous
-    /// passphrase on the way.
+    /// Opens the LUKS volume on the disk: its mapping is there when this returns. Replaces the previous passphrase and mends its
+    /// header on the way, both once a passphrase has opened it.
     pub(super) fn open_volume(&self, want: &StageRequest, disk: &Disk, passphrases: &Passphrases) -> Result<(), Cause> {
         let Some(encryption) = &want.encryption else { return Err(plan::Refusal::NoPassphrase.into()) };
         dm::crypt_version(&self.devices)?;
         let access = if disk.read_only { Access::ExclusiveRead } else { Access::Exclusive };
+        // The table names the disk by its number, which is given to no other disk while this holds it.
+        let _held = self.open_new(disk, Access::Shared)?;
         let (header, key) = {
             // device-mapper cannot take the disk while this holds it, and nobody else can write to it.
             let device = self.open_new(disk, access)?;
             let mut header = read_header(&device)?;
-            if !disk.read_only
-                && let Some(damage) = header.damage()
-            {
-                proto::warn!("{}: one copy of its LUKS header is mended from the other: {damage}", want.volume);
-                let mut salt = [0; 64];
-                random::fill(&mut salt)?;
-                format::execute(&device, header.heal(&salt)?, &self.stop)?;
-                header = read_header(&device)?;
-            }
             let key = self.unlock_and_rotate(&want.volume, encryption, disk, &device, &mut header, passphrases)?;
+            if !disk.read_only {
+                self.mend(&want.volume, &device, &header)?;
+            }
             (header, key)
         };
         let name = mapping::name_of(&want.volume);
@@ -101,6 +97,16 @@ impl Node {
         dm::create(&self.devices, &name, &header.dm_uuid(&name), &table, disk.read_only)?;
         proto::info!("{}: opened as {name}", want.volume);
         Ok(())
+    }
+
+    /// Makes both copies of the header say the same. Only of a volume that has opened: a copy behind the disk's beginning may be what a
+    /// former volume left, and then what stands where the other copy would be is somebody's data.
+    fn mend(&self, volume: &Volume, device: &Device, header: &Header) -> Result<(), Cause> {
+        let Some(damage) = header.damage() else { return Ok(()) };
+        proto::warn!("{volume}: one copy of its LUKS header is mended from the other: {damage}");
+        let mut salt = [0; 64];
+        random::fill(&mut salt)?;
+        format::execute(device, header.heal(&salt)?, &self.stop).map(drop)
     }
 
     /// The volume key, by the current passphrase. By the previous one, where only that opens: then the current one gets a

@@ -131,14 +131,13 @@ impl Node {
         Ok(self.mappings_over(disk)?.into_iter().find(|mapping| is_drivers(mapping, volume, disk)))
     }
 
-    /// The volume's mappings that this driver, or the reference driver, opened: over its disk, or over one that is gone; and
-    /// the one that was mounted, by its UUID.
+    /// The volume's mappings that this driver, or the reference driver, opened: over its disk; those that we opened for it, over
+    /// whatever disk (one that is gone, one of two that are there while it moves); and the one that was mounted, by its UUID.
     pub(super) fn mappings_of(&self, volume: &Volume, disk: Option<&Disk>, mounted: Option<&str>) -> Result<Vec<dm::Mapping>, Cause> {
         let mut found = Vec::new();
         for mapping in self.mappings()? {
             let is_over = |disk: &Disk| backing(&mapping) == Some(disk.dev) && is_drivers(&mapping, volume, disk);
-            let is_named = disk.is_none() && opened_as(&mapping) == Some(&name_of(volume));
-            if disk.is_some_and(is_over) || is_named || mounted == Some(&mapping.uuid) || self.is_leftover(&mapping, volume)? {
+            if disk.is_some_and(is_over) || is_named(&mapping, volume) || mounted == Some(&mapping.uuid) {
                 found.push(mapping);
             }
         }
@@ -148,7 +147,7 @@ impl Node {
     /// Whether the mapping is ours for this volume and nothing can be in it: cut short before it had a table, or over a disk
     /// that is gone.
     fn is_leftover(&self, mapping: &dm::Mapping, volume: &Volume) -> Result<bool, Cause> {
-        if opened_as(mapping) != Some(&name_of(volume)) {
+        if !is_named(mapping, volume) {
             return Ok(false);
         }
         match backing(mapping) {
@@ -232,6 +231,12 @@ impl Node {
         }
     }
 
+    /// Ends a suspension that somebody left: what waits for the mapping's I/O would wait for ever.
+    pub(super) fn wake(&self, mapping: &dm::Mapping) -> Result<(), Cause> {
+        proto::warn!("{}: is suspended, and is resumed", mapping.name);
+        Ok(dm::resume(&self.devices, mapping)?)
+    }
+
     /// Takes a mapping away, waiting for those who let go of it just now.
     pub(super) fn close(&self, mapping: &dm::Mapping) -> Result<(), Cause> {
         let closed = poll(RELEASE_DEADLINE, || match dm::remove(&self.devices, mapping) {
@@ -269,6 +274,11 @@ fn opened_as(mapping: &dm::Mapping) -> Option<&str> {
     let rest = mapping.uuid.strip_prefix(UUID_BEGIN)?;
     // `2-<32 hex digits>-<name>`
     rest.splitn(3, '-').nth(2)
+}
+
+/// Whether we opened it for this volume.
+fn is_named(mapping: &dm::Mapping, volume: &Volume) -> bool {
+    opened_as(mapping) == Some(&name_of(volume))
 }
 
 /// Whether the driver opened a mapping over this disk, ours or the reference driver: that is by the volume's serial, or by

@@ -40,6 +40,7 @@ impl Bench {
             workers: Slots::new(1),
             kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
+            unstaging: Mutex::default(),
             stop: Stop::default(),
         };
         Self { root, node }

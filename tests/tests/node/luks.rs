@@ -226,6 +226,16 @@ fn guest_passphrases_that_do_not_fit() {
         let (code, sentence) = refused(&agent, &encrypted(volume.clone(), wrong), &image);
         assert!(code == Code::InvalidArgument && sentence.contains("no keyslot opens"), "{code:?} {sentence}");
     }
+    // Whose header it is shows only when it opens: a damaged copy is not mended before.
+    let second = image.read_at(16 << 10, 512);
+    image.write_at(16 << 10, &[0x55; 512]);
+    agent.detach(1);
+    agent.guest.machine().plug(&image.drive(1, Some(&handle.serial()))).unwrap();
+    let (code, sentence) = refused(&agent, &encrypted(volume.clone(), "wrong"), &image);
+    assert!(code == Code::InvalidArgument && sentence.contains("no keyslot opens"), "{code:?} {sentence}");
+    agent.stage(&right);
+    agent.put_away(&right);
+    assert_eq!(image.read_at(16 << 10, 6), second[..6], "mended");
     let (code, sentence) = refused(&agent, &volume, &image);
     assert!(code == Code::InvalidArgument && sentence.contains("encrypted with LUKS"), "{code:?} {sentence}");
     let (code, sentence) = refused(&agent, &encrypted(volume.clone(), ""), &image);
@@ -337,6 +347,8 @@ fn guest_an_encrypted_block_volume() {
     let answer = agent.calls.node_expand_volume(volume.expand(96 * MIB)).unwrap();
     assert_eq!(answer.capacity_bytes, (96 * MIB).cast_signed());
     assert_eq!(size(&agent), (96 * MIB - HEADER_BYTES).cast_signed());
+    // Somebody has suspended it: what would wait for it for ever resumes it.
+    judge(&agent, "dmsetup", &["suspend", &mapping_of(&handle)]);
     agent.put_away(&volume);
     agent.put_away(&volume);
     assert_eq!((mappings(&agent), agent.guest.stat(&target).unwrap()), (Vec::new(), None));

@@ -169,6 +169,12 @@ fn guest_a_mapping_of_the_reference_driver_is_taken_over() {
     agent.calls.node_expand_volume(volume.expand(64 * MIB)).unwrap();
     let seen = agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
     assert!(seen.blocks * seen.block_bytes > 36 * MIB, "{seen:?}");
+    // Still in use: the second call, too, which finds nothing mounted that would lead it to the disk.
+    for _ in 0..2 {
+        let status = agent.calls.node_unstage_volume(volume.unstage()).unwrap_err();
+        assert!(status.code() == Code::FailedPrecondition && status.message().contains("still in use"), "{status:?}");
+        assert_eq!((mappings(&agent), agent.mounted_at(&volume.staging)), (vec![name.clone()], Vec::new()));
+    }
     agent.put_away(&volume);
     assert_eq!(mappings(&agent), Vec::<String>::new());
 
@@ -176,6 +182,7 @@ fn guest_a_mapping_of_the_reference_driver_is_taken_over() {
     open_as_reference(&agent, &disk);
     agent.stage(&volume);
     assert_eq!((mappings(&agent), agent.mounted_at(&volume.staging)), (vec![name.clone()], vec!["ext4".to_string()]));
+    judge(&agent, "dmsetup", &["suspend", &name]);
     agent.put_away(&volume);
     open_as_reference(&agent, &disk);
     let mut other = volume.clone();

@@ -33,7 +33,7 @@ fn arguments() -> Result<Arguments> {
             "--examples" => examples = Some(value()?.into()),
             "--record" => record = Some(value()?.into()),
             "--heading" => heading = value()?,
-            "host" | "guest" => parts.push(arg),
+            "host" | "guest" | "storm" => parts.push(arg),
             _ => bail!("unknown argument {arg}: see scripts/bench --help"),
         }
     }
@@ -50,13 +50,22 @@ fn run() -> Result<()> {
     for part in &arguments.parts {
         match part.as_str() {
             "host" => host::run(&arguments.examples, &mut report).context("host")?,
-            _ => guest::run(&mut report).context("guest")?,
+            "guest" => guest::run(&mut report).context("guest")?,
+            _ => storm(&mut report).context("storm")?,
         }
     }
     report.note(format!("Load of the machine: {load} at the beginning, {} at the end.", report::load()));
     let section = report.markdown(&arguments.heading);
     std::io::stdout().write_all(section.as_bytes())?;
     arguments.record.map_or(Ok(()), |file| report::record(&file, &section))
+}
+
+/// Simulated time and the release binary's memory: nothing of this run's load is in it.
+fn storm(report: &mut Report) -> Result<()> {
+    proto::log::set_level("error").map_err(anyhow::Error::msg)?;
+    report.table(testbed::storm::times()?);
+    report.table(testbed::storm::memory()?);
+    Ok(())
 }
 
 fn main() -> ExitCode {

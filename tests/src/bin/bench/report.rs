@@ -38,6 +38,7 @@ pub(crate) struct Report {
     notes: Vec<String>,
     comparisons: Vec<(String, String, Side, Side)>,
     goals: Vec<Goal>,
+    tables: Vec<String>,
 }
 
 const MIB: f64 = 1_048_576.0;
@@ -46,6 +47,11 @@ impl Report {
     /// A line under the tables.
     pub(crate) fn note(&mut self, note: impl Into<String>) {
         self.notes.push(note.into());
+    }
+
+    /// Tables that are Markdown already.
+    pub(crate) fn table(&mut self, markdown: String) {
+        self.tables.push(markdown);
     }
 
     pub(crate) fn compare(&mut self, what: impl Into<String>, beside: impl Into<String>, ours: Side, theirs: Side) {
@@ -77,6 +83,10 @@ impl Report {
                 };
                 let _ = writeln!(text, "| {what} | {limit} {unit} | {measured} | {reached} |");
             }
+            text += "\n";
+        }
+        for table in &self.tables {
+            text += table;
             text += "\n";
         }
         for note in &self.notes {
