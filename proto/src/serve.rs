@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -96,7 +97,7 @@ pub async fn serve<S>(
     drain: Duration,
 ) -> Result<(), Error>
 where
-    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + NamedService + Clone + Send + 'static,
+    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + NamedService + Clone + Send + Sync + 'static,
     S::Future: Send + 'static,
 {
     Socket::open(endpoint.path())?.serve(with_identity(identity, service), stop, drain).await
@@ -183,13 +184,20 @@ impl Socket {
     /// The runtime does not take the socket.
     pub async fn serve<S>(self, service: S, stop: impl Future<Output = ()>, drain: Duration) -> Result<(), Error>
     where
-        S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + NamedService + Clone + Send + 'static,
+        S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
         S::Future: Send + 'static,
     {
         let Self { listener, place } = self;
         let taken = UnixListener::from_std(listener);
         let listener = taken.map_err(|cause| Error { step: "listen", path: place.path.clone(), cause })?;
         crate::info!("serving {} on {}", S::NAME, place.path.display());
+        // Without its type, so that HTTP/2 is compiled once, and not once a service.
+        let service: Calls = Arc::new(move |request| Box::pin(service.clone().call(request)));
         // Each connection holds a receiver: when all are dropped, all connections have ended.
         let (stopping, stopped) = watch::channel(false);
         tokio::pin!(stop);
@@ -197,7 +205,7 @@ impl Socket {
             tokio::select! {
                 () = &mut stop => break,
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => { tokio::spawn(connection(stream, service.clone(), stopped.clone())); }
+                    Ok((stream, _)) => { tokio::spawn(connection(stream, Arc::clone(&service), stopped.clone())); }
                     // Out of descriptors, a client that left at once: the next one may do better. Paced by the pause below.
                     Err(cause) => { crate::error!("accept: {cause}"); tokio::time::sleep(Duration::from_millis(50)).await; }
                 },
@@ -217,15 +225,14 @@ impl Socket {
     }
 }
 
+/// A service's calls.
+type Calls = Arc<dyn Fn(http::Request<Incoming>) -> Answer + Send + Sync>;
+
 /// One client's connection, until it closes or is drained.
-async fn connection<S>(stream: tokio::net::UnixStream, service: S, mut stopped: watch::Receiver<bool>)
-where
-    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send + 'static,
-{
+async fn connection(stream: tokio::net::UnixStream, service: Calls, mut stopped: watch::Receiver<bool>) {
     let served = http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(MAX_CONCURRENT_CALLS)
-        .serve_connection(TokioIo::new(stream), hyper::service::service_fn(move |request| logged(service.clone(), request)));
+        .serve_connection(TokioIo::new(stream), hyper::service::service_fn(move |request| logged(Arc::clone(&service), request)));
     tokio::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => Some(ended),
@@ -244,13 +251,10 @@ where
 }
 
 /// One call, with its line in the log and its place in the metrics.
-async fn logged<S>(mut service: S, request: http::Request<Incoming>) -> Result<http::Response<Body>, Infallible>
-where
-    S: Service<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible>,
-{
+async fn logged(service: Calls, request: http::Request<Incoming>) -> Result<http::Response<Body>, Infallible> {
     let begun = Instant::now();
     let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_string();
-    let answer = service.call(request).await?;
+    let answer = service(request).await?;
     log_call(&rpc, &answer, begun.elapsed());
     Ok(answer)
 }
