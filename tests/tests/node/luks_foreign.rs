@@ -73,6 +73,17 @@ fn guest_volumes_that_cryptsetup_made() {
             HEADER_BYTES,
         ),
     ];
+    // More memory than there is: a sentence with both numbers instead of the kernel's OOM killer.
+    let (hungry, image) = (handle("hungry"), Image::new(40 * MIB));
+    let memory = ["--type", "luks2", "--pbkdf", "argon2id", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "262144"];
+    let Some(()) = format(&image, &memory) else { return };
+    let volume = fixed(encrypted(agent.attach(&hungry, &image, 1), PASSPHRASE));
+    let status = agent.calls.node_stage_volume(volume.stage()).unwrap_err();
+    assert!(status.code() == Code::FailedPrecondition && status.message().contains("needs 256 MiB of memory"), "{status:?}");
+    assert!(status.message().contains("/proc/meminfo") && status.message().contains("luksConvertKey"), "{status:?}");
+    println!("{}", status.message());
+    agent.detach(1);
+
     let mut keys = Vec::new();
     for (name, args, header_bytes) in kinds {
         let (handle, image) = (handle(name), Image::new(40 * MIB));
