@@ -25,6 +25,9 @@ pub enum AttachStep {
     Attached(u8, Box<Drive>),
     /// Plug it here.
     AttachAt(u8),
+    /// QEMU has it here, and it is only planned: written again, nothing is plugged and the config says so. Reverted, it would stay
+    /// in QEMU until the VM restarts.
+    Finish(u8),
     /// Finish a removal that was begun, or remove a drive that QEMU never took.
     Detach(String),
     /// Forget a plan that was never carried out.
@@ -40,6 +43,8 @@ pub enum DetachStep {
     Detach(String),
     /// Forget the plan.
     Revert(String),
+    /// QEMU has it, and it is only planned: with this line written again it can be removed.
+    Finish(String, String),
 }
 
 /// Why nothing is done.
@@ -100,7 +105,9 @@ pub fn next_attach(wanted: Wanted<'_>, seen: Seen<'_>) -> Result<AttachStep, Ref
     }
     if let Some((key, line)) = config.naming(volid).find(|(key, _)| !key.starts_with("unused")) {
         let Some(configured) = line.value.as_deref().filter(|text| volume_of(text) == volid) else {
-            return Ok(AttachStep::Revert(key.into()));
+            let has_it = line.value.is_none() && plugged.contains(key);
+            let lun = lun_of(key).filter(|lun| has_it && proto::LUN_RANGE.contains(lun));
+            return Ok(lun.map_or_else(|| AttachStep::Revert(key.into()), AttachStep::Finish));
         };
         if line.delete {
             return Ok(AttachStep::Detach(key.into()));
@@ -134,7 +141,10 @@ pub fn next_attach(wanted: Wanted<'_>, seen: Seen<'_>) -> Result<AttachStep, Ref
 pub fn next_detach(volid: &str, seen: Seen<'_>) -> Result<DetachStep, Refusal> {
     let Some((key, line)) = seen.config.naming(volid).find(|(key, _)| !key.starts_with("unused")) else { return Ok(DetachStep::Gone) };
     if line.value.as_deref().is_none_or(|text| volume_of(text) != volid) {
-        return Ok(DetachStep::Revert(key.into()));
+        let plan = line.pending.clone().filter(|_| line.value.is_none() && seen.plugged.is_some_and(|plugged| plugged.contains(key)));
+        let Some(plan) = plan else { return Ok(DetachStep::Revert(key.into())) };
+        can_hotplug(seen.config)?;
+        return Ok(DetachStep::Finish(key.into(), plan));
     }
     if seen.running {
         can_hotplug(seen.config)?;
@@ -235,7 +245,8 @@ mod tests {
             "a removal that was begun is finished, not undone"
         );
         let planned = Line { pending: drive.value.clone(), ..Line::default() };
-        assert_eq!(attach(&[("scsi5", planned)], &[]), Ok(AttachStep::Revert("scsi5".into())));
+        assert_eq!(attach(&[("scsi5", planned.clone())], &[]), Ok(AttachStep::Revert("scsi5".into())));
+        assert_eq!(attach(&[("scsi5", planned)], &["scsi5"]), Ok(AttachStep::Finish(5)), "its worker died when QEMU had it");
         let other = Line { pending: Some("ds:b".into()), ..drive.clone() };
         assert_eq!(attach(&[("scsi5", other)], &["scsi5"]), Err(Refusal::OtherPlan("scsi5".into())));
         assert_eq!(attach(&[("virtio1", drive)], &["virtio1"]), Err(Refusal::OtherBus("virtio1".into())));
@@ -274,7 +285,9 @@ mod tests {
         let again = Line { delete: true, ..value("ds:vm-9999-a") };
         assert_eq!(detach(&[("scsi1", again)], &[], true), Ok(DetachStep::Detach("scsi1".into())));
         let planned = Line { pending: Some("ds:vm-9999-a".into()), ..Line::default() };
-        assert_eq!(detach(&[("scsi1", planned)], &[], true), Ok(DetachStep::Revert("scsi1".into())));
+        assert_eq!(detach(&[("scsi1", planned.clone())], &[], true), Ok(DetachStep::Revert("scsi1".into())));
+        let finish = DetachStep::Finish("scsi1".into(), "ds:vm-9999-a".into());
+        assert_eq!(detach(&[("scsi1", planned)], &["scsi1"], true), Ok(finish), "its worker died when QEMU had it");
         let cold = [("hotplug", value("0")), ("scsi1", value("ds:vm-9999-a"))];
         assert_eq!(detach(&cold, &["scsi1"], true), Err(Refusal::NoHotplug("0".into())));
         assert_eq!(detach(&cold, &[], false), Ok(DetachStep::Detach("scsi1".into())));

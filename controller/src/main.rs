@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use argh::FromArgs;
+use controller::kube::Kube;
 use controller::run::Controller;
 use controller::service::ControllerService;
 use proto::csi::controller_server::ControllerServer;
@@ -108,9 +109,15 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
         .thread_keep_alive(THREAD_KEEP_ALIVE)
         .build()?;
     runtime.block_on(async move {
-        let controller = Arc::new(Controller::new(arguments.cloud_config, ca_bundle));
+        let kube = Kube::in_cluster().unwrap_or_else(|why| {
+            proto::error!("Kubernetes is not asked what dead nodes hold: {why}");
+            None
+        });
+        let controller = Arc::new(Controller::with_kube(arguments.cloud_config, ca_bundle, kube.map(Arc::new)));
         let readiness = Arc::clone(&controller);
         let identity = Identity::new(env!("CARGO_PKG_VERSION")).ready_when(Arc::new(move || readiness.ready()));
+        let greeting = Arc::clone(&controller);
+        tokio::spawn(async move { greeting.greet().await });
         let service = ControllerServer::new(ControllerService::new(controller));
         let stop = async {
             if let Err(cause) = serve::terminated().await {

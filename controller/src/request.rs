@@ -300,7 +300,11 @@ fn term(segments: &HashMap<String, String>) -> Result<Term, Error> {
     Ok(Term { region, zone })
 }
 
-fn node_id(given: &str) -> Result<NodeId, Error> {
+/// Reads a node id: `NAME/VMID` or `NAME`.
+///
+/// # Errors
+/// INVALID_ARGUMENT with what is wrong.
+pub(crate) fn node_id(given: &str) -> Result<NodeId, Error> {
     let wrong = |what: &str| {
         let shown: String = given.chars().take(100).collect();
         Err(Error::invalid(format!("node_id {shown:?} {what}; it should be NAME or NAME/VMID")))
@@ -357,6 +361,37 @@ mod tests {
             assert_eq!(of("ext4", 1 << 20, limit), Ok(1 << 20));
         }
         assert_eq!(of("xfs", 0, 200 << 20), Err(Code::OutOfRange), "the limit is all there may be");
+    }
+
+    #[test]
+    fn an_encrypting_class_is_known_by_its_keys_or_by_the_provisioners_secret() {
+        let of = |fs_type: &str, required_bytes: i64, parameter: Option<(&str, &str)>, secret: Option<&str>| {
+            let mut request = create();
+            request.volume_capabilities = vec![capability(Mode::SingleNodeWriter, fs_type)];
+            request.capacity_range = Some(csi::CapacityRange { required_bytes, limit_bytes: 0 });
+            request.parameters.extend(parameter.map(|(key, value)| (key.to_string(), value.to_string())));
+            request.secrets.extend(secret.map(|key| (key.to_string(), "hunter2".to_string())));
+            Create::try_from(request).map(|create| create.parameters.volume_context()).map_err(|error| (error.code, error.text))
+        };
+        const PASSPHRASE: Option<&str> = Some("encryption-passphrase");
+        let argon2id = Some(("luksKdf", "argon2id"));
+        for (parameter, secret) in [(argon2id, None), (None, PASSPHRASE), (argon2id, PASSPHRASE)] {
+            for (fs_type, least) in [("xfs", 316 << 20), ("ext4", 18 << 20)] {
+                let context = of(fs_type, least, parameter, secret).unwrap();
+                assert_eq!(context.get("luksKdf").map(String::as_str), parameter.map(|(_, value)| value));
+                assert!(context.values().all(|value| value != "hunter2"));
+                let (code, text) = of(fs_type, least - 1, parameter, secret).unwrap_err();
+                assert!(code == Code::OutOfRange && text.contains(&least.to_string()) && !text.contains("hunter2"), "{text}");
+            }
+        }
+        assert!(of("xfs", 300 << 20, None, Some("else")).is_ok());
+        let (code, text) = of("ext4", 1 << 30, Some(("luksKdfMemory", "16")), PASSPHRASE).unwrap_err();
+        assert!(code == Code::InvalidArgument && text.contains("32 to 1024"), "{text}");
+        // What somebody wrote by hand, into the class instead of the capability.
+        for key in ["fstype", "csi.storage.k8s.io/fstype"] {
+            assert_eq!(of("", 299 << 20, Some((key, "xfs")), None).unwrap_err().0, Code::OutOfRange);
+            assert!(of("ext4", 299 << 20, Some((key, "xfs")), None).is_ok(), "the capability is what the node is told");
+        }
     }
 
     #[test]

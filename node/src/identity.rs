@@ -11,7 +11,7 @@ use crate::sys::Dev;
 use crate::sys::scsi::{Disk, State, UNREADABLE_SERIAL};
 
 /// Serials that are ours begin so.
-const OUR_SERIALS: &str = "csi-";
+pub const OUR_SERIALS: &str = "csi-";
 /// Longest list of disks in a sentence.
 const MAX_NAMED: usize = 8;
 

@@ -15,6 +15,7 @@ pub mod registration;
 pub mod request;
 pub mod run;
 pub mod service;
+pub mod status;
 pub mod sys;
 
 #[cfg(test)]

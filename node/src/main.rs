@@ -12,9 +12,9 @@ use node::registration::{self, Kubelet, Standing};
 use node::request::Folders;
 use node::run::Node;
 use node::service::Service;
-use node::sys::confine::confine;
+use node::status::Machine;
+use node::sys::confine::{self, confine};
 use node::sys::kernel;
-use proto::csi::node_server::NodeServer;
 use proto::flags::Flag;
 use proto::health::{self, Pages};
 use proto::identity::Identity;
@@ -51,6 +51,9 @@ const FLAGS: &[Flag] = &[
 ];
 
 #[derive(FromArgs)]
+#[argh(
+    note = "Also: {command_name} status [--json]   what is on this node: disks, mounts, volumes, disagreements; reads only\n      {command_name} confinement       what the agent has given up, tried on itself"
+)]
 /// CSI node agent for Proxmox VE: finds, formats, mounts and grows volumes by direct system calls.
 struct Args {
     /// the CSI socket, unix:///csi/csi.sock [CSI_ENDPOINT]
@@ -100,9 +103,59 @@ struct Args {
     version: bool,
 }
 
+const STATUS_FLAGS: &[Flag] = &[
+    Flag::switch("json"),
+    Flag::value("node-id", Some("NODE_NAME")),
+    Flag::value("vmid", Some("VMID")),
+    Flag::value("region", Some("REGION")),
+    Flag::value("zone", Some("ZONE")),
+    Flag::value("max-volume-attachments", Some("MAX_VOLUME_ATTACHMENTS")),
+    Flag::value("labels-file", Some("LABELS_FILE")),
+    Flag::value("kubelet-dir", Some("KUBELET_DIR")),
+];
+
+#[derive(FromArgs)]
+/// What is on this node: each SCSI disk, what it holds, where it is mounted, whose volume it is, and what does not fit together.
+/// Reads only, and needs no running agent.
+struct StatusArgs {
+    /// one JSON object instead of text
+    #[argh(switch)]
+    json: bool,
+    /// as the agent's [NODE_NAME]
+    #[argh(option, default = "String::new()")]
+    node_id: String,
+    /// as the agent's [VMID]
+    #[argh(option)]
+    vmid: Option<u32>,
+    /// as the agent's [REGION]
+    #[argh(option)]
+    region: Option<String>,
+    /// as the agent's [ZONE]
+    #[argh(option)]
+    zone: Option<String>,
+    /// as the agent's [MAX_VOLUME_ATTACHMENTS]
+    #[argh(option)]
+    max_volume_attachments: Option<String>,
+    /// as the agent's [LABELS_FILE]
+    #[argh(option)]
+    labels_file: Option<PathBuf>,
+    /// as the agent's [KUBELET_DIR]
+    #[argh(option)]
+    kubelet_dir: Vec<PathBuf>,
+}
+
+#[derive(FromArgs)]
+/// Confines this process as the agent confines itself, tries what must not work, and says how it went; fails if anything was let through.
+struct ConfinementArgs {}
+
 fn main() -> ExitCode {
     let given: Vec<String> = std::env::args().skip(1).collect();
-    match begin(&given) {
+    let done = match given.split_first() {
+        Some((word, rest)) if word == "status" => status(rest),
+        Some((word, rest)) if word == "confinement" => confinement(rest),
+        _ => begin(&given),
+    };
+    match done {
         Ok(code) => code,
         Err(sentence) => {
             proto::error!("{sentence}");
@@ -111,24 +164,72 @@ fn main() -> ExitCode {
     }
 }
 
-fn begin(given: &[String]) -> Result<ExitCode, String> {
-    let given = proto::flags::normalise(given, FLAGS, |name| std::env::var(name).ok())?;
+/// The arguments, or what is to be printed instead (help).
+fn parsed<T: FromArgs>(command: &[&str], given: &[String], flags: &[Flag]) -> Result<Result<T, String>, String> {
+    let given = proto::flags::normalise(given, flags, |name| std::env::var(name).ok())?;
     let given: Vec<&str> = given.iter().map(String::as_str).collect();
-    let args = match Args::from_args(&["proxmox-csi-node"], &given) {
+    match T::from_args(command, &given) {
+        Ok(args) => Ok(Ok(args)),
+        Err(early) if early.status.is_ok() => Ok(Err(early.output)),
+        Err(early) => Err(early.output.trim().to_string()),
+    }
+}
+
+fn begin(given: &[String]) -> Result<ExitCode, String> {
+    let args: Args = match parsed(&["proxmox-csi-node"], given, FLAGS)? {
         Ok(args) => args,
-        Err(early) if early.status.is_ok() => {
-            println!("{}", early.output);
-            return Ok(ExitCode::SUCCESS);
-        }
-        Err(early) => return Err(early.output.trim().to_string()),
+        Err(help) => return Ok(said(&help)),
     };
     if args.version {
-        println!("proxmox-csi-node {}", env!("CARGO_PKG_VERSION"));
-        return Ok(ExitCode::SUCCESS);
+        return Ok(said(concat!("proxmox-csi-node ", env!("CARGO_PKG_VERSION"))));
     }
     proto::log::set_level(&args.verbosity)?;
     run(args)?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn status(given: &[String]) -> Result<ExitCode, String> {
+    let args: StatusArgs = match parsed(&["proxmox-csi-node", "status"], given, STATUS_FLAGS)? {
+        Ok(args) => args,
+        Err(help) => return Ok(said(&help)),
+    };
+    for wrong in confine() {
+        proto::warn!("{wrong}");
+    }
+    let kubelet = if args.kubelet_dir.is_empty() { vec![KUBELET.into()] } else { args.kubelet_dir };
+    let machine = Machine { sysfs: "/sys".into(), proc: "/proc".into(), devices: "/dev".into(), kubelet };
+    let configured = Configured {
+        node_id: args.node_id,
+        vmid: args.vmid,
+        region: args.region,
+        zone: args.zone,
+        max_volumes: args.max_volume_attachments,
+        labels: args.labels_file,
+    };
+    let report = node::status::look(&machine, &configured).map_err(|error| format!("status: {error}"))?;
+    Ok(said(&if args.json { report.json() } else { report.text() }))
+}
+
+fn confinement(given: &[String]) -> Result<ExitCode, String> {
+    let _: ConfinementArgs = match parsed(&["proxmox-csi-node", "confinement"], given, &[])? {
+        Ok(args) => args,
+        Err(help) => return Ok(said(&help)),
+    };
+    let mut lines: Vec<String> = confine();
+    lines.extend(confine::KEPT.iter().map(|(_, name, what_for)| format!("kept     CAP_{name}: {what_for}")));
+    let attempts = confine::attempts();
+    let let_through = attempts.iter().filter(|attempt| attempt.refused.is_none()).count();
+    let verdict = |attempt: &confine::Attempt| if attempt.refused.is_some() { "refused" } else { "LET THROUGH" };
+    lines.extend(attempts.iter().map(|attempt| format!("{:8} {}", verdict(attempt), attempt.what)));
+    let _ = said(&lines.join("\n"));
+    if let_through == 0 { Ok(ExitCode::SUCCESS) } else { Err(format!("confinement: {let_through} of {} were let through", attempts.len())) }
+}
+
+/// On standard output; one that is closed is no reason to fail.
+fn said(text: &str) -> ExitCode {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    ExitCode::SUCCESS
 }
 
 fn run(args: Args) -> Result<(), String> {
@@ -154,6 +255,7 @@ fn run(args: Args) -> Result<(), String> {
     for wrong in confine().into_iter().chain(kernel::missing(Path::new("/proc"), node.sysfs())) {
         proto::warn!("{wrong}");
     }
+    node.forget_keys();
     if args.kubeconfig.is_some() || args.master.is_some() {
         proto::info!("--kubeconfig and --master are not used by this version");
     }
@@ -202,11 +304,13 @@ async fn serve(
         let alive = move || if place.is_ours() { Ok(()) } else { Err(format!("{} is not ours any more", place.path().display())) };
         let metrics = move || metrics::page(is_ready.get().is_ok());
         let pages = Pages { alive: Arc::new(alive), ready: Arc::new(move || standing.get()), metrics: Arc::new(metrics) };
+        let address = listener.local_addr().map_err(|cause| format!("metrics address: {cause}"))?;
+        proto::info!("/healthz, /readyz and /metrics on {address}");
         tokio::spawn(health::serve(listener, pages));
     }
     let mut until = stop.clone();
     let until = async { drop(until.wait_for(|stop| *stop).await) };
-    let service = NodeServer::new(Service::new(node, configured));
+    let service = Service::new(node, configured).server();
     let served = socket.serve(with_identity(Identity::new(env!("CARGO_PKG_VERSION")), service), until, DRAIN).await;
     let _ = registering.await;
     served.map_err(|error| error.to_string())

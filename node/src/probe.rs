@@ -7,7 +7,7 @@ use std::fmt;
 use std::ops::Range;
 
 use disk::ext4::superblock::{self, NotAsuperblock, Superblock};
-use disk::mark::{Mark, Marked, SECTOR_BYTES};
+use disk::mark::{HEAD_BYTES, Mark, Marked, SECTOR_BYTES};
 use disk::{ext4, xfs};
 use rustix::io::Errno;
 
@@ -56,15 +56,18 @@ impl From<sys::Error> for Error {
 /// # Errors
 /// Any part that had to be read could not be.
 pub fn probe(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface, Error> {
-    let mut sector = [0; SECTOR_BYTES];
-    device.read_at(0, &mut sector)?;
-    match mark(volume)?.judge(&sector) {
+    let size_bytes = device.size_bytes()?;
+    let mut head = vec![0; HEAD_BYTES.min(usize::try_from(size_bytes).unwrap_or(usize::MAX))];
+    device.read_at(0, &mut head)?;
+    match mark(volume)?.judge(&head) {
         Marked::Ours => return Ok(Surface::Unfinished),
         Marked::Others => return Ok(Surface::Other("an unfinished format of another volume".into())),
         Marked::Damaged => return Ok(Surface::Other("a damaged mark of an unfinished format".into())),
         Marked::No => (),
     }
-    let size_bytes = device.size_bytes()?;
+    if head.iter().all(|byte| *byte == 0) {
+        read_ahead(device, size_bytes);
+    }
     match blkid::probe(std::os::fd::AsFd::as_fd(device), device.path(), size_bytes)? {
         Found::Signature(signature) if is_luks(&signature) => {
             if let Some(surface) = luks(device, &signature, size_bytes, volume, zeroed)? {
@@ -83,6 +86,16 @@ pub fn probe(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface
         Some(what) => Surface::Other(what),
         None => Surface::Blank,
     })
+}
+
+/// Where a blank disk is going to be read: a hundred places, so that in turn they would take a hundred times as long as one.
+fn read_ahead(device: &Device, size_bytes: u64) {
+    let edge = EDGE_BYTES.min(size_bytes);
+    device.read_ahead(0, edge);
+    device.read_ahead(size_bytes - edge, edge);
+    for offset in [ext4::backup_offsets(size_bytes), xfs::backup_offsets(size_bytes)].concat() {
+        device.read_ahead(offset, SECTOR_BYTES as u64);
+    }
 }
 
 /// The mark of this volume's unfinished format.
@@ -128,17 +141,24 @@ fn luks(device: &Device, signature: &Signature, size_bytes: u64, volume: &Volume
     })
 }
 
-/// Whether the disk begins with a LUKS header that this driver made for this very volume.
+/// Whether the disk begins with a LUKS header that this driver made: for this very volume, or for the one that it is a copy of.
+/// A pod's own on its raw block device is not: this driver's UUIDs say that they are of its own making (RFC 9562, version 8),
+/// cryptsetup's are random ones (version 4).
 ///
 /// # Errors
 /// It cannot be read.
-pub fn holds_own_luks(device: &Device, volume: &Volume) -> Result<bool, sys::Error> {
-    const UUID_AT: usize = 168;
-    let own = format::luks_uuid(volume);
+pub fn holds_own_luks(device: &Device) -> Result<bool, sys::Error> {
+    const UUID: Range<usize> = 168..168 + 37;
+    const VERSION_AT: usize = 14;
     let mut start = [0; SECTOR_BYTES];
     device.read_at(0, &mut start)?;
-    let uuid = start.get(UUID_AT..).unwrap_or_default();
-    Ok(start.starts_with(LUKS_MAGIC) && uuid.starts_with(own.as_bytes()) && uuid.get(own.len()) == Some(&0))
+    let uuid = start.get(UUID).unwrap_or_default();
+    let is_uuid = uuid.iter().enumerate().all(|(at, byte)| match at {
+        8 | 13 | 18 | 23 => *byte == b'-',
+        36 => *byte == 0,
+        _ => byte.is_ascii_hexdigit(),
+    });
+    Ok(start.starts_with(LUKS_MAGIC) && is_uuid && uuid.get(VERSION_AT) == Some(&b'8'))
 }
 
 /// What a probe of a device of this size looks at: the inside of a new LUKS volume is made to read as zeros there, where it

@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status};
 /// Between two looks whether we know who we are, whether the folder is there, whether the socket is still in its place.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// From kubelet's refusal to the next offer: its reason may need the API server, which is not to be asked all the time.
-const REFUSED_PAUSE: Duration = Duration::from_secs(15);
+const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 /// For the answer to kubelet that is under way.
 const DRAIN: Duration = Duration::from_secs(2);
 /// Begins the standing between the offer and kubelet's answer.

@@ -6,7 +6,7 @@
 
 mod encryption;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
@@ -246,7 +246,7 @@ impl fmt::Display for Refusal {
             ),
             Self::NoPassphrase => write!(
                 f,
-                "the StorageClass speaks of LUKS and no secret carries {}: nothing is written in plain; give the class (or the PV) \
+                "the volume is to be encrypted and no secret carries {}: nothing is written in plain; give the class (or the PV) \
                  csi.storage.k8s.io/node-stage-secret-name and -namespace",
                 secrets::PASSPHRASE
             ),
@@ -343,7 +343,12 @@ impl StageRequest {
         mode(capability)?;
         let access = access(capability, &given.volume_context)?;
         let fstype = fstype(capability)?;
-        if passphrases.is_none() && encryption::is_asked_for(&given.volume_context) {
+        let is_ours = given.volume_context.contains_key(volume_context::CONTENT_SOURCE);
+        // Whoever names a secret wants encryption: a misspelt key in it must not become plaintext. A raw block volume would be
+        // written in plain at once, and be taken for blank when the secret is mended.
+        let is_misspelt = passphrases.is_none() && !given.secrets.is_empty();
+        let must_be_encrypted = encryption::is_asked_for(&given.volume_context) || (is_misspelt && is_ours && access == Access::Block);
+        if passphrases.is_none() && must_be_encrypted {
             return Err(Refusal::NoPassphrase);
         }
         let disk = disk(&volume, &given.publish_context)?;
@@ -351,11 +356,27 @@ impl StageRequest {
             || is_true(&given.volume_context, volume_context::RESIZE_REQUIRED);
         let zeroed = zeroed(&given.publish_context)?;
         let mut format = format(&given.volume_context, grow_required, fstype);
+        if is_misspelt && matches!(format, Format::May(_)) {
+            // What is there already is mounted.
+            let names: BTreeSet<String> = given.secrets.keys().map(|name| shorten(name)).collect();
+            format = Format::Never(format!(
+                "its node-stage-secret has {}, and no {}",
+                names.into_iter().collect::<Vec<_>>().join(", "),
+                secrets::PASSPHRASE
+            ));
+        }
         let mut encryption = None;
         if passphrases.is_some() {
             let (options, wrong) = encryption::options(&given.volume_context);
             if let (Format::May(_), Some(why)) = (&format, wrong) {
                 format = Format::Never(why);
+            }
+            if access == Access::Block && !is_ours && matches!(format, Format::May(_)) {
+                // Whatever the class says, the reference driver puts a raw block volume on its disk in plain, and what a pod has written there
+                // may begin anywhere. Only our own controller's volumes say where they are from.
+                format = Format::Never(
+                    "the reference driver made it, which never encrypts a raw block volume: a pod may have written there in plain".into(),
+                );
             }
             encryption = Some(options);
         }

@@ -9,6 +9,7 @@ mod mapping;
 mod publish;
 mod stage;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -59,6 +60,8 @@ pub struct Node {
     kdf: Slots,
     /// One at a time; see `stage.rs`.
     legacy_mounts: Slots,
+    /// By the volume's serial; see `stage.rs`.
+    unstaging: Mutex<BTreeMap<String, stage::Known>>,
     stop: Stop,
 }
 
@@ -84,6 +87,7 @@ impl Node {
             workers: Slots::new(MAX_DISK_WORKERS),
             kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
+            unstaging: Mutex::default(),
             stop: Stop::default(),
         }
     }
@@ -189,7 +193,7 @@ impl Node {
 
     /// What is mounted from where, in kubelet's folders or elsewhere. For a mapping the disk below it.
     fn mounted_devices(&self) -> Result<Vec<(sys::Dev, PathBuf)>, Cause> {
-        self.mounts()?.into_iter().map(|mount| Ok((self.below(mount.dev)?, mount.point))).collect()
+        self.below(self.mounts()?.into_iter().map(|mount| (mount.dev, mount.point)))
     }
 
     /// How much memory there is for a key derivation.

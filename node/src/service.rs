@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use proto::csi::node_server::NodeServer;
 use proto::csi::node_service_capability::{Rpc, Type, rpc};
 use proto::csi::{self, VolumeUsage, volume_usage::Unit};
 use tonic::{Code, Request, Response, Status};
@@ -17,6 +18,9 @@ use crate::request::{
     self, ExpandRequest, Passphrases, PublishRequest, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume,
 };
 use crate::run::{Node, Usage};
+
+/// A Secret has at most 1 MiB, a PersistentVolume 1.5 MiB; 4 MiB is what gRPC servers take by default.
+const MAX_REQUEST_BYTES: usize = 4 << 20;
 
 /// The Node service.
 #[derive(Debug, Clone)]
@@ -31,6 +35,12 @@ impl Service {
     #[must_use]
     pub fn new(node: Node, configured: Configured) -> Self {
         Self { node: Arc::new(node), configured: Arc::new(configured), busy: Busy::default() }
+    }
+
+    /// As it is served: requests that are too large are OutOfRange.
+    #[must_use]
+    pub fn server(self) -> NodeServer<Self> {
+        NodeServer::new(self).max_decoding_message_size(MAX_REQUEST_BYTES)
     }
 
     /// Runs `work` on a thread that may block. It goes on to its end even if the caller goes away, and holds the volume until
@@ -78,9 +88,11 @@ impl csi::node_server::Node for Service {
         &self,
         request: Request<csi::NodePublishVolumeRequest>,
     ) -> Result<Response<csi::NodePublishVolumeResponse>, Status> {
-        let want = PublishRequest::new(request.get_ref(), self.node.folders())
-            .map_err(|refusal| refused("publish", &request.get_ref().volume_id, &refusal))?;
-        drop(request); // Its secrets with it.
+        let mut request = request.into_inner();
+        // Not asked for, and given all the same where a class names a node-publish-secret.
+        request.secrets.values_mut().for_each(zeroize::Zeroize::zeroize);
+        let want =
+            PublishRequest::new(&request, self.node.folders()).map_err(|refusal| refused("publish", &request.volume_id, &refusal))?;
         self.work(&want.volume.clone(), move |node| node.publish(&want)).await?;
         Ok(Response::new(csi::NodePublishVolumeResponse {}))
     }

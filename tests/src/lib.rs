@@ -11,4 +11,5 @@ pub mod history;
 pub mod machine;
 mod process;
 pub mod sim;
+pub mod storm;
 pub mod tools;

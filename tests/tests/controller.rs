@@ -7,19 +7,27 @@ mod attach;
 mod batch;
 #[path = "controller/bed.rs"]
 mod bed;
+#[path = "controller/check.rs"]
+mod check;
 #[path = "controller/claims.rs"]
 mod claims;
 #[path = "controller/create.rs"]
 mod create;
 #[path = "controller/dead.rs"]
 mod dead;
+#[path = "controller/defects.rs"]
+mod defects;
 #[path = "controller/detach.rs"]
 mod detach;
 #[path = "controller/expand.rs"]
 mod expand;
 #[path = "controller/hold.rs"]
 mod hold;
+#[path = "controller/kube.rs"]
+mod kube;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/race.rs"]
+mod race;
 #[path = "controller/trouble.rs"]
 mod trouble;

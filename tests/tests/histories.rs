@@ -1,6 +1,8 @@
 //! Histories of concurrent calls under a scheduler: random ones, races, and every request's answer lost.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
 
+#[path = "histories/found.rs"]
+mod found;
 #[path = "histories/lost.rs"]
 mod lost;
 #[path = "histories/races.rs"]

@@ -3,12 +3,18 @@
 //! `guest_…`: QEMU and the guest's kernel are needed; without them a test says SKIPPED, under CI it fails.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
 
+#[path = "node/agent.rs"]
+mod agent;
+#[path = "node/ciphertext.rs"]
+mod ciphertext;
 #[path = "node/crash.rs"]
 mod crash;
 #[path = "node/dm.rs"]
 mod dm;
 #[path = "node/harness.rs"]
 mod harness;
+#[path = "node/kernels.rs"]
+mod kernels;
 #[path = "node/kill.rs"]
 mod kill;
 #[path = "node/life.rs"]
@@ -17,6 +23,8 @@ mod life;
 mod limits;
 #[path = "node/luks.rs"]
 mod luks;
+#[path = "node/luks_foreign.rs"]
+mod luks_foreign;
 #[path = "node/matrix.rs"]
 mod matrix;
 #[path = "node/modes.rs"]

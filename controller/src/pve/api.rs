@@ -61,6 +61,12 @@ impl Request {
         self.path.strip_prefix("/nodes/")?.split('/').next()
     }
 
+    /// Whether a password is in it, and a ticket in its answer.
+    #[must_use]
+    pub fn is_login(&self) -> bool {
+        self.path == "/access/ticket"
+    }
+
     /// Path and query.
     #[must_use]
     pub fn target(&self) -> String {
@@ -438,6 +444,20 @@ pub fn change(host: &str, vmid: u32, change: &Change, digest: &str, delay_s: Opt
         Some(delay_s) => request.with("background_delay", delay_s.to_string()),
         None => request,
     }
+}
+
+/// `GET /version`
+#[must_use]
+pub fn version() -> Request {
+    Request::new(Method::Get, "/version".into())
+}
+
+/// Reads [`version`]: `9.2.11`.
+///
+/// # Errors
+/// No version in it.
+pub fn read_version(call: &str, data: &Value) -> Result<String, Error> {
+    text_of(data, "version").ok_or_else(|| misread(call, "no version"))
 }
 
 /// `GET /cluster/nextid?vmid=N`: whether a number is free, also of a VM that is not shown to us.

@@ -116,6 +116,16 @@ pub fn is_disk_slot(key: &str) -> bool {
     numbered(key, &["scsi", "virtio", "sata"])
 }
 
+/// The VM that Proxmox takes for the owner of a volume, by its name alone: `vm-9999-x`, `9999/vm-9999-x.raw`.
+#[must_use]
+pub fn owner_of(disk: &str) -> Option<u32> {
+    let digits = match disk.split_once('/') {
+        Some((folder, _)) => folder,
+        None => ["vm-", "base-", "subvol-", "basevol-"].iter().find_map(|prefix| disk.strip_prefix(prefix))?.split('-').next()?,
+    };
+    digits.parse().ok()
+}
+
 /// Whether a key of a container's config is a mount point, or a volume set aside.
 #[must_use]
 pub fn is_mount_point(key: &str) -> bool {
@@ -224,6 +234,19 @@ mod tests {
         assert_eq!(parse_size("1.5G"), Some(3 << 29));
         for wrong in ["", "K", "-1G", "1P", "1.G.", "99999999999999T", "1.1234567G"] {
             assert_eq!(parse_size(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn owners_are_read_from_names() {
+        for (disk, owner) in [
+            ("vm-9999-a", Some(9999)),
+            ("101/vm-101-disk-0.qcow2", Some(101)),
+            ("base-105-disk-1", Some(105)),
+            ("x", None),
+            ("vm-x-1", None),
+        ] {
+            assert_eq!(owner_of(disk), owner, "{disk}");
         }
     }
 

@@ -209,6 +209,10 @@ const TEXTS: &[(&[&str], Meaning)] = &[
     (&["VM is locked ("], Meaning::VmLocked),
     (&["duplicate property 'throttle-drive-"], Meaning::LeakedSlot),
     (&["Duplicate nodes with node-name='drive-"], Meaning::LeakedSlot),
+    // Machines below 10.0, so all of Proxmox VE 8.
+    (&["Duplicate ID 'drive-", "for drive"], Meaning::LeakedSlot),
+    // Up to qemu-server 8.3.6, which still asks what became of device_add.
+    (&["Failed to get \"write\" lock"], Meaning::VolumeInUse),
     (&["still busy in guest?"], Meaning::StillBusyInGuest),
     (&["error on hot-unplugging device"], Meaning::StillBusyInGuest),
     (&["can't unplug bootdisk"], Meaning::BootDisk),

@@ -61,7 +61,7 @@ pub(super) fn was_sent() -> bool {
 ///
 /// # Errors
 /// A sentence: no certificates to trust were found.
-pub(super) fn agent(https: bool, insecure: bool, ca_bundle: Option<&Path>) -> Result<Agent, String> {
+pub(crate) fn agent(https: bool, insecure: bool, ca_bundle: Option<&Path>) -> Result<Agent, String> {
     let mut tls = TlsConfig::builder()
         .provider(TlsProvider::Rustls)
         .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));

@@ -189,6 +189,21 @@ pub(crate) const KNOWN: &[Row] = &[
     (76, Some(400), VERIFY, &[("vmid", "VM 100 already exists")], Meaning::VmidTaken),
     (77, Some(500), "no such cluster node 'pve2'", &[], Meaning::NoSuchHost),
     (78, None, "volume 'ds1:9999/x.raw' does not exist", &[], Meaning::NoSuchVolume),
+    // Proxmox VE 8 says it otherwise.
+    (
+        59,
+        None,
+        "400 Parameter verification failed. scsi1: hotplug problem - adding drive failed: Duplicate ID 'drive-scsi1' for drive ",
+        &[],
+        Meaning::LeakedSlot,
+    ),
+    (
+        0,
+        None,
+        "400 Parameter verification failed. scsi1: hotplug problem - VM 101 qmp command 'device_add' failed - Failed to get \"write\" lock ",
+        &[],
+        Meaning::VolumeInUse,
+    ),
     // Of §12: trouble with plugging that has no row of its own.
     (0, None, "400 Parameter verification failed. scsi1: hotplug problem - adding drive failed: x ", &[], Meaning::HotplugFailed),
 ];

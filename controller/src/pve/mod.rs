@@ -7,7 +7,7 @@
 pub mod api;
 pub mod drive;
 pub mod error;
-mod http;
+pub(crate) mod http;
 #[cfg(test)]
 pub(crate) mod known;
 
@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -43,6 +43,29 @@ pub const TASK_DEADLINE: Duration = Duration::from_secs(100);
 pub const CALLS_PER_CLUSTER: usize = 16;
 /// Calls about one Proxmox node at a time: it works on three, and one that hangs must leave room for calls about the others.
 const CALLS_PER_HOST: usize = 6;
+
+/// One request and its answer, as a check of somebody's Proxmox writes them down. Never of a login; no header is in it.
+#[derive(Debug)]
+pub struct Exchange<'a> {
+    /// `POST /nodes/pve1/qemu/101/config`
+    pub call: String,
+    /// Path and query, or the form.
+    pub parameters: String,
+    /// HTTP status.
+    pub status: u16,
+    /// The status line's reason.
+    pub reason: String,
+    /// The body.
+    pub answer: &'a str,
+}
+
+static TRANSCRIPT: OnceLock<fn(&Exchange<'_>)> = OnceLock::new();
+
+/// Has every exchange of this process shown to `to`, from now on.
+pub fn transcribe(to: fn(&Exchange<'_>)) {
+    // Once for a process: a second one would see what it was not meant to.
+    let _ = TRANSCRIPT.set(to);
+}
 
 /// A client of one Proxmox cluster.
 pub struct Client {
@@ -238,6 +261,10 @@ impl Client {
             let why = self.explained(&error);
             failed(if http::was_sent() { Cause::NoAnswer(why) } else { Cause::NotSent(why) })
         })?;
+        if let Some(to) = TRANSCRIPT.get().filter(|_| !request.is_login()) {
+            let parameters = if matches!(request.method, Method::Get | Method::Delete) { request.target() } else { request.body() };
+            to(&Exchange { call: request.name(), parameters, status, reason: http::reason(), answer: &text });
+        }
         if (300..400).contains(&status) {
             let why = format!("{} answers {status}, a redirection; the url should begin with https://", self.url);
             return Err(failed(Cause::NotSent(why)));

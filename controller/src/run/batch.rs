@@ -10,6 +10,8 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::evidence::{Depth, Reference};
+use super::publish::held_elsewhere;
 use super::queue::{Done, Entry, Wish};
 use super::region::{Known, Region, STATE_AGE, ago, locked};
 use super::unpublish::words;
@@ -32,9 +34,9 @@ const MAX_LEAKED: usize = 6;
 /// A removal, its repeat for a busy guest, and a changed digest.
 const MAX_UNDO_TRIES: usize = 3;
 /// How long a locked VM is waited for by callers who say nothing of their patience: the least that sidecars wait.
-const LOCK_WAIT: Duration = Duration::from_secs(14);
+pub(super) const LOCK_WAIT: Duration = Duration::from_secs(14);
 /// Between two looks at a VM that carries a lock.
-const LOCK_POLL: Duration = Duration::from_secs(1);
+pub(super) const LOCK_POLL: Duration = Duration::from_secs(1);
 
 /// One volume on its way, from slot to slot.
 struct Work {
@@ -47,6 +49,14 @@ struct Work {
     avoid: BTreeSet<u8>,
     phantoms: usize,
     last: Option<Error>,
+    /// We wrote its drive: it must not stay when the attach fails.
+    wrote: bool,
+    /// The answer to that was lost, and it was not seen since.
+    lost: bool,
+    /// The attach failed with this, and what it left is being taken out.
+    failed: Option<Error>,
+    /// And it is out.
+    is_out: bool,
 }
 
 /// What one call does for one of them.
@@ -55,6 +65,8 @@ enum Step {
     Plug(u8, Box<Drive>),
     Remove(String),
     Forget(String),
+    /// Write a plan again that QEMU has carried out.
+    Finish(String, String),
 }
 
 /// The VM as all of them see it in one turn.
@@ -91,7 +103,26 @@ impl Work {
     }
 
     fn end(&mut self, done: Result<Done, Error>) {
+        let done = match (self.failed.clone(), done) {
+            (None, done) => done,
+            (Some(failed), Ok(_)) => {
+                self.is_out = true;
+                Err(failed)
+            }
+            (Some(failed), Err(why)) => {
+                Err(Error { code: failed.code, text: format!("{}; and taking it out failed: {}", failed.text, why.text) })
+            }
+        };
         self.done.get_or_insert(done);
+    }
+
+    /// An attach will not be: what was written of it is taken out first.
+    fn withdraw(&mut self, error: Error) {
+        if !self.wrote || !self.is_attach() {
+            return self.fail(error);
+        }
+        self.wish = Wish::Detach(self.wish.handle().clone());
+        (self.failed, self.turns, self.last) = (Some(error), 0, None);
     }
 
     fn fail(&mut self, error: impl Into<Error>) {
@@ -118,6 +149,10 @@ impl<'a> Batch<'a> {
             avoid: BTreeSet::new(),
             phantoms: 0,
             last: None,
+            wrote: false,
+            lost: false,
+            failed: None,
+            is_out: false,
         };
         Self { region, vm, works: entries.into_iter().map(work).collect(), together: true }
     }
@@ -134,8 +169,13 @@ impl<'a> Batch<'a> {
     }
 
     fn answer(&mut self) {
+        let region = self.region;
         self.works.retain_mut(|work| match work.done.take() {
             Some(done) => {
+                if work.failed.is_some() && work.is_out && !work.lost {
+                    // Carried out, seen, and taken out again: nothing is on its way any more.
+                    region.settle(&work.volid());
+                }
                 // Nobody waits any more where the runtime ends.
                 let _ = work.answer.take().map(|answer| answer.send(done));
                 false
@@ -159,7 +199,7 @@ impl<'a> Batch<'a> {
             work.turns += 1;
             if work.turns > work.max_turns() {
                 let last = work.last.take();
-                work.fail(last.unwrap_or_else(|| Error::aborted("the VM's config changes all the time; repeated")));
+                work.withdraw(last.unwrap_or_else(|| Error::aborted("the VM's config changes all the time; repeated")));
             }
         }
         self.check_evidence().await;
@@ -181,11 +221,12 @@ impl<'a> Batch<'a> {
         for work in self.active().filter(|work| work.is_attach()) {
             let handle = work.wish.handle().clone();
             let checked = match region.check_reach(&handle, &mut vm).await {
+                Ok(()) if work.phantoms > 0 => region.check_nobody_else_now(&handle, vm.vmid).await,
                 Ok(()) => region.check_nobody_else(&handle, vm.vmid).await,
                 Err(error) => Err(error),
             };
             if let Err(error) = checked {
-                work.fail(error);
+                work.withdraw(error);
             }
         }
         self.vm = vm;
@@ -270,6 +311,7 @@ impl<'a> Batch<'a> {
         let count = if self.together { self.works.len() } else { 1 };
         for (index, work) in self.works.iter_mut().take(count).enumerate().filter(|(_, work)| work.done.is_none()) {
             let volid = work.volid();
+            work.lost &= !look.known.config.naming(&volid).any(|(key, _)| !key.starts_with("unused"));
             let wish = work.wish.clone();
             let step = match &wish {
                 Wish::Attach(request) => {
@@ -290,6 +332,7 @@ impl<'a> Batch<'a> {
                     }
                     Ok(DetachStep::Detach(key)) => Some(Step::Remove(key)),
                     Ok(DetachStep::Revert(key)) => Some(Step::Forget(key)),
+                    Ok(DetachStep::Finish(key, line)) => Some(Step::Finish(key, line)),
                 },
             };
             if let Some(Step::Plug(lun, _)) = &step {
@@ -324,6 +367,9 @@ impl<'a> Batch<'a> {
         let digest = &look.known.config.digest;
         let mut change = Change::default();
         for (index, step) in &plan {
+            if let (Some(work), Step::Plug(..)) = (self.works.get_mut(*index), step) {
+                work.wrote = true;
+            }
             match step {
                 Step::Plug(lun, drive) => {
                     // Until it is verified, whatever way this call ends.
@@ -332,6 +378,7 @@ impl<'a> Batch<'a> {
                 }
                 Step::Remove(key) => drop(change.delete.insert(key.clone())),
                 Step::Forget(key) => drop(change.revert.insert(key.clone())),
+                Step::Finish(key, line) => drop(change.set.insert(key.clone(), line.clone())),
             }
             if let (Some(Work { wish: Wish::Attach(request), .. }), Step::Remove(_) | Step::Forget(_)) = (self.works.get(*index), step) {
                 proto::warn!("attach {} to VM {}: first {step:?}, which an earlier attach or a removal left", request.handle, self.vm.vmid);
@@ -375,7 +422,7 @@ impl<'a> Batch<'a> {
                     Some(_) => phantoms.push((index, lun)),
                 },
                 Step::Remove(key) => verify_removal(work, &key, look, &state, vmid),
-                Step::Forget(_) => (),
+                Step::Forget(_) | Step::Finish(..) => (),
             }
         }
         if !phantoms.is_empty() {
@@ -394,6 +441,8 @@ impl<'a> Batch<'a> {
                 work.fail(why.clone());
                 continue;
             }
+            // It was carried out, and is undone: nothing is on its way any more, though the config is as it was before.
+            self.region.settle(&work.volid());
             if !is_running {
                 work.fail(words(&Refusal::NotRunning, vmid));
                 continue;
@@ -401,6 +450,12 @@ impl<'a> Batch<'a> {
             self.region.leak(vmid, *lun);
             work.avoid.insert(*lun);
             work.phantoms += 1;
+            // Most often a rival on the same node has the image open: one more try would cost one more slot.
+            let others = self.region.references(work.wish.handle(), Instant::now(), Some(vmid), Depth::Config).await;
+            if let Some(rival) = others.ok().and_then(|others| others.into_iter().find(Reference::counts)) {
+                work.fail(held_elsewhere(&rival));
+                continue;
+            }
             let refused = Error::internal(format!(
                 "Proxmox said OK, but QEMU has no scsi{lun}: it refused the drive (another QEMU may have the image open; see the log of QEMU)"
             ));
@@ -417,6 +472,7 @@ impl<'a> Batch<'a> {
         let meaning = error.meaning();
         if matches!(meaning, Meaning::DigestChanged | Meaning::NoSuchVm | Meaning::VmLocked) {
             // None of them was begun.
+            self.settle_plugs(plan);
             for (index, _) in plan {
                 self.works.get_mut(*index).into_iter().for_each(|work| work.last = Some(error.clone().into()));
             }
@@ -424,10 +480,28 @@ impl<'a> Batch<'a> {
         }
         proto::warn!("VM {}: of {} changes in one call one failed, each is tried alone: {error}", self.vm.vmid, plan.len());
         self.together = false;
-        if let Err(why) = self.revert_planned(plan).await {
-            let why = why.during(&format!("after a failed change of several drives ({error}) the rest could not be reverted"));
+        if meaning.is_outcome_unknown() {
             for (index, _) in plan {
-                self.works.get_mut(*index).into_iter().for_each(|work| work.fail(why.clone()));
+                self.works.get_mut(*index).into_iter().for_each(|work| work.lost = true);
+            }
+        }
+        match self.revert_planned(plan).await {
+            Ok(()) if meaning.is_outcome_unknown() => (),
+            Ok(()) => self.settle_plugs(plan),
+            Err(why) => {
+                let why = why.during(&format!("after a failed change of several drives ({error}) the rest could not be reverted"));
+                for (index, _) in plan {
+                    self.works.get_mut(*index).into_iter().for_each(|work| work.fail(why.clone()));
+                }
+            }
+        }
+    }
+
+    /// Proxmox has answered: what these left, if anything, is in the config.
+    fn settle_plugs(&self, plan: &[(usize, Step)]) {
+        for (_, step) in plan {
+            if let Step::Plug(_, drive) = step {
+                self.region.settle(&drive.volid);
             }
         }
     }
@@ -438,11 +512,11 @@ impl<'a> Batch<'a> {
             let known = self.region.config(&self.vm.host, self.vm.vmid, Instant::now()).await?;
             let is_planned = |(_, step): &&(usize, Step)| match step {
                 Step::Plug(lun, _) => known.config.lines.get(&slot(*lun)).is_some_and(|line| line.pending.is_some()),
-                Step::Remove(_) | Step::Forget(_) => false,
+                Step::Remove(_) | Step::Forget(_) | Step::Finish(..) => false,
             };
             let keys = plan.iter().filter(is_planned).filter_map(|(_, step)| match step {
                 Step::Plug(lun, _) => Some(slot(*lun)),
-                Step::Remove(_) | Step::Forget(_) => None,
+                Step::Remove(_) | Step::Forget(_) | Step::Finish(..) => None,
             });
             let change = Change { revert: keys.collect(), ..Change::default() };
             if change.is_empty() {
@@ -460,6 +534,7 @@ impl<'a> Batch<'a> {
         let (region, vm) = (self.region, self.vm.clone());
         let Some(work) = self.works.get_mut(index) else { return };
         let meaning = error.meaning();
+        work.lost |= meaning.is_outcome_unknown() && matches!(step, Step::Plug(..));
         if matches!(meaning, Meaning::DigestChanged | Meaning::NoSuchVm | Meaning::VmLocked) {
             if work.is_attach() && matches!(step, Step::Plug(..)) {
                 region.settle(&work.volid());
@@ -491,7 +566,7 @@ fn attach_step(work: &mut Work, request: &Publish, next: Result<AttachStep, Refu
             None
         }
         Err(refusal) => {
-            work.fail(words(&refusal, vm.vmid));
+            work.withdraw(words(&refusal, vm.vmid));
             None
         }
         Ok(AttachStep::Attached(lun, drive)) => {
@@ -507,7 +582,9 @@ fn attach_step(work: &mut Work, request: &Publish, next: Result<AttachStep, Refu
             )));
             None
         }
-        Ok(AttachStep::AttachAt(lun)) => Some(Step::Plug(lun, Box::new(request.parameters.drive(&request.handle, lun, request.readonly)))),
+        Ok(AttachStep::AttachAt(lun) | AttachStep::Finish(lun)) => {
+            Some(Step::Plug(lun, Box::new(request.parameters.drive(&request.handle, lun, request.readonly))))
+        }
     }
 }
 
@@ -560,12 +637,13 @@ impl Region {
             let error = if meaning == Meaning::NoSuchVolume { self.missing(&request.handle, error).await } else { error.into() };
             return work.fail(error);
         };
-        if is_lost && line.value.is_some() {
-            // It was carried out: the next look says whether QEMU has it, and whether a rival has it, too.
-            if let Err(error) = self.state_now(&vm.host, vm.vmid).await {
-                work.fail(error);
+        if is_lost {
+            // Carried out, or half: the next look says what QEMU has, and whether a rival has it, too.
+            match self.state_now(&vm.host, vm.vmid).await {
+                Ok(state) if line.value.is_none() && state.plugged.as_ref().is_none_or(|plugged| !plugged.contains(&key)) => (),
+                Ok(_) => return,
+                Err(error) => return work.fail(error),
             }
-            return;
         }
         let change = if line.value.is_some() { Change::remove(&key) } else { Change::forget(&key) };
         let undone = self.undo(vm, &change, Some(&known.config.digest)).await;
@@ -596,7 +674,7 @@ impl Region {
     }
 
     /// Notes the lock that a VM carries, or that it carries none. When it was first seen.
-    fn note_lock(&self, vmid: u32, lock: Option<&str>) -> SystemTime {
+    pub(super) fn note_lock(&self, vmid: u32, lock: Option<&str>) -> SystemTime {
         let slot = self.vm(vmid);
         let mut seen = locked(&slot.lock);
         let Some(lock) = lock else {

@@ -4,7 +4,7 @@ use proto::VolumeHandle;
 use tokio::time::Instant;
 
 use super::Controller;
-use super::evidence::{Depth, Reach};
+use super::evidence::Depth;
 use crate::error::Error;
 use crate::pve::Meaning;
 
@@ -25,13 +25,9 @@ impl Controller {
             proto::warn!("{step}: Proxmox node {} is not in the cluster; the volume went with it", handle.zone);
             return Ok(());
         };
-        // Nobody can look after a deletion, as after an attachment. On a local storage all that could hold it is read now; on a
-        // shared one all that is plugged, and the configs of VMs that do not run or have something else plugged than was read.
-        let looked = match region.reach(handle).await? {
-            Reach::Local => region.references(handle, Instant::now(), None, Depth::Snapshots).await,
-            Reach::Shared | Reach::Unlisted => region.references_before_refusal(handle, None, Depth::Snapshots).await,
-        };
-        let references = looked.map_err(|error| error.during(&step))?;
+        // Nobody can look after a deletion, as after an attachment: all that could hold it is read now. That what is plugged has the
+        // names it had is not enough, by hand or by a rollback a slot may hold another volume than a moment ago.
+        let references = region.references(handle, Instant::now(), None, Depth::Snapshots).await.map_err(|error| error.during(&step))?;
         if !references.is_empty() {
             let all: Vec<String> = references.iter().map(ToString::to_string).collect();
             return Err(Error::precondition(format!("{step}: refused while in use: {}", all.join("; "))));

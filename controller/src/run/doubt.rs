@@ -136,7 +136,7 @@ mod tests {
         let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
         let url = "http://127.0.0.1:1/api2/json".into();
         let cluster = ClusterConfig { region: "r".into(), url, insecure: false, credentials, fenced: BTreeSet::new() };
-        let region = Region::new("r".into(), Client::new(&cluster, None), Rules::default());
+        let region = Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None);
         let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };
         let resources = Resources { vms: BTreeMap::from([(101, vm)]), ..Resources::default() };
         region.put_resources(Instant::now() + Duration::from_secs(60), resources).await;

@@ -20,6 +20,9 @@ use crate::pve::api::{Resources, VmState};
 use crate::pve::drive::{is_disk_slot, volume_of};
 use crate::pve::{self, Meaning};
 
+/// Looks at a VM whose drives change between its state and its config, before what is odd is believed.
+const MAX_LOOKS: usize = 4;
+
 /// How much of each VM is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Depth {
@@ -48,6 +51,8 @@ pub(crate) enum View {
     Snapshot(String),
     /// A mount point of a container.
     Container,
+    /// Its VM cannot be read, and Kubernetes has it attached to that node.
+    Attachment,
 }
 
 /// One reference.
@@ -80,7 +85,7 @@ impl Reference {
     /// Whether the VM has the volume or will have it: no other may get it.
     #[must_use]
     pub(crate) fn holds(&self) -> bool {
-        matches!(self.view, View::Configured | View::Planned | View::Plugged | View::Unexplained | View::Container)
+        matches!(self.view, View::Configured | View::Planned | View::Plugged | View::Unexplained | View::Container | View::Attachment)
     }
 
     /// The same, where the operator's word does not say that it has let go.
@@ -114,6 +119,7 @@ impl Reference {
             View::Unused => write!(f, "VM {vmid} on {host} has it set aside as {key}"),
             View::Snapshot(name) => write!(f, "snapshot {name:?} of VM {vmid} on {host} keeps it as {key}"),
             View::Container => write!(f, "container {vmid} on {host} has it as {key}"),
+            View::Attachment => write!(f, "VM {vmid} on {host} has it by Kubernetes' VolumeAttachment to node {key}"),
         }
     }
 }
@@ -167,9 +173,24 @@ impl Region {
         except: Option<u32>,
         depth: Depth,
     ) -> Result<Vec<Reference>, Error> {
+        let (found, unread) = self.references_read(handle, since, except, depth).await?;
+        unread.map_or(Ok(found), Err)
+    }
+
+    /// Every reference that could be read, and why others could not: for a question that one reference answers.
+    ///
+    /// # Errors
+    /// It cannot be told which VMs could hold the volume.
+    pub(crate) async fn references_read(
+        self: &Arc<Self>,
+        handle: &VolumeHandle,
+        since: Instant,
+        except: Option<u32>,
+        depth: Depth,
+    ) -> Result<(Vec<Reference>, Option<Error>), Error> {
         self.check_sees_all_vms().await?;
         let volid = handle.volid();
-        let mut found = Vec::new();
+        let (mut found, mut unread) = (Vec::new(), None);
         let mut reading = JoinSet::new();
         if depth != Depth::Config {
             self.check_no_earlier_writes(handle).await?;
@@ -186,10 +207,13 @@ impl Region {
             reading.spawn(async move { region.references_of(vmid, host, state, &volid, since, depth).await });
         }
         while let Some(read) = reading.join_next().await {
-            found.extend(read.map_err(|cause| Error::internal(format!("a reading broke off: {cause}")))??);
+            match read.map_err(|cause| Error::internal(format!("a reading broke off: {cause}")))? {
+                Ok(read) => found.extend(read),
+                Err(error) => drop(unread.get_or_insert(error)),
+            }
         }
         found.sort_by(|a, b| (a.vmid, &a.key).cmp(&(b.vmid, &b.key)));
-        Ok(found)
+        Ok((found, unread))
     }
 
     /// The references as of the last minute; read again where one would be a reason to refuse: it may be gone by now.
@@ -215,7 +239,12 @@ impl Region {
             // What is off carries nothing out.
             if resources.hosts.get(&host).is_some_and(|status| status != "offline") && self.may_have_earlier_writes(&host) {
                 let region = Arc::clone(self);
-                looking.spawn(async move { region.check_no_earlier_write(&host).await });
+                looking.spawn(async move {
+                    let Err(error) = region.check_no_earlier_write(&host).await else { return Ok(()) };
+                    // Gone off since the cluster was read, perhaps: then it carries nothing out.
+                    let now = region.resources(Instant::now()).await?;
+                    if now.hosts.get(&host).is_some_and(|status| status == "offline") { Ok(()) } else { Err(error) }
+                });
             }
         }
         while let Some(looked) = looking.join_next().await {
@@ -305,11 +334,7 @@ impl Region {
         let step = format!("whether VM {vmid} on {host} holds {volid} cannot be told");
         let off = self.off(&host).await.map_err(|error| error.during(&step))?;
         if let Some(off) = off {
-            let Some((known, state)) = self.read_of_dead_host(vmid, &host, &off).await.map_err(|error| error.during(&step))? else {
-                return Ok(Vec::new());
-            };
-            let found = references_in(vmid, &known, &state, volid);
-            return Ok(found.into_iter().map(|one| Reference { off: Some(off.clone()), ..one }).collect());
+            return self.references_on_dead_host(vmid, &host, off, volid).await.map_err(|error| error.during(&step));
         }
         let read = {
             let _turn = self.readers.acquire().await;
@@ -370,10 +395,16 @@ impl Region {
             let seen = Seen { config: &known.config, running: state.running, plugged: state.plugged.as_ref() };
             state.plugged.is_none() || unexplained(seen).any(|key| !known.held.contains_key(key))
         };
-        if is_odd(&known, &state) {
+        for _ in 0..MAX_LOOKS {
+            if !is_odd(&known, &state) {
+                break;
+            }
             // The list and the config were read one after the other; what changed between them explains itself now.
             state = self.state_now(host, vmid).await?;
-            if state.plugged.is_some() && is_odd(&known, &state) {
+            if state.plugged.is_none() {
+                break;
+            }
+            if is_odd(&known, &state) {
                 known = self.config(host, vmid, Instant::now()).await?;
             }
         }
@@ -389,20 +420,21 @@ impl Region {
         Ok((known, state))
     }
 
-    /// A host that a quorate cluster calls offline cannot change its VMs: they count as last read. Nothing where it was never
-    /// read and the operator says that it is off.
-    async fn read_of_dead_host(&self, vmid: u32, host: &str, off: &Off) -> Result<Option<(Known, VmState)>, Error> {
-        match self.last_known(vmid).await {
+    /// A host that a quorate cluster calls offline cannot change its VMs: they count as last read; one that was never read by
+    /// what Kubernetes has attached to it, or by the operator's word that it holds nothing.
+    async fn references_on_dead_host(&self, vmid: u32, host: &str, off: Off, volid: &str) -> Result<Vec<Reference>, Error> {
+        let found = match self.last_known(vmid).await {
             // What QEMU had there may still run: everything that was held counts as plugged.
             Some(known) => {
                 let plugged = known.held.keys().cloned().collect();
-                Ok(Some((known, VmState { running: true, plugged: Some(plugged), pid: None })))
+                references_in(vmid, &known, &VmState { running: true, plugged: Some(plugged), pid: None }, volid)
             }
-            None if off.fenced => Ok(None),
-            None => Err(Error::unavailable(format!(
-                "Proxmox node {host} is {off} and the VM was not read before; bring the node back, or, if it is off for certain, write                  fencedNodes: [{host}] into the config file"
-            ))),
-        }
+            None if off.fenced => Vec::new(),
+            None => self.attached_by_kubernetes(vmid, host, &off, volid).await?,
+        };
+        let holds = found.iter().any(Reference::holds);
+        let fenced = off.fenced || (holds && self.is_out_of_service(vmid).await?);
+        Ok(found.into_iter().map(|one| Reference { off: Some(Off { fenced, ..off.clone() }), ..one }).collect())
     }
 }
 

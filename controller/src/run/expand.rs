@@ -2,15 +2,19 @@
 
 use std::sync::Arc;
 
+use proto::VolumeHandle;
 use tokio::time::Instant;
 
 use super::Controller;
+use super::batch::{LOCK_POLL, LOCK_WAIT, locked_words};
 use super::evidence::{Depth, Reference, View};
-use super::region::{EVIDENCE_AGE, Region, ago};
+use super::region::{EVIDENCE_AGE, Known, Region, ago};
+use crate::deadline;
 use crate::error::Error;
 use crate::placement::{Plugin, size};
+use crate::pve::Meaning;
+use crate::pve::api::{self, Vm};
 use crate::pve::drive::{Drive, volume_of};
-use crate::pve::{Meaning, api};
 use crate::request::Expand;
 
 /// Digest changes that one call puts up with.
@@ -46,25 +50,21 @@ impl Region {
         if request.limit_bytes.is_some_and(|limit| actual > limit) {
             return Err(Error::out_of_range(format!("it has {actual} bytes already; a volume cannot be made smaller")));
         }
-        let mut references = self.references(handle, ago(EVIDENCE_AGE), None, Depth::Plugged).await?;
-        if !references.iter().any(Reference::holds) {
-            // It may have been attached since.
-            references = self.references(handle, Instant::now(), None, Depth::Plugged).await?;
-        }
-        let configured = references.iter().find(|one| one.view == View::Configured);
-        let Some(holder) = configured.or_else(|| references.iter().find(|one| one.holds())) else {
+        let begun = Instant::now();
+        let Some(vm) = self.expanding_vm(handle).await? else {
             // Nobody's QEMU has to be told: what is large enough is done.
             if actual >= request.required_bytes {
                 return Ok(Expanded { capacity_bytes: actual });
             }
             return Err(Error::precondition("Proxmox grows attached disks only; it grows when a pod uses it"));
         };
-        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
-        let vm = resources.vms.get(&holder.vmid).cloned().ok_or_else(|| Error::unavailable("the VM that holds it is gone; repeated"))?;
         let _alone = self.change_alone(vm.vmid).await;
         let mut last = None;
+        // What was read to find the VM counts once.
+        let mut since = begun;
         for _ in 0..MAX_TURNS {
-            let known = self.config(&vm.host, vm.vmid, Instant::now()).await?;
+            let known = self.unlocked_config(&vm, since).await?;
+            since = Instant::now();
             let slots = known.config.lines.iter().filter(|(key, _)| !key.starts_with("unused"));
             let Some((key, drive)) = slots
                 .filter(|(_, line)| !line.delete)
@@ -96,11 +96,55 @@ impl Region {
                     proto::info!("expand {handle}: {target} bytes as {key} of VM {}", vm.vmid);
                     return Ok(Expanded { capacity_bytes: target });
                 }
-                Err(error) if error.meaning() == Meaning::DigestChanged => last = Some(error),
+                Err(error) if matches!(error.meaning(), Meaning::DigestChanged | Meaning::VmLocked) => last = Some(error),
                 Err(error) => return Err(error.into()),
             }
         }
         Err(last.map_or_else(|| Error::aborted("repeated"), Error::from))
+    }
+
+    /// The VM that has it. One that is known to is asked first, so that a VM that cannot be read stops its own volumes only.
+    async fn expanding_vm(self: &Arc<Self>, handle: &VolumeHandle) -> Result<Option<Vm>, Error> {
+        let volid = handle.volid();
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        for vmid in self.ever_naming(&volid).await {
+            let Some(vm) = resources.vms.get(&vmid) else { continue };
+            let known = self.config(&vm.host, vmid, Instant::now()).await;
+            if known.is_ok_and(|known| known.config.naming(&volid).any(|(key, line)| !key.starts_with("unused") && line.value.is_some())) {
+                return Ok(Some(vm.clone()));
+            }
+        }
+        let (mut found, mut unread) = self.references_read(handle, ago(EVIDENCE_AGE), None, Depth::Plugged).await?;
+        if !found.iter().any(Reference::holds) {
+            // It may have been attached since.
+            (found, unread) = self.references_read(handle, Instant::now(), None, Depth::Plugged).await?;
+        }
+        let configured = found.iter().find(|one| one.view == View::Configured);
+        match (configured.or_else(|| found.iter().find(|one| one.holds())), unread) {
+            (Some(holder), _) => {
+                let vm = self.resources(ago(EVIDENCE_AGE)).await?.vms.get(&holder.vmid).cloned();
+                vm.ok_or_else(|| Error::unavailable(format!("{holder}, and that VM is gone; repeated"))).map(Some)
+            }
+            (None, Some(unread)) => Err(unread),
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// A VM's config, once it carries no lock.
+    async fn unlocked_config(&self, vm: &Vm, since: Instant) -> Result<Known, Error> {
+        let due = deadline::of_caller().unwrap_or_else(|| Instant::now() + LOCK_WAIT);
+        let mut since = since;
+        loop {
+            let known = self.config(&vm.host, vm.vmid, since).await?;
+            let lock = known.config.configured("lock");
+            let seen = self.note_lock(vm.vmid, lock);
+            match lock {
+                None => return Ok(known),
+                Some(lock) if Instant::now() >= due => return Err(locked_words(vm.vmid, lock, seen)),
+                Some(_) => tokio::time::sleep_until(due.min(Instant::now() + LOCK_POLL)).await,
+            }
+            since = Instant::now();
+        }
     }
 
     async fn resize(&self, host: &str, vmid: u32, key: &str, bytes: u64, digest: &str) -> Result<(), crate::pve::Error> {

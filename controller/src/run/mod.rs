@@ -10,6 +10,7 @@ mod delete;
 mod doubt;
 mod evidence;
 mod expand;
+mod kubernetes;
 mod leftover;
 mod publish;
 mod queue;
@@ -27,9 +28,10 @@ use tokio::time::Instant;
 
 use crate::config::{self, Features};
 use crate::error::Error;
+use crate::kube::Kube;
 use crate::placement::Refusal;
 use crate::pve::Client;
-use crate::pve::api::Storage;
+use crate::pve::api::{self, Storage};
 use crate::request::Capacity;
 pub use create::Created;
 pub use expand::Expanded;
@@ -42,6 +44,27 @@ const CONFIG_AGE: Duration = Duration::from_secs(1);
 const MAX_TRIED: usize = 1024;
 /// An allocation whose answer was lost has ended by then, also one that writes the whole file first.
 const TRIED_AGE: Duration = Duration::from_secs(600);
+
+/// The releases that the simulator speaks, which recordings of the real daemons keep honest.
+const OLDEST_TESTED: Release = Release(8, 2);
+const NEWEST_TESTED: Release = Release(9, 2);
+
+/// A release of Proxmox VE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Release(u32, u32);
+
+impl std::fmt::Display for Release {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
+/// `9.2.11`, by its first two numbers.
+fn is_tested(version: &str) -> bool {
+    let mut numbers = version.split(['.', '-', '~']).map_while(|number| number.parse().ok());
+    let release = numbers.next().zip(numbers.next()).map(|(major, minor)| Release(major, minor));
+    release.is_some_and(|release| (OLDEST_TESTED..=NEWEST_TESTED).contains(&release))
+}
 
 /// All clusters of the config file.
 #[derive(Debug)]
@@ -66,6 +89,7 @@ type Stamp = Option<(SystemTime, u64)>;
 pub struct Controller {
     path: PathBuf,
     ca_bundle: Option<PathBuf>,
+    kube: Option<Arc<Kube>>,
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
     tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
@@ -75,7 +99,13 @@ impl Controller {
     /// Reads the config file; one that is bad or missing is read again on demand. Makes no call.
     #[must_use]
     pub fn new(path: PathBuf, ca_bundle: Option<PathBuf>) -> Self {
-        let loaded = load(&path, ca_bundle.as_ref(), None);
+        Self::with_kube(path, ca_bundle, None)
+    }
+
+    /// The same, where Kubernetes can be asked.
+    #[must_use]
+    pub fn with_kube(path: PathBuf, ca_bundle: Option<PathBuf>, kube: Option<Arc<Kube>>) -> Self {
+        let loaded = load(&path, ca_bundle.as_ref(), kube.as_ref(), None);
         match &loaded.clusters {
             Ok(clusters) => {
                 let regions: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
@@ -83,7 +113,7 @@ impl Controller {
             }
             Err(why) => proto::error!("{why}"),
         }
-        Self { path, ca_bundle, loaded: Mutex::new(loaded), tried: Mutex::default() }
+        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried: Mutex::default() }
     }
 
     /// Whether there is a config to work with.
@@ -94,12 +124,28 @@ impl Controller {
         self.clusters().map(drop).map_err(|error| error.text)
     }
 
+    /// Says once, in the log, which Proxmox VE each region is, and whether that one was ever tried.
+    pub async fn greet(&self) {
+        let Ok(clusters) = self.clusters() else { return };
+        for (name, region) in &clusters.regions {
+            let request = api::version();
+            let call = request.name();
+            match region.client().call(request).await.and_then(|data| api::read_version(&call, &data)) {
+                Ok(version) if is_tested(&version) => proto::info!("region {name}: Proxmox VE {version}"),
+                Ok(version) => {
+                    proto::warn!("region {name}: Proxmox VE {version} is not tested; tested are {OLDEST_TESTED} to {NEWEST_TESTED}");
+                }
+                Err(error) => proto::warn!("region {name}: {}", Error::from(error).text),
+            }
+        }
+    }
+
     fn clusters(&self) -> Result<Arc<Clusters>, Error> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.looked_at.elapsed() >= CONFIG_AGE {
             loaded.looked_at = Instant::now();
             if loaded.clusters.is_err() || loaded.files.iter().any(|(path, stamp)| stamp_of(path) != *stamp) {
-                let again = load(&self.path, self.ca_bundle.as_ref(), loaded.clusters.as_ref().ok());
+                let again = load(&self.path, self.ca_bundle.as_ref(), self.kube.as_ref(), loaded.clusters.as_ref().ok());
                 match (&again.clusters, &loaded.clusters) {
                     (Err(why), Ok(_)) => {
                         proto::error!("{why}; the config read before stays in use");
@@ -206,7 +252,7 @@ impl Region {
 
 /// Reads the file. A region of the same name and url as before keeps what it knows: who held what on a node that is off now,
 /// and which of our writes are in doubt.
-fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, before: Option<&Arc<Clusters>>) -> Loaded {
+fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, before: Option<&Arc<Clusters>>) -> Loaded {
     let looked_at = Instant::now();
     match config::load(path) {
         Ok((config, files)) => {
@@ -220,7 +266,7 @@ fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, before: Option<&Arc<Cluster
                         region.renew(client, rules);
                         Arc::clone(region)
                     }
-                    None => Arc::new(Region::new(cluster.region.clone(), client, rules)),
+                    None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
                 };
                 (cluster.region.clone(), region)
             });
@@ -243,6 +289,29 @@ impl From<Refusal> for Error {
             Refusal::Wrong(text) => Self::invalid(text),
             Refusal::OutOfRange(text) => Self::out_of_range(text),
             Refusal::NotHere(text) => Self::exhausted(text),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_that_were_tried() {
+        for (version, tested) in [
+            ("8.2.4", true),
+            ("8.4.14", true),
+            ("9.2.11", true),
+            ("9.0~beta1", true),
+            ("8.1.10", false),
+            ("7.4-17", false),
+            ("9.3.1", false),
+            ("10.0.1", false),
+            ("", false),
+            ("x", false),
+        ] {
+            assert_eq!(is_tested(version), tested, "{version}");
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::placement::is_zeroed;
 use crate::pve;
 use crate::pve::api::Vm;
-use crate::pve::drive::{Drive, volume_of};
+use crate::pve::drive::{Drive, owner_of, volume_of};
 use crate::request::{NodeId, Publish};
 
 /// How long the lower of two claims waits for the higher one to go: an attach is undone in some 3 s.
@@ -56,6 +56,12 @@ impl Region {
     async fn publish(self: &Arc<Self>, request: Arc<Publish>, vm: Vm) -> Result<Published, Error> {
         let (handle, mut vm) = (&request.handle, vm);
         self.check_reach(handle, &mut vm).await?;
+        if owner_of(&handle.disk) == Some(vm.vmid) {
+            proto::warn!(
+                "attach {handle}: by its name it is VM {}'s own disk: a detach sets it aside there as unused, and destroying the VM destroys it",
+                vm.vmid
+            );
+        }
         self.notice_leftovers_in(&vm).await?;
         self.remove_leftovers(handle, &vm).await?;
         if let Err(error) = self.check_nobody_else(handle, vm.vmid).await {
@@ -98,6 +104,16 @@ impl Region {
 
     pub(super) async fn check_nobody_else(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Result<(), Error> {
         let references = self.references_before_refusal(handle, Some(vmid), Depth::Plugged).await?;
+        self.check_references(handle, vmid, references).await
+    }
+
+    /// The same from readings of now: QEMU refused the volume, as it does when another one has it open.
+    pub(super) async fn check_nobody_else_now(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Result<(), Error> {
+        let references = self.references(handle, Instant::now(), Some(vmid), Depth::Plugged).await?;
+        self.check_references(handle, vmid, references).await
+    }
+
+    async fn check_references(&self, handle: &VolumeHandle, vmid: u32, references: Vec<Reference>) -> Result<(), Error> {
         if let Some(holder) = references.iter().find(|one| one.counts()) {
             return Err(held_elsewhere(holder));
         }
@@ -140,6 +156,7 @@ impl Region {
                 Err(error) => {
                     // Who cannot look again must not stay.
                     self.detach(handle, vm).await?;
+                    self.settle(&handle.volid());
                     return Err(error);
                 }
             };
@@ -150,6 +167,7 @@ impl Region {
             }
             proto::warn!("attach {handle}: {rival}: our own attachment to VM {} is taken back", vm.vmid);
             self.detach(handle, vm).await?;
+            self.settle(&handle.volid());
             return Err(held_elsewhere(&rival));
         }
     }
@@ -190,10 +208,11 @@ impl Region {
     }
 }
 
-fn held_elsewhere(holder: &Reference) -> Error {
+pub(super) fn held_elsewhere(holder: &Reference) -> Error {
     let then = match &holder.off {
         Some(_) => format!(
-            "bring the node back and detach it there, or, if the node is off for certain, write fencedNodes: [{}] into the config file",
+            "bring the node back and detach it there, or, if the node is off for certain, write fencedNodes: [{}] into the config file (or give the \
+             Kubernetes node its out-of-service taint)",
             holder.host
         ),
         None => "detach it there first".into(),

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::doubt::Doubt;
 use super::queue::Queue;
 use crate::attach;
+use crate::kube::Kube;
 use crate::pve::api::{self, Change, Resources, VmState};
 use crate::pve::drive::{Line, VmConfig};
 use crate::pve::{self, Client};
@@ -95,6 +96,8 @@ pub(crate) struct Region {
     /// Its API, as the config file says now.
     client: Mutex<Arc<Client>>,
     rules: Mutex<Rules>,
+    /// Who says what was attached to VMs that cannot be read.
+    pub(super) kube: Option<Arc<Kube>>,
     resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
     vms: Mutex<HashMap<u32, Arc<VmSlot>>>,
@@ -128,11 +131,12 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Region {
     /// Makes no call.
     #[must_use]
-    pub(crate) fn new(name: String, client: Client, rules: Rules) -> Self {
+    pub(crate) fn new(name: String, client: Client, rules: Rules, kube: Option<Arc<Kube>>) -> Self {
         Self {
             name,
             client: Mutex::new(Arc::new(client)),
             rules: Mutex::new(rules),
+            kube,
             resources: AsyncMutex::default(),
             states: Mutex::default(),
             vms: Mutex::default(),

@@ -92,8 +92,8 @@ impl Region {
                 done => return done,
             },
         };
-        if off.fenced {
-            proto::warn!("detach {handle} from VM {}: {} is {off}, and fenced; its drive is removed when it is back", vm.vmid, vm.host);
+        if off.fenced || self.is_out_of_service(vm.vmid).await? {
+            proto::warn!("detach {handle} from VM {}: {} is {off}, for certain; its drive is removed when it is back", vm.vmid, vm.host);
             self.note_leftover(handle, vm.vmid);
             return Ok(());
         }

@@ -65,7 +65,7 @@ struct Ext4 {
     /// `mke2fs -E assume_storage_prezeroed=1,nodiscard`
     #[argh(switch)]
     prezeroed: bool,
-    /// an existing image file or block device; a file is said to be zeroed (INODE_ZEROED), a block device is not
+    /// an existing image file, which is made zeros first (INODE_ZEROED says so), or block device, which is not
     #[argh(positional)]
     target: PathBuf,
 }
@@ -136,15 +136,9 @@ fn make_xfs(xfs: &Xfs) -> Result<(), Box<dyn std::error::Error>> {
         options.min_io_bytes = queue_limit(&xfs.target, "minimum_io_size")?;
         options.opt_io_bytes = queue_limit(&xfs.target, "optimal_io_size")?;
     }
-    // Before anything is discarded: a refusal leaves the target as it was.
-    xfs::plan(&options)?;
     options.reads_zeros = xfs.prezeroed;
-    if is_block_device && !xfs.prezeroed {
-        // mkfs.xfs discards a device first, where that can be, and does not rely on it. Of a file it discards nothing.
-        let _ = rustix::fs::fallocate(&file, punch(), 0, size_bytes);
-    }
     for write in xfs::plan(&options)? {
-        perform(&file, &write)?;
+        perform(&file, is_block_device, &write)?;
     }
     Ok(())
 }
@@ -162,10 +156,10 @@ fn make_ext4(ext4: &Ext4) -> Result<(), Box<dyn std::error::Error>> {
     }
     let filesystem_bytes = ext4::plan(&options)?.filesystem_bytes();
     // mke2fs discards first. Of a plain file it then knows that it reads as zeros; of a block device it does not.
-    let is_punched = !ext4.prezeroed && rustix::fs::fallocate(&file, punch(), 0, filesystem_bytes).is_ok();
-    options.reads_zeros = ext4.prezeroed || (is_punched && !is_block_device);
+    let is_punched = !is_block_device && !ext4.prezeroed && rustix::fs::fallocate(&file, punch(), 0, filesystem_bytes).is_ok();
+    options.reads_zeros = ext4.prezeroed || is_punched;
     for write in ext4::plan(&options)? {
-        perform(&file, &write)?;
+        perform(&file, is_block_device, &write)?;
     }
     Ok(())
 }
@@ -174,11 +168,13 @@ fn punch() -> FallocateFlags {
     FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
 }
 
-fn perform(file: &File, write: &Write) -> io::Result<()> {
+/// Zeros as the node agent asks a device for them; in a file, as holes.
+fn perform(file: &File, is_block_device: bool, write: &Write) -> io::Result<()> {
+    let zeros = if is_block_device { FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE } else { punch() };
     match write {
         Write::Data { offset, bytes } => file.write_all_at(bytes, *offset),
         Write::Flush => file.sync_all(),
-        Write::Zeros { offset, length } => rustix::fs::fallocate(file, punch(), *offset, *length)
+        Write::Zeros { offset, length } => rustix::fs::fallocate(file, zeros, *offset, *length)
             .or_else(|_| file.write_all_at(&vec![0; usize::try_from(*length).map_err(io::Error::other)?], *offset)),
     }
 }

@@ -260,3 +260,106 @@ proptest! {
         prop_assert_eq!(clean(Zeroed::No), at >= RECYCLED_EDGE_BYTES);
     }
 }
+
+/// A LUKS volume of ours, with what a probe of its inside looks at written as it is at a format.
+fn encrypted(handle: &str, size_bytes: u64) -> (Image, disk::luks::VolumeKey) {
+    use disk::luks::{Format, Hash, Kdf, Material};
+    let image = Image::new(size_bytes);
+    let mut seed = 0_u8;
+    let material = Material::draw(|buffer| {
+        seed += 1;
+        buffer.fill(seed);
+        Ok::<_, ()>(())
+    })
+    .unwrap();
+    let kdf = Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: 1000 };
+    let luks = Format { device_size_bytes: size_bytes, sector_size: 512, uuid: format::luks_uuid(&volume(handle)), kdf };
+    let writes = luks.plan(b"secret", &material, &[], Material::noise(&[3; 64]).unwrap()).unwrap();
+    let mark = disk::Mark::new(&volume(handle).serial).unwrap();
+    format::execute(&image.device, disk::Format::new(writes, &mark), &Default::default()).unwrap();
+    (image, material.volume_key)
+}
+
+#[test]
+fn a_luks_volume_is_known_by_either_copy_of_its_header() {
+    let (image, _) = encrypted(OURS, SIZE);
+    assert!(EACH.iter().all(|zeroed| image.probe(*zeroed) == Surface::Luks));
+    assert!(holds_own_luks(&image.device).unwrap());
+    // Its first copy damaged, then wiped: the second is this volume's own.
+    for bytes in [&[0xff; 512][..], &[0; 4096]] {
+        image.device.write_at(0, bytes).unwrap();
+        assert!(EACH.iter().all(|zeroed| image.probe(*zeroed) == Surface::Luks), "{} bytes", bytes.len());
+    }
+    // Both: never blank where zeros were promised.
+    image.device.zero(0, 32 << 10).unwrap();
+    assert!(matches!(image.probe(Zeroed::Yes), Surface::Other(_)));
+}
+
+/// A raw block volume whose class asks for no passphrase: a copy of an encrypted one is not shown as ciphertext, a pod's own is the pod's.
+#[test]
+fn what_this_driver_encrypted_is_told_from_what_a_pod_did_also_in_a_copy() {
+    let (image, _) = encrypted("r/z/lvm/the-source", SIZE);
+    assert!(holds_own_luks(&image.device).unwrap(), "a copy has its source's UUID");
+    for (uuid, ours) in [
+        ("0b5b5bd9-6a0c-8a1c-8f4e-7c1a7a2f9d10\0", true),
+        ("0b5b5bd9-6a0c-4a1c-8f4e-7c1a7a2f9d10\0", false),
+        ("0b5b5bd9-6a0c-8a1c-8f4e-7c1a7a2f9d10x", false),
+        ("0b5b5bd9x6a0c-8a1c-8f4e-7c1a7a2f9d10\0", false),
+    ] {
+        image.device.write_at(168, uuid.as_bytes()).unwrap();
+        assert_eq!(holds_own_luks(&image.device).unwrap(), ours, "{uuid:?}");
+    }
+    assert!(!holds_own_luks(&Image::new(SIZE).device).unwrap());
+}
+
+/// Recycled storage wipes 4 KiB: the second header of what was there before must not stand beside the new filesystem, or libblkid sees two things.
+#[test]
+fn a_filesystem_over_a_former_encrypted_volume_is_all_that_is_seen() {
+    for (filesystem, size_bytes, surface) in [
+        (Filesystem::Ext4, SIZE, Surface::Ext("ext4".into())),
+        (Filesystem::Ext4, 1 << 33, Surface::Ext("ext4".into())),
+        (Filesystem::Xfs, XFS_SIZE, Surface::Xfs),
+    ] {
+        let (image, _) = encrypted("r/z/lvm/former", size_bytes);
+        image.device.zero(0, 4096).unwrap();
+        let options = FormatOptions { filesystem, ..FormatOptions::default() };
+        format::make(&image.device, &volume(OURS), options, &TOPOLOGY, Ground::Unknown, &Stop::default()).unwrap();
+        assert_eq!(image.probe(Zeroed::No), surface, "{filesystem:?}");
+    }
+}
+
+#[test]
+fn a_former_volumes_second_header_is_not_opened_for_a_new_volume() {
+    let (image, _) = encrypted("r/z/lvm/former", SIZE);
+    image.device.zero(0, 4096).unwrap();
+    assert_eq!(image.probe(Zeroed::No), Surface::Blank, "as Proxmox gives out what another volume had");
+    assert!(other(image.probe(Zeroed::Unknown)).contains("perhaps a former volume's"));
+    // Zeros were promised: it cannot be a leftover, and its own first copy is what is lost.
+    assert_eq!(image.probe(Zeroed::Yes), Surface::Luks);
+    // A damaged head is no wiped one.
+    image.device.write_at(0, &[0xff; 16]).unwrap();
+    assert!(EACH.iter().all(|zeroed| image.probe(*zeroed) == Surface::Luks));
+}
+
+/// The inside of a new volume: noise, but for what the format has written.
+#[test]
+fn noise_with_zeros_where_a_probe_looks_is_blank() {
+    for size_bytes in [SIZE, 3 * MIB] {
+        let image = Image::new(size_bytes);
+        let mut state = size_bytes;
+        let noise: Vec<u8> = (0..MIB)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state.to_be_bytes()[0]
+            })
+            .collect();
+        for at in 0..size_bytes / MIB {
+            image.device.write_at(at * MIB, &noise).unwrap();
+        }
+        for range in looked_at(size_bytes) {
+            assert!(range.end <= size_bytes, "{range:?}");
+            image.device.zero(range.start, range.end - range.start).unwrap();
+        }
+        assert_eq!(image.probe(Zeroed::Unknown), Surface::Blank);
+    }
+}

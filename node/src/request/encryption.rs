@@ -23,14 +23,14 @@ pub struct Passphrases {
 }
 
 impl Passphrases {
-    /// Takes them out of a request's secrets, and wipes what else is there. `None`: the volume is not encrypted.
+    /// Takes them out of a request's secrets, and wipes what else is there; of that the names stay. `None`: the volume is not encrypted.
     ///
     /// # Errors
     /// The passphrase is empty, or only the previous one is given. An empty previous one counts as none.
     pub fn take(given: &mut HashMap<String, String>) -> Result<Option<Self>, Refusal> {
         let mut take = |key: &str| given.remove(key).map(|text| Zeroizing::new(text.into_bytes()));
         let (current, previous) = (take(secrets::PASSPHRASE), take(secrets::PASSPHRASE_PREVIOUS));
-        for (_, mut text) in given.drain() {
+        for text in given.values_mut() {
             text.zeroize();
         }
         let previous = previous.filter(|previous| !previous.is_empty());
@@ -116,7 +116,7 @@ mod tests {
         let mut given = map(&[("encryption-passphrase", "new\n"), ("encryption-passphrase-previous", "old"), ("else", "x")]);
         let taken = Passphrases::take(&mut given).ok().flatten().unwrap();
         assert_eq!((taken.current(), taken.previous()), (&b"new\n"[..], Some(&b"old"[..])));
-        assert!(given.is_empty());
+        assert_eq!(given, map(&[("else", "")]));
         assert!(matches!(Passphrases::take(&mut map(&[("else", "x")])), Ok(None)));
         for same in ["", "new"] {
             let mut given = map(&[("encryption-passphrase", "new"), ("encryption-passphrase-previous", same)]);

@@ -356,3 +356,41 @@ fn a_missing_access_mode_is_missing_and_not_unsupported() {
     let refused = staged(|request| request.volume_capability.as_mut().unwrap().access_mode = None).unwrap_err();
     assert_eq!(refused, Refusal::Missing { field: "volume_capability.access_mode" });
 }
+
+#[test]
+fn a_secret_without_a_passphrase_makes_no_plain_filesystem() {
+    let misspelt = staged(|request| request.secrets = map(&[("passphrase", "x"), ("encryption-passphrase ", "y")])).unwrap();
+    let Format::Never(why) = misspelt.format else { panic!("{misspelt:?}") };
+    assert!(misspelt.encryption.is_none() && why.contains("has encryption-passphrase , passphrase, and no encryption-passphrase"), "{why}");
+    assert!(matches!(staged(|_| ()).unwrap().format, Format::May(_)));
+    let block = |source: &[(&str, &str)]| {
+        staged(|request| {
+            request.secrets = map(&[("passphrase", "x")]);
+            request.volume_context.extend(map(source));
+            request.volume_capability.as_mut().unwrap().access_type = Some(AccessType::Block(BlockVolume {}));
+        })
+    };
+    // One of the reference driver's is in plain already.
+    assert!(block(&[]).unwrap().encryption.is_none());
+    assert_eq!(block(&[("contentSource", "none")]).unwrap_err(), Refusal::NoPassphrase);
+}
+
+/// A pod's plain data may begin behind all that a probe looks at.
+#[test]
+fn a_raw_block_volume_of_the_reference_driver_is_never_made_an_encrypted_one() {
+    let of = |access_type: AccessType, context: &[(&str, &str)]| {
+        staged(|request| {
+            request.secrets = map(&[("encryption-passphrase", "hunter2")]);
+            request.volume_context.extend(map(context));
+            request.volume_capability.as_mut().unwrap().access_type = Some(access_type.clone());
+        })
+        .unwrap()
+        .format
+    };
+    let (block, mount) = (AccessType::Block(BlockVolume {}), AccessType::Mount(MountVolume::default()));
+    let Format::Never(why) = of(block.clone(), &[]) else { panic!("it may be formatted") };
+    assert!(why.contains("in plain"), "{why}");
+    // Ours; and filesystems, which the reference driver does encrypt.
+    assert!(matches!(of(block, &[("contentSource", "none")]), Format::May(_)));
+    assert!(matches!(of(mount, &[]), Format::May(_)));
+}

@@ -20,7 +20,7 @@ use crate::sys::block::{Access, Device};
 use crate::sys::dm::{self, CryptTable};
 use crate::sys::random;
 use crate::sys::scsi::{self, Disk};
-use crate::{format, kill, probe};
+use crate::{format, identity, kill, probe};
 
 /// dm-crypt's sectors.
 const SECTOR_BYTES: u64 = 512;
@@ -58,7 +58,10 @@ impl Node {
         let device = self.open(disk, Access::Exclusive)?;
         let expected = if unfinished { Surface::Unfinished } else { Surface::Blank };
         let surface = probe::probe(&device, &want.volume, want.zeroed)?;
-        if surface != expected || device.size_bytes()? != disk.size_bytes {
+        if device.size_bytes()? != disk.size_bytes {
+            return Err(Cause::OtherDiskNow { disk: identity::name(disk) });
+        }
+        if surface != expected {
             return Err(Cause::NotBlankAnyMore { surface: format!("{surface:?}") });
         }
         format::execute(&device, Format::new(writes, &probe::mark(&want.volume)?), &self.stop)?;
@@ -71,26 +74,22 @@ impl Node {
         Ok(())
     }
 
-    /// Opens the LUKS volume on the disk: its mapping is there when this returns. Mends its header and replaces the previous
-    /// passphrase on the way.
+    /// Opens the LUKS volume on the disk: its mapping is there when this returns. Replaces the previous passphrase and mends its
+    /// header on the way, both once a passphrase has opened it.
     pub(super) fn open_volume(&self, want: &StageRequest, disk: &Disk, passphrases: &Passphrases) -> Result<(), Cause> {
         let Some(encryption) = &want.encryption else { return Err(plan::Refusal::NoPassphrase.into()) };
         dm::crypt_version(&self.devices)?;
         let access = if disk.read_only { Access::ExclusiveRead } else { Access::Exclusive };
+        // The table names the disk by its number, which is given to no other disk while this holds it.
+        let _held = self.open_new(disk, Access::Shared)?;
         let (header, key) = {
             // device-mapper cannot take the disk while this holds it, and nobody else can write to it.
             let device = self.open_new(disk, access)?;
             let mut header = read_header(&device)?;
-            if !disk.read_only
-                && let Some(damage) = header.damage()
-            {
-                proto::warn!("{}: one copy of its LUKS header is mended from the other: {damage}", want.volume);
-                let mut salt = [0; 64];
-                random::fill(&mut salt)?;
-                format::execute(&device, header.heal(&salt)?, &self.stop)?;
-                header = read_header(&device)?;
-            }
             let key = self.unlock_and_rotate(&want.volume, encryption, disk, &device, &mut header, passphrases)?;
+            if !disk.read_only {
+                self.mend(&want.volume, &device, &header)?;
+            }
             (header, key)
         };
         let name = mapping::name_of(&want.volume);
@@ -98,6 +97,16 @@ impl Node {
         dm::create(&self.devices, &name, &header.dm_uuid(&name), &table, disk.read_only)?;
         proto::info!("{}: opened as {name}", want.volume);
         Ok(())
+    }
+
+    /// Makes both copies of the header say the same. Only of a volume that has opened: a copy behind the disk's beginning may be what a
+    /// former volume left, and then what stands where the other copy would be is somebody's data.
+    fn mend(&self, volume: &Volume, device: &Device, header: &Header) -> Result<(), Cause> {
+        let Some(damage) = header.damage() else { return Ok(()) };
+        proto::warn!("{volume}: one copy of its LUKS header is mended from the other: {damage}");
+        let mut salt = [0; 64];
+        random::fill(&mut salt)?;
+        format::execute(device, header.heal(&salt)?, &self.stop).map(drop)
     }
 
     /// The volume key, by the current passphrase. By the previous one, where only that opens: then the current one gets a
@@ -219,7 +228,7 @@ impl Node {
     }
 
     /// The place of the one key derivation, where there is memory for it.
-    fn derive_alone(&self, needs_kib: u64) -> Result<Slot<'_>, Cause> {
+    pub(super) fn derive_alone(&self, needs_kib: u64) -> Result<Slot<'_>, Cause> {
         let alone = self.kdf.take().map_err(busy)?;
         let room = self.memory()?;
         if needs_kib <= room.free_kib {
@@ -240,6 +249,12 @@ impl Node {
         let device = self.open(&medium.disk, Access::Shared)?;
         let header = read_header(&device)?;
         let sectors = mapping::length(&header, &medium.disk)?;
+        // Another table over the same data would show, and write, something else.
+        let is_discarding = live.crypt().is_some_and(|crypt| crypt.options.iter().any(|option| option == mapping::DISCARDS));
+        let same = Encryption { kdf: luks::Kdf::DEFAULT, discards: is_discarding };
+        if let Some(what) = mapping::difference(&header, &medium.disk, &same, live) {
+            return Err(plan::Refusal::StrangeMapping { what: format!("{} is over it, and {what}", live.name) }.into());
+        }
         match dm::resize(&self.devices, live, sectors) {
             Err(refused) if refused.error.errno == Errno::NOKEY => {
                 let Some(passphrases) = passphrases else { return Err(Cause::NoKey) };
@@ -279,7 +294,7 @@ fn noise() -> Result<impl luks::Noise, Cause> {
 }
 
 /// All places being taken has another reason here.
-fn busy(cause: Cause) -> Cause {
+pub(super) fn busy(cause: Cause) -> Cause {
     match cause {
         Cause::Crowded { waited } => Cause::KdfBusy { waited },
         other => other,

@@ -110,9 +110,7 @@ impl Node {
     pub(super) fn in_use(&self, access: &request::Access) -> Result<Vec<(Dev, PathBuf)>, Cause> {
         let mut used = self.mounted_devices()?;
         if matches!(access, request::Access::Filesystem(_)) {
-            for (dev, at) in self.shown_devices(rdev)? {
-                used.push((self.below(dev)?, at));
-            }
+            used.extend(self.below(self.shown_devices(rdev)?)?);
         }
         Ok(used)
     }

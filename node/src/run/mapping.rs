@@ -1,7 +1,8 @@
 //! Mappings of dm-crypt over volumes' disks: found by the device in their tables and judged by their UUIDs and tables, so
 //! that those of the reference driver (`sdb-encrypted`) are known as well as ours. Their names decide nothing.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use disk::luks::Header;
 use rustix::io::Errno;
@@ -23,7 +24,7 @@ const UUID_BEGIN: &str = "CRYPT-LUKS";
 const SECTOR_BYTES: u64 = 512;
 /// Options of a table that change nothing of what is read and written.
 const SPEED_OPTIONS: &[&str] = &["same_cpu_crypt", "submit_from_crypt_cpus", "no_read_workqueue", "no_write_workqueue", "high_priority"];
-const DISCARDS: &str = "allow_discards";
+pub(super) const DISCARDS: &str = "allow_discards";
 
 /// Where a volume's bytes are: its disk, or the open mapping over it.
 #[derive(Debug, Clone)]
@@ -69,6 +70,13 @@ pub(super) fn name_of(volume: &Volume) -> String {
 }
 
 impl Node {
+    /// At the start: takes keys back whose mappings somebody else has closed meanwhile.
+    pub fn forget_keys(&self) {
+        if let Err(error) = dm::forget_keys_of_gone(&self.devices) {
+            proto::warn!("keys of mappings that are gone stay in the kernel: {error}");
+        }
+    }
+
     /// All mappings, anybody's. A kernel without device-mapper is not asked.
     fn mappings(&self) -> Result<Vec<dm::Mapping>, sys::Error> {
         let there = self.sysfs.join("class/misc/device-mapper");
@@ -77,25 +85,45 @@ impl Node {
 
     /// The mapping with this device number; `None`: it is no mapping.
     pub(super) fn mapping_at(&self, dev: Dev) -> Result<Option<dm::Mapping>, Cause> {
-        // Only device-mapper's devices have that folder: for others nothing is asked.
-        let folder = self.sysfs.join("dev/block").join(dev.to_string()).join("dm");
-        if !folder.try_exists().map_err(sys::Error::io("stat", &folder))? {
-            return Ok(None);
-        }
-        Ok(self.mappings()?.into_iter().find(|mapping| mapping.dev == dev))
+        let folder = self.sysfs.join("dev/block").join(dev.to_string());
+        Ok(self.mapping_of_folder(&folder)?.filter(|mapping| mapping.dev == dev))
     }
 
-    /// The disk below a mapping; any other device itself.
-    pub(super) fn below(&self, dev: Dev) -> Result<Dev, Cause> {
-        Ok(self.mapping_at(dev)?.as_ref().and_then(backing).unwrap_or(dev))
+    /// The mapping that a folder of sysfs is of. Only device-mapper's devices say a name there: of others nothing is asked.
+    fn mapping_of_folder(&self, folder: &Path) -> Result<Option<dm::Mapping>, Cause> {
+        let path = folder.join("dm/name");
+        match std::fs::read_to_string(&path) {
+            Ok(name) => Ok(dm::mapping(&self.devices, name.trim_end())?),
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(cause) => Err(sys::Error::io("read", &path)(cause).into()),
+        }
+    }
+
+    /// Of each device the one below it, if it is a crypt mapping; else itself.
+    pub(super) fn below<T>(&self, devices: impl IntoIterator<Item = (Dev, T)>) -> Result<Vec<(Dev, T)>, Cause> {
+        // Each is asked about once: hundreds of mounts may be from one mapping.
+        let mut known: BTreeMap<Dev, Dev> = BTreeMap::new();
+        let mut found = Vec::new();
+        for (dev, of) in devices {
+            let below = match known.get(&dev) {
+                Some(below) => *below,
+                None if dev.major == 0 => dev,
+                None => self.mapping_at(dev)?.as_ref().and_then(backing).unwrap_or(dev),
+            };
+            known.insert(dev, below);
+            found.push((below, of));
+        }
+        Ok(found)
     }
 
     /// The crypt mappings over the disk.
     pub(super) fn mappings_over(&self, disk: &Disk) -> Result<Vec<dm::Mapping>, Cause> {
-        if !scsi::holders(&self.sysfs, &disk.name)?.iter().any(|holder| holder.starts_with("dm-")) {
-            return Ok(Vec::new());
+        let mut over = Vec::new();
+        for holder in scsi::holders(&self.sysfs, &disk.name)? {
+            let mapping = self.mapping_of_folder(&self.sysfs.join("class/block").join(&holder))?;
+            over.extend(mapping.filter(|mapping| backing(mapping) == Some(disk.dev)));
         }
-        Ok(self.mappings()?.into_iter().filter(|mapping| backing(mapping) == Some(disk.dev)).collect())
+        Ok(over)
     }
 
     /// The mapping that stage has opened over a raw block volume's disk.
@@ -103,14 +131,13 @@ impl Node {
         Ok(self.mappings_over(disk)?.into_iter().find(|mapping| is_drivers(mapping, volume, disk)))
     }
 
-    /// The volume's mappings that this driver, or the reference driver, opened: over its disk, or over one that is gone; and
-    /// the one that was mounted, by its UUID.
+    /// The volume's mappings that this driver, or the reference driver, opened: over its disk; those that we opened for it, over
+    /// whatever disk (one that is gone, one of two that are there while it moves); and the one that was mounted, by its UUID.
     pub(super) fn mappings_of(&self, volume: &Volume, disk: Option<&Disk>, mounted: Option<&str>) -> Result<Vec<dm::Mapping>, Cause> {
         let mut found = Vec::new();
         for mapping in self.mappings()? {
             let is_over = |disk: &Disk| backing(&mapping) == Some(disk.dev) && is_drivers(&mapping, volume, disk);
-            let is_named = disk.is_none() && opened_as(&mapping) == Some(&name_of(volume));
-            if disk.is_some_and(is_over) || is_named || mounted == Some(&mapping.uuid) || self.is_leftover(&mapping, volume)? {
+            if disk.is_some_and(is_over) || is_named(&mapping, volume) || mounted == Some(&mapping.uuid) {
                 found.push(mapping);
             }
         }
@@ -120,7 +147,7 @@ impl Node {
     /// Whether the mapping is ours for this volume and nothing can be in it: cut short before it had a table, or over a disk
     /// that is gone.
     fn is_leftover(&self, mapping: &dm::Mapping, volume: &Volume) -> Result<bool, Cause> {
-        if opened_as(mapping) != Some(&name_of(volume)) {
+        if !is_named(mapping, volume) {
             return Ok(false);
         }
         match backing(mapping) {
@@ -164,6 +191,9 @@ impl Node {
             return Ok(plan::Mapping::Leftover);
         }
         let strange = |what: String| Ok(plan::Mapping::Strange(format!("{} is over it, and {what}", mapping.name)));
+        if opened_as(mapping).is_some_and(|name| name.starts_with(identity::OUR_SERIALS) && name != name_of(&want.volume)) {
+            return strange("it was opened for another volume: unstage that first".into());
+        }
         let header = match self.luks_header(disk) {
             Ok(header) => header,
             Err(Cause::Luks(why)) => return strange(format!("its disk has no header to judge it by: {why}")),
@@ -188,8 +218,8 @@ impl Node {
     pub(super) fn open_medium(&self, medium: &Medium, access: Access) -> Result<Device, Cause> {
         let Some(mapping) = &medium.mapping else { return self.open(&medium.disk, access) };
         let device = Device::open(&dm::node(&self.devices, mapping)?.real, mapping.dev, access)?;
-        let same =
-            self.mappings()?.iter().any(|now| (now.dev, &now.uuid, backing(now)) == (mapping.dev, &mapping.uuid, Some(medium.disk.dev)));
+        let now = dm::mapping(&self.devices, &mapping.name)?;
+        let same = now.is_some_and(|now| (now.dev, &now.uuid, backing(&now)) == (mapping.dev, &mapping.uuid, Some(medium.disk.dev)));
         if same { Ok(device) } else { Err(Cause::OtherDiskNow { disk: medium.name() }) }
     }
 
@@ -199,6 +229,12 @@ impl Node {
             Some(mapping) => Ok(dm::node(&self.devices, mapping)?.named),
             None => Ok(self.node_of(&medium.disk)),
         }
+    }
+
+    /// Ends a suspension that somebody left: what waits for the mapping's I/O would wait for ever.
+    pub(super) fn wake(&self, mapping: &dm::Mapping) -> Result<(), Cause> {
+        proto::warn!("{}: is suspended, and is resumed", mapping.name);
+        Ok(dm::resume(&self.devices, mapping)?)
     }
 
     /// Takes a mapping away, waiting for those who let go of it just now.
@@ -240,6 +276,11 @@ fn opened_as(mapping: &dm::Mapping) -> Option<&str> {
     rest.splitn(3, '-').nth(2)
 }
 
+/// Whether we opened it for this volume.
+fn is_named(mapping: &dm::Mapping, volume: &Volume) -> bool {
+    opened_as(mapping) == Some(&name_of(volume))
+}
+
 /// Whether the driver opened a mapping over this disk, ours or the reference driver: that is by the volume's serial, or by
 /// one of the disk's names. A pod may have opened others on its raw block device.
 fn is_drivers(mapping: &dm::Mapping, volume: &Volume, disk: &Disk) -> bool {
@@ -248,7 +289,7 @@ fn is_drivers(mapping: &dm::Mapping, volume: &Volume, disk: &Disk) -> bool {
 }
 
 /// What of a live mapping is not as it would be made now; its length aside, where it is too short.
-fn difference(header: &Header, disk: &Disk, encryption: &Encryption, mapping: &dm::Mapping) -> Option<String> {
+pub(super) fn difference(header: &Header, disk: &Disk, encryption: &Encryption, mapping: &dm::Mapping) -> Option<String> {
     let Some(crypt) = mapping.crypt() else {
         let kinds: Vec<&str> = mapping.targets.iter().map(|target| target.kind.as_str()).collect();
         return Some(format!("it is not one piece of dm-crypt: {}", kinds.join(", ")));
@@ -301,3 +342,6 @@ pub(super) fn read_header(device: &Device) -> Result<Header, Cause> {
 pub(super) fn read(device: &Device, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
     device.read_at(offset, buffer).map_err(|error| std::io::Error::from_raw_os_error(error.errno.raw_os_error()))
 }
+
+#[cfg(test)]
+mod tests;

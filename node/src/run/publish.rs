@@ -72,7 +72,7 @@ impl Node {
         })?;
         if let (Source::Device(plan::Disk::Ready { .. }), Some(medium), Target::Absent | Target::File) = (&source, &medium, &target)
             && medium.mapping.is_none()
-            && self.is_own_luks(&want.volume, &medium.disk)?
+            && self.is_own_luks(&medium.disk)?
         {
             source = Source::NotOpen;
         }

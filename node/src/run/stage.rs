@@ -1,6 +1,7 @@
 //! Stage and unstage.
 
 use std::path::PathBuf;
+use std::sync::PoisonError;
 
 use rustix::io::Errno;
 
@@ -15,7 +16,7 @@ use crate::identity::{self, Found};
 use crate::kill;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
-use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Volume, Zeroed};
+use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Zeroed};
 use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, block, dm, mount};
 
@@ -30,13 +31,15 @@ struct Memory {
     grow_left: bool,
 }
 
-/// What unstage knows of what was mounted, remembered over its end.
-#[derive(Default)]
-struct Known {
+/// What unstage knows of what was mounted, remembered over its end, and over the end of a call that did not succeed.
+#[derive(Debug, Default)]
+pub(super) struct Known {
     /// A legacy disk cannot be found again without it.
     disk: Option<Disk>,
     /// The UUID of the mapping that was mounted.
     mounted: Option<String>,
+    /// It, where it holds all I/O back: an unmount would wait for ever.
+    suspended: Option<dm::Mapping>,
     /// What is to be closed.
     mappings: Vec<dm::Mapping>,
 }
@@ -48,6 +51,9 @@ struct StageLook {
     medium: Option<Medium>,
     room: Option<Room>,
 }
+
+/// Volumes whose unstage has begun and not ended: a VM has 29 slots, and each of them some history.
+const MAX_UNSTAGING: usize = 256;
 
 impl Node {
     /// Finds the volume's disk, puts a filesystem on it if it is blank and may be formatted, mounts it.
@@ -110,7 +116,7 @@ impl Node {
         let disk = medium.as_ref().map_or(plan::Disk::NotYet, |medium| usable(&medium.disk));
         if let (Some(medium), plan::Disk::Ready { .. }) = (&mut medium, disk) {
             (mapping, medium.mapping) = self.look_mapping(want, medium)?;
-            if want.encryption.is_none() && want.access == Access::Block && self.is_own_luks(&want.volume, &medium.disk)? {
+            if want.encryption.is_none() && want.access == Access::Block && self.is_own_luks(&medium.disk)? {
                 surface = Surface::Luks;
             }
         }
@@ -240,23 +246,42 @@ impl Node {
     /// # Errors
     /// See [`Error`]; repeating the call goes on where it stopped.
     pub fn unstage(&self, want: &UnstageRequest) -> Result<(), Error> {
+        let left = || self.unstaging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = left().remove(&want.volume.serial).unwrap_or_default();
+        let done = self.unstage_on(want, &mut known);
+        // A disk without serial is found by its mount alone: after the unmount, a repeated call would know of nothing that is still held.
+        let is_found_again = known.disk.as_ref().is_some_and(|disk| disk.serial.as_deref() == Some(&want.volume.serial));
+        if done.is_err() && !is_found_again && (known.disk.is_some() || known.mounted.is_some()) {
+            let mut left = left();
+            if left.len() < MAX_UNSTAGING {
+                left.insert(want.volume.serial.clone(), known);
+            }
+        }
+        done
+    }
+
+    fn unstage_on(&self, want: &UnstageRequest, known: &mut Known) -> Result<(), Error> {
         const DOING: &str = "unstage";
-        let mut known = Known::default();
         let mut folder_stays = false;
         for _ in 0..MAX_TURNS {
-            let mut seen = self.look_unstage(want, &mut known).at(DOING, &want.volume, "look")?;
+            let mut seen = self.look_unstage(want, known).at(DOING, &want.volume, "look")?;
             seen.empty_folder &= !folder_stays;
             let Some(step) = plan::next_unstage_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
             let deed = kill::step(DOING, &step);
             match (step, &known.disk) {
                 (UnstageStep::Unmount, _) => {
+                    if let Some(mapping) = known.suspended.take() {
+                        self.wake(&mapping).at(DOING, &want.volume, "resume the mapping")?;
+                    }
                     mount::take_away(&want.staging).at(DOING, &want.volume, "unmount")?;
                     proto::info!("{DOING} {}: unmounted {}", want.volume, want.staging.display());
                 }
-                (UnstageStep::Close, disk) => {
+                (UnstageStep::Close, _) => {
+                    let disks = scsi::scan(&self.sysfs).at(DOING, &want.volume, "look")?;
                     for mapping in &known.mappings {
-                        if let Some(disk) = disk {
+                        // Nothing reaches a disk that is gone.
+                        if let Some(disk) = mapping::backing(mapping).and_then(|dev| disks.iter().find(|disk| disk.dev == dev)) {
                             let medium = Medium { disk: disk.clone(), mapping: Some(mapping.clone()) };
                             self.write_out(&medium).at(DOING, &want.volume, "write out")?;
                         }
@@ -284,6 +309,8 @@ impl Node {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.staging)?;
         let staged = self.look_staging(&want.volume, real.as_deref(), &disks)?;
+        let mounted = staged.from.as_ref().and_then(|(from, _)| from.mapping.as_ref()).or(staged.left.as_ref());
+        known.suspended = mounted.filter(|mapping| mapping.is_suspended).cloned();
         if let Some((from, _)) = staged.from {
             known.disk = Some(from.disk);
             known.mounted = from.mapping.map(|mapping| mapping.uuid).or(known.mounted.take());
@@ -302,8 +329,9 @@ impl Node {
             if let (false, Some(disk)) = (seen.mapped, &known.disk) {
                 seen.held = self.is_held(disk)?.is_some();
             }
+            // Only the folder itself: what is mounted on it may be a disk that answers no more.
+            seen.empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
         }
-        seen.empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
         Ok(seen)
     }
 
@@ -338,6 +366,9 @@ impl Node {
         if medium.disk.read_only {
             return Ok(());
         }
+        if let Some(mapping) = medium.mapping.as_ref().filter(|mapping| mapping.is_suspended) {
+            self.wake(mapping)?;
+        }
         match self.open_medium(medium, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
             Err(Cause::OtherDiskNow { .. }) => Ok(()),
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
@@ -345,9 +376,9 @@ impl Node {
         }
     }
 
-    /// Whether a LUKS header that this driver made for the volume is on its disk.
-    pub(super) fn is_own_luks(&self, volume: &Volume, disk: &Disk) -> Result<bool, Cause> {
-        Ok(probe::holds_own_luks(&self.open_new(disk, block::Access::Shared)?, volume)?)
+    /// Whether a LUKS header that this driver made, for the volume or the one it is a copy of, is on its disk.
+    pub(super) fn is_own_luks(&self, disk: &Disk) -> Result<bool, Cause> {
+        Ok(probe::holds_own_luks(&self.open_new(disk, block::Access::Shared)?)?)
     }
 
     fn await_release(&self, disk: &Disk) -> Result<(), Cause> {

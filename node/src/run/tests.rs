@@ -40,6 +40,7 @@ impl Bench {
             workers: Slots::new(1),
             kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
+            unstaging: Mutex::default(),
             stop: Stop::default(),
         };
         Self { root, node }
@@ -292,4 +293,36 @@ fn a_volume_published_read_only_is_grown_where_it_is_writable() {
     assert_eq!(point(), bench.path("staging"));
     fs::write(&bench.node.mountinfo, lines.replace("/staging rw", "/staging ro")).unwrap();
     assert_eq!(point(), bench.path("a/mount"), "the kernel's own word then");
+}
+
+#[test]
+fn a_keyslot_that_needs_more_memory_than_there_is_is_a_sentence_with_both_numbers() {
+    let bench = Bench::new(&[]);
+    fs::create_dir_all(bench.node.proc.join("self")).unwrap();
+    fs::write(bench.node.proc.join("meminfo"), "MemTotal: 4194304 kB\nMemAvailable: 2097152 kB\n").unwrap();
+    fs::write(bench.node.proc.join("self/cgroup"), "0::/\n").unwrap();
+    let group = bench.node.sysfs.join("fs/cgroup");
+    fs::create_dir_all(&group).unwrap();
+    fs::write(group.join("memory.max"), format!("{}\n", 192 << 20)).unwrap();
+    fs::write(group.join("memory.current"), format!("{}\n", 12 << 20)).unwrap();
+    drop(bench.node.derive_alone(64 << 10).unwrap());
+    let Some(Cause::KeyslotMemory(why)) = bench.node.derive_alone(1 << 20).err() else { panic!() };
+    assert!(
+        why.contains("needs 1024 MiB") && why.contains("leaves 180 MiB") && why.contains("192 MiB") | why.contains("196608 KiB"),
+        "{why}"
+    );
+    // The place is free again.
+    drop(bench.node.derive_alone(0).unwrap());
+}
+
+#[test]
+fn one_key_is_derived_at_a_time_and_the_others_are_told() {
+    let bench = Bench::new(&[]);
+    let first = bench.node.kdf.take().unwrap();
+    let refused = bench.node.kdf.take_within(std::time::Duration::from_millis(1)).map(drop).unwrap_err();
+    assert!(matches!(super::encrypt::busy(refused), Cause::KdfBusy { .. }));
+    // Probes, formats and mounts of other volumes wait for nothing of it.
+    drop(bench.node.workers.take_within(std::time::Duration::ZERO).unwrap());
+    drop(first);
+    drop(bench.node.kdf.take_within(std::time::Duration::ZERO).unwrap());
 }

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Setter, ioctl, opcode};
 
@@ -86,6 +87,12 @@ impl Device {
     /// Any byte of it could not be read.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
         self.file.read_exact_at(buffer, offset).map_err(Error::io("pread", &self.path))
+    }
+
+    /// Has the kernel begin to read a range: several ranges are read at the same time, where reading them in turn would wait for
+    /// each. Nothing depends on it.
+    pub fn read_ahead(&self, offset: u64, length: u64) {
+        let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
     /// Writes all of `bytes` at `offset`.

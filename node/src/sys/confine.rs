@@ -5,6 +5,7 @@
 mod filter;
 
 use rustix::io::Errno;
+use rustix::process::DumpableBehavior;
 use rustix::thread::{self, CapabilitySet, CapabilitySets};
 
 use super::words;
@@ -31,6 +32,9 @@ pub fn confine() -> Vec<String> {
     if let Err(errno) = drop_capabilities(kept, &mut wrong) {
         wrong.push(format!("capabilities could not be given up: {}", words(errno)));
     }
+    if let Err(errno) = give_up_core_dumps() {
+        wrong.push(format!("core dumps could not be given up: {}", words(errno)));
+    }
     // The filter needs it, or CAP_SYS_ADMIN.
     if let Err(errno) = thread::set_no_new_privs(true) {
         wrong.push(format!("no_new_privs could not be set: {}", words(errno)));
@@ -39,6 +43,11 @@ pub fn confine() -> Vec<String> {
         wrong.push(format!("the system call filter could not be set: {}", words(errno)));
     }
     wrong
+}
+
+/// The host's handler of core dumps would keep passphrases and keys. A limit of 0 does not hold it off (core(5), "Piping core dumps").
+fn give_up_core_dumps() -> Result<(), Errno> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
 fn drop_capabilities(kept: CapabilitySet, wrong: &mut Vec<String>) -> Result<(), Errno> {

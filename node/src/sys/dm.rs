@@ -255,13 +255,18 @@ pub fn resize(devices: &Path, mapping: &Mapping, length_sectors: u64) -> Result<
     it.exchange(|| it.load(&crypt.print(), length_sectors, mapping.read_only))
 }
 
-/// Ends a suspension: what a sudden end in the middle of an exchange of tables, or somebody else, has left.
+/// Ends a suspension: what a sudden end in the middle of an exchange of tables, or somebody else, has left. The table in force
+/// stays so: one that is loaded beside it, which a resume would put in its place, is thrown away.
 ///
 /// # Errors
 /// The kernel's.
 pub fn resume(devices: &Path, mapping: &Mapping) -> Result<(), Error> {
     let (control, subject) = (node::control(devices)?, devices.join("mapper").join(&mapping.name));
-    It::of(&control, devices, &subject, mapping).resume()
+    let it = It::of(&control, devices, &subject, mapping);
+    if mapping.has_other_table {
+        it.plainly(Nr::TableClear, 0)?;
+    }
+    it.resume()
 }
 
 /// Takes a mapping away, its key and the node that we made with it: one try. One that is gone already is no error.

@@ -14,16 +14,6 @@ use rustix::io::Errno;
 
 use super::Error;
 
-#[cfg(target_arch = "x86_64")]
-const SYS_ADD_KEY: c_long = 248;
-#[cfg(target_arch = "x86_64")]
-const SYS_KEYCTL: c_long = 250;
-/// asm-generic/unistd.h, for aarch64 and all newer architectures.
-#[cfg(not(target_arch = "x86_64"))]
-const SYS_ADD_KEY: c_long = 217;
-#[cfg(not(target_arch = "x86_64"))]
-const SYS_KEYCTL: c_long = 219;
-
 // include/uapi/linux/keyctl.h
 const THREAD_KEYRING: c_int = -1;
 const USER_KEYRING: c_int = -4;
@@ -130,11 +120,6 @@ fn unlink(uuid: &str, serial: c_int) -> Result<(), Error> {
     keyctl(KEYCTL_UNLINK, serial, USER_KEYRING).map_err(Error::at("keyctl(KEYCTL_UNLINK)", Path::new(uuid)))
 }
 
-#[allow(unsafe_code, reason = "system calls that rustix lacks")]
-unsafe extern "C" {
-    fn syscall(number: c_long, ...) -> c_long;
-}
-
 fn answer(answer: c_long) -> Result<c_long, Errno> {
     if answer >= 0 { Ok(answer) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)) }
 }
@@ -150,7 +135,7 @@ fn add_key(kind: &std::ffi::CStr, description: &str, payload: &[u8], ring: c_int
     let (kind, text): (*const c_char, *const c_char) = (kind.as_ptr(), text.as_ptr());
     // SAFETY: add_key(type, description, payload, plen, keyring): the kernel reads two C strings and `payload.len()` bytes,
     // copies them and writes nothing of ours; all of it lives until the call returns.
-    let added = unsafe { syscall(SYS_ADD_KEY, kind, text, payload.as_ptr(), payload.len(), c_long::from(ring)) };
+    let added = unsafe { libc::syscall(libc::SYS_add_key, kind, text, payload.as_ptr(), payload.len(), c_long::from(ring)) };
     answer(added).map(serial).map_err(at)
 }
 
@@ -162,7 +147,7 @@ fn search(uuid: &str, link_to: c_int) -> Result<c_int, Error> {
     let [operation, ring, link_to] = [KEYCTL_SEARCH, USER_KEYRING, link_to].map(c_long::from);
     // SAFETY: keyctl(KEYCTL_SEARCH, keyring, type, description, destination): the kernel reads two C strings, which live until
     // the call returns, writes nothing of ours and keeps neither.
-    let found = unsafe { syscall(SYS_KEYCTL, operation, ring, kind, name, link_to) };
+    let found = unsafe { libc::syscall(libc::SYS_keyctl, operation, ring, kind, name, link_to) };
     answer(found).map(serial).map_err(at)
 }
 
@@ -171,7 +156,7 @@ fn search(uuid: &str, link_to: c_int) -> Result<c_int, Error> {
 fn keyctl(operation: c_int, key: c_int, ring: c_int) -> Result<(), Errno> {
     let [operation, key, ring] = [operation, key, ring].map(c_long::from);
     // SAFETY: KEYCTL_LINK and KEYCTL_UNLINK take numbers alone; the kernel reads and writes no memory of ours.
-    answer(unsafe { syscall(SYS_KEYCTL, operation, key, ring) }).map(|_| ())
+    answer(unsafe { libc::syscall(libc::SYS_keyctl, operation, key, ring) }).map(|_| ())
 }
 
 /// KEYCTL_READ and KEYCTL_DESCRIBE: answers how many bytes there are, which may be more than fitted.
@@ -180,7 +165,7 @@ fn keyctl_into<T: Copy>(operation: c_int, key: c_int, buffer: &mut [T]) -> Resul
     let [operation, key] = [operation, key].map(c_long::from);
     // SAFETY: the kernel writes at most the given number of bytes into the buffer, which is plain numbers (`c_int`, `u8`: any
     // bytes are a value) and borrowed mutably until the call returns; it keeps nothing.
-    answer(unsafe { syscall(SYS_KEYCTL, operation, key, buffer.as_mut_ptr(), size_of_val(buffer)) })
+    answer(unsafe { libc::syscall(libc::SYS_keyctl, operation, key, buffer.as_mut_ptr(), size_of_val(buffer)) })
 }
 
 #[cfg(test)]

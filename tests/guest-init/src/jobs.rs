@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, PipeReader};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use guest_init::{Answer, Exit};
@@ -57,6 +57,7 @@ impl Jobs {
             }
             None => Command::new(&program.program),
         };
+        let begun = Instant::now();
         let child = command
             .args(&program.args)
             .env_clear()
@@ -73,7 +74,7 @@ impl Jobs {
         let mut jobs = lock(&self.jobs);
         let number = u32::try_from(jobs.len())?;
         jobs.insert(number, Arc::clone(&job));
-        std::thread::Builder::new().spawn(move || job.follow(child, output, &program.label)).context("start a job's thread")?;
+        std::thread::Builder::new().spawn(move || job.follow(child, begun, output, &program.label)).context("start a job's thread")?;
         Ok(Answer::Started { job: number, pid })
     }
 
@@ -106,7 +107,7 @@ impl Jobs {
 
 impl Job {
     /// Copies the output until all writers are gone, then takes the exit status.
-    fn follow(&self, mut child: Child, output: PipeReader, label: &str) {
+    fn follow(&self, mut child: Child, begun: Instant, output: PipeReader, label: &str) {
         let mut output = BufReader::new(output);
         let mut line = Vec::new();
         while matches!(output.read_until(b'\n', &mut line), Ok(1..)) {
@@ -117,7 +118,8 @@ impl Job {
             }
             line.clear();
         }
-        let exit = child.wait().map_or(Exit { code: None, signal: None }, |status| Exit { code: status.code(), signal: status.signal() });
+        let (code, signal) = child.wait().map_or((None, None), |status| (status.code(), status.signal()));
+        let exit = Exit { code, signal, took_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX) };
         lock(&self.state).exit = Some(exit);
         self.ended.notify_all();
     }

@@ -131,6 +131,8 @@ pub enum Answer {
 pub struct Exit {
     pub code: Option<i32>,
     pub signal: Option<i32>,
+    /// From just before its start until its output and itself had ended, by the guest's clock.
+    pub took_us: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,6 +22,10 @@ const FILE_BYTES: u64 = 16 << 20;
 /// A filesystem keeps some of a volume for itself.
 const LEAST_USABLE_PERCENT: i64 = 90;
 
+/// With `--encrypt`: an emulated VM would take 20 s for argon2id, and three derivations are made.
+const ENCRYPTING: [(&str, &str); 2] = [(proto::volume_context::LUKS_KDF, "pbkdf2"), (proto::volume_context::LUKS_KDF_ITERATIONS, "10000")];
+const PASSPHRASE: &str = "what the Kubernetes secret holds";
+
 /// A step's row of the summary.
 struct Row {
     name: &'static str,
@@ -33,6 +37,7 @@ struct Row {
 struct Demo<'a> {
     cluster: &'a Cluster,
     fs_type: &'static str,
+    is_encrypted: bool,
     rows: Vec<Row>,
 }
 
@@ -92,14 +97,23 @@ fn mounted(node: &ClusterNode, path: &str) -> Result<Option<(String, String)>> {
 }
 
 fn play(demo: &mut Demo<'_>) -> Result<()> {
-    let creating = if demo.fs_type == "xfs" { "create a 1 GiB xfs volume" } else { "create a 1 GiB ext4 volume" };
-    let volume = demo.step(creating, create)?;
-    let first = demo.step("attach it to the first VM", |cluster| {
-        let (node, _) = nodes(cluster)?;
-        attach(cluster, &volume, node)
-    })?;
-    let fs_type = demo.fs_type;
-    demo.step("stage: probe, mkfs, mount", |cluster| stage(nodes(cluster)?.0, &first, fs_type))?;
+    let (fs_type, is_encrypted) = (demo.fs_type, demo.is_encrypted);
+    let (creating, staging) = match (fs_type, is_encrypted) {
+        ("xfs", false) => ("create a 1 GiB xfs volume", "stage: probe, mkfs, mount"),
+        (_, false) => ("create a 1 GiB ext4 volume", "stage: probe, mkfs, mount"),
+        ("xfs", true) => ("create an encrypted 1 GiB xfs", "stage: probe, LUKS2, mkfs, mount"),
+        (_, true) => ("create an encrypted 1 GiB ext4", "stage: probe, LUKS2, mkfs, mount"),
+    };
+    let volume = demo.step(creating, |cluster| create(cluster, is_encrypted))?;
+    let attach = |cluster: &Cluster, node: &ClusterNode| {
+        let (mut attached, verified) = attach(cluster, &volume, node)?;
+        if is_encrypted {
+            attached.secrets.insert(proto::secrets::PASSPHRASE.into(), PASSPHRASE.into());
+        }
+        Ok((attached, verified))
+    };
+    let first = demo.step("attach it to the first VM", |cluster| attach(cluster, nodes(cluster)?.0))?;
+    demo.step(staging, |cluster| stage(nodes(cluster)?.0, &first, fs_type))?;
     demo.step("publish to the pod", |cluster| publish(nodes(cluster)?.0, &first))?;
     let file = format!("{}/file", first.target);
     let checksum = demo.step("write a file", |cluster| {
@@ -123,10 +137,7 @@ fn play(demo: &mut Demo<'_>) -> Result<()> {
         let (node, _) = nodes(cluster)?;
         detach(cluster, &volume, node)
     })?;
-    let second = demo.step("attach it to the second VM", |cluster| {
-        let (_, node) = nodes(cluster)?;
-        attach(cluster, &volume, node)
-    })?;
+    let second = demo.step("attach it to the second VM", |cluster| attach(cluster, nodes(cluster)?.1))?;
     demo.step("stage there: nothing is formatted", |cluster| stage(nodes(cluster)?.1, &second, fs_type))?;
     demo.step("publish there", |cluster| publish(nodes(cluster)?.1, &second))?;
     demo.step("read the file back", |cluster| {
@@ -153,11 +164,12 @@ fn play(demo: &mut Demo<'_>) -> Result<()> {
     })
 }
 
-fn create(cluster: &Cluster) -> Result<(csi::Volume, String)> {
+fn create(cluster: &Cluster, is_encrypted: bool) -> Result<(csi::Volume, String)> {
     let (node, _) = nodes(cluster)?;
-    let volume = cluster.create("pvc-demo", GIB, &[("storage", STORAGE), ("ssd", "true")], node).map_err(refused("CreateVolume"))?;
-    let again =
-        cluster.create("pvc-demo", GIB, &[("storage", STORAGE), ("ssd", "true")], node).map_err(refused("CreateVolume, repeated"))?;
+    let mut class = vec![("storage", STORAGE), ("ssd", "true")];
+    class.extend(ENCRYPTING.iter().filter(|_| is_encrypted));
+    let volume = cluster.create("pvc-demo", GIB, &class, node).map_err(refused("CreateVolume"))?;
+    let again = cluster.create("pvc-demo", GIB, &class, node).map_err(refused("CreateVolume, repeated"))?;
     ensure!(again.volume_id == volume.volume_id, "a repeat made a second volume: {}", again.volume_id);
     let volumes = cluster.sim.volumes(ZONE, STORAGE);
     ensure!(volumes.len() == 1 && volume.capacity_bytes == GIB, "volumes {volumes:?}, capacity {}", volume.capacity_bytes);
@@ -180,7 +192,16 @@ fn stage(node: &ClusterNode, volume: &NodeVolume, fs_type: &str) -> Result<((), 
     let (at, kind) = mounted(node, &volume.staging)?.context("nothing is mounted at the staging path")?;
     node.calls.node_stage_volume(volume.stage()).map_err(refused("NodeStageVolume, repeated"))?;
     ensure!(!at.is_empty() && kind == fs_type, "{kind} is mounted at {at:?}, {fs_type} was asked for");
-    Ok(((), format!("{kind} is mounted at …/{}", tail(&volume.staging))))
+    let open = mappings(node)?;
+    ensure!(open.len() == volume.secrets.len(), "open mappings: {open:?}");
+    let from = open.first().map(|mapping| format!(" from {mapping}")).unwrap_or_default();
+    Ok(((), format!("{kind} is mounted at …/{}{from}", tail(&volume.staging))))
+}
+
+/// Names of the encrypted mappings that the guest's kernel has open.
+fn mappings(node: &ClusterNode) -> Result<Vec<String>> {
+    let disks = node.guest.list("/sys/block")?.into_iter().filter(|disk| disk.starts_with("dm-"));
+    disks.map(|disk| Ok(node.guest.read(&format!("/sys/block/{disk}/dm/name"))?.trim().to_owned())).collect()
 }
 
 fn publish(node: &ClusterNode, volume: &NodeVolume) -> Result<((), String)> {
@@ -223,6 +244,7 @@ fn unpublish(node: &ClusterNode, volume: &NodeVolume) -> Result<((), String)> {
 fn unstage(node: &ClusterNode, volume: &NodeVolume) -> Result<((), String)> {
     node.calls.node_unstage_volume(volume.unstage()).map_err(refused("NodeUnstageVolume"))?;
     ensure!(mounted(node, &volume.staging)?.is_none(), "still mounted at the staging path");
+    ensure!(mappings(node)?.is_empty(), "its mapping is still open");
     Ok(((), "nothing is mounted from the disk".into()))
 }
 
@@ -285,7 +307,7 @@ fn keep(cluster: &Cluster) -> Result<()> {
     ended.recv()?.context("wait for the end")
 }
 
-fn run(keep_running: bool, fs_type: &'static str) -> Result<()> {
+fn run(keep_running: bool, fs_type: &'static str, is_encrypted: bool) -> Result<()> {
     for name in ["proxmox-csi-node", "proxmox-csi-controller"] {
         let binary = tools::release_binary(name);
         ensure!(Path::new(&binary).exists(), "{} is missing: run scripts/build", binary.display());
@@ -294,7 +316,7 @@ fn run(keep_running: bool, fs_type: &'static str) -> Result<()> {
     say("starting the Proxmox simulator (9.2), the controller and two VMs of Proxmox node pve1 …");
     let cluster = Cluster::start(&ClusterOptions { latency: Latency::RECORDED, fs_type, ..ClusterOptions::default() })?;
     say(&format!("up after {} ms\n", begun.elapsed().as_millis()));
-    let mut demo = Demo { cluster: &cluster, fs_type, rows: Vec::new() };
+    let mut demo = Demo { cluster: &cluster, fs_type, is_encrypted, rows: Vec::new() };
     let played = play(&mut demo);
     summary(&demo)?;
     if keep_running {
@@ -306,13 +328,14 @@ fn run(keep_running: bool, fs_type: &'static str) -> Result<()> {
     played
 }
 
-/// `--keep`, `--fs ext4`, `--fs xfs`.
-fn arguments() -> Result<(bool, &'static str)> {
-    let (mut keep, mut fs_type) = (false, "ext4");
+/// `--keep`, `--fs ext4`, `--fs xfs`, `--encrypt`.
+fn arguments() -> Result<(bool, &'static str, bool)> {
+    let (mut keep, mut fs_type, mut is_encrypted) = (false, "ext4", false);
     let mut given = std::env::args().skip(1);
     while let Some(arg) = given.next() {
         match arg.as_str() {
             "--keep" => keep = true,
+            "--encrypt" => is_encrypted = true,
             "--fs" => match given.next().as_deref() {
                 Some("ext4") => fs_type = "ext4",
                 Some("xfs") => fs_type = "xfs",
@@ -321,11 +344,11 @@ fn arguments() -> Result<(bool, &'static str)> {
             other => bail!("unknown argument {other}"),
         }
     }
-    Ok((keep, fs_type))
+    Ok((keep, fs_type, is_encrypted))
 }
 
 fn main() -> ExitCode {
-    match arguments().and_then(|(keep, fs_type)| run(keep, fs_type)) {
+    match arguments().and_then(|(keep, fs_type, is_encrypted)| run(keep, fs_type, is_encrypted)) {
         Ok(()) => {
             say("\nall of it held");
             ExitCode::SUCCESS

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::chance::Chance;
 use super::world::{Claim, Rpc};
-use crate::sim::{Builder, Description, Effect, Inner, Latency, Node, Simulator, Storage, Vm};
+use crate::sim::{Builder, Description, Effect, Inner, Latency, Node, Simulator, Storage, Version, Vm};
 
 pub const NODES: [&str; 3] = ["pve1", "pve2", "pve3"];
 /// VM 101 and 102 live on pve1, and so on.
@@ -59,6 +59,8 @@ impl fmt::Display for Item {
 pub struct History {
     pub seed: u64,
     pub controllers: usize,
+    /// What Proxmox is simulated.
+    pub version: Version,
     pub items: Vec<Item>,
 }
 
@@ -144,7 +146,8 @@ impl History {
             acts.insert(place, trouble);
         }
         let items = acts.into_iter().enumerate().map(|(number, act)| Item { number, act }).collect();
-        History { seed, controllers, items }
+        let version = chance.pick(&[Version::V9_2, Version::V9_0, Version::V8_4, Version::V8_2]).copied().unwrap_or_default();
+        History { seed, controllers, version, items }
     }
 
     /// The same without the items at these places.
@@ -201,7 +204,7 @@ fn trouble(chance: &mut Chance, controllers: usize, volumes: usize, first: usize
             };
             Act::Request { method, path, nth: 1 + u32::try_from(chance.below(4)).unwrap_or(0), effect }
         }
-        50..65 => Act::Inside(match chance.below(7) {
+        50..65 => Act::Inside(match chance.below(8) {
             0 => Inner::PhantomAttach { vmid: vm },
             1 => Inner::PlugFails { vmid: vm, text: "adding blockdev 'drive-scsi1' failed: got timeout".into() },
             2 => Inner::DiskStays { vmid: vm },

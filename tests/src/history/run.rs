@@ -40,7 +40,11 @@ pub struct Failure {
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "seed {}, {} controllers: {}", self.history.seed, self.history.controllers, self.what)?;
+        writeln!(
+            f,
+            "seed {}, {} controllers, Proxmox {}: {}",
+            self.history.seed, self.history.controllers, self.history.version, self.what
+        )?;
         self.history.items.iter().try_for_each(|item| writeln!(f, "  {item}"))?;
         self.log.iter().try_for_each(|line| writeln!(f, "    {line}"))
     }
@@ -108,7 +112,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     async fn new(history: &'a History) -> Result<Run<'a>> {
-        let world = World::new(plan::cluster(), history.controllers, plan::claims()).await?;
+        let world = World::new(plan::cluster().version(history.version), history.controllers, plan::claims()).await?;
         Ok(Run {
             history,
             judge: Judge::new(world.claims.len()),

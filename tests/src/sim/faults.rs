@@ -99,6 +99,7 @@ pub(crate) struct Faults {
     hooks: Vec<(String, String, u32, Hook)>,
     counters: BTreeMap<String, u64>,
     log: Vec<String>,
+    bytes: u64,
 }
 
 impl fmt::Debug for Faults {
@@ -136,6 +137,15 @@ impl Faults {
         }
     }
 
+    /// An answer of so many bytes.
+    pub(crate) fn count_bytes(&mut self, bytes: usize) {
+        self.bytes += u64::try_from(bytes).unwrap_or(0);
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     pub(crate) fn counters(&self) -> &BTreeMap<String, u64> {
         &self.counters
     }
@@ -147,6 +157,7 @@ impl Faults {
     pub(crate) fn reset_counters(&mut self) {
         self.counters.clear();
         self.log.clear();
+        self.bytes = 0;
     }
 
     /// The effect of the first fault that this request meets.

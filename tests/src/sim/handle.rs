@@ -265,6 +265,12 @@ impl Simulator {
         self.cluster.state().faults.log().to_vec()
     }
 
+    /// Bytes answered so far, with their headers.
+    #[must_use]
+    pub fn bytes_answered(&self) -> u64 {
+        self.cluster.state().faults.bytes()
+    }
+
     pub fn reset_counters(&self) {
         self.cluster.state().faults.reset_counters();
     }

@@ -100,8 +100,10 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, cluster: &Arc<Cl
             Outcome::Hang => return std::future::pending().await,
         };
         let wants_close = request.minor == 0 || request.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
-        let closes = answer.status >= 400 || wants_close || misdirected;
-        stream.write_all(render(&answer, closes).as_bytes()).await?;
+        let closes = answer.status >= 400 || wants_close || misdirected || (answer.proxied && cluster.latency.by_endpoint);
+        let text = render(&answer, closes);
+        cluster.state().faults.count_bytes(text.len());
+        stream.write_all(text.as_bytes()).await?;
         stream.flush().await?;
         if closes {
             return stream.shutdown().await;

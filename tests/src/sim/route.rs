@@ -20,6 +20,8 @@ use super::{content, control, drives, inventory, update, vms};
 const PROXY_TIMEOUT: Duration = Duration::from_secs(30);
 /// A refused login is answered this late.
 const UNAUTHORISED_DELAY: Duration = Duration::from_secs(3);
+/// No answer to ARP.
+const DEAD_NODE: Duration = Duration::from_secs(3);
 /// pvedaemon's workers on a node.
 const WORKERS: usize = 3;
 
@@ -98,7 +100,12 @@ async fn answer(cluster: &Arc<Cluster>, request: &Request, path: &str, query: &s
     let late = matches!(effect, Some(Effect::TimeOutButComplete));
     let outcome = match admit(cluster, request, &path, query, route).await {
         Ok((call, route)) => perform(cluster, call, route, late).await,
-        Err(error) => failed(cluster, &error, false),
+        Err(error) => {
+            if cluster.latency.by_endpoint && error.status == 595 {
+                cluster.clock.sleep(DEAD_NODE).await;
+            }
+            failed(cluster, &error, false)
+        }
     };
     if matches!(effect, Some(Effect::CloseAfterwards)) { Outcome::Close } else { outcome }
 }
@@ -218,15 +225,16 @@ fn destination(cluster: &Cluster, params: &Params) -> Result<String, ApiError> {
 async fn perform(cluster: &Arc<Cluster>, call: Call, route: &'static Route, late: bool) -> Outcome {
     let proxied = route.protected || call.node != cluster.entry_node;
     if !proxied && !late {
-        cluster.clock.sleep(cluster.latency.request).await;
+        cluster.clock.sleep(cluster.latency.of(call.endpoint, 0)).await;
         return finish(cluster, dispatch(Arc::clone(cluster), call).await, proxied);
     }
+    let vms = cluster.state().vms.values().filter(|vm| vm.running && vm.node == call.node).count();
     let gate = Gate::default();
     let result = Arc::new(Mutex::new(None));
     let (busy, opened, slot, worker) = (cluster.clock.busy(), gate.clone(), Arc::clone(&result), Arc::clone(cluster));
     tokio::spawn(async move {
         let place = worker.clock.lock(&format!("pvedaemon-{}", call.node), WORKERS, None).await;
-        let delay = if late { PROXY_TIMEOUT + Duration::from_secs(1) } else { worker.latency.request };
+        let delay = if late { PROXY_TIMEOUT + Duration::from_secs(1) } else { worker.latency.of(call.endpoint, vms) };
         worker.clock.sleep(delay).await;
         let done = dispatch(Arc::clone(&worker), call).await;
         *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);

@@ -392,6 +392,11 @@ impl Work {
             return Ok(());
         }
         let running = self.cluster.state().vm(&self.node, self.vmid)?.running;
+        let own_controllers = self.config.get("scsihw") == Some("virtio-scsi-single");
+        let unplugs = self.config.pending_delete.keys().any(|key| is_drive(key));
+        let latency = self.cluster.latency;
+        let task = if unplugs && !own_controllers { latency.task + latency.unplug_task } else { latency.task };
+        self.cluster.clock.sleep(task).await;
         let mut errors = BTreeMap::new();
         if running {
             self.hotplug_all(modified, &mut errors).await;

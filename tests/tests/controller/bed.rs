@@ -11,7 +11,7 @@ use proto::VolumeHandle;
 use proto::csi::controller_server::Controller as _;
 use proto::csi::volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode};
 use proto::csi::{self, VolumeCapability};
-use testbed::sim::{Builder, Description, Node, STANDARD_SECRET, Simulator, Storage, Vm};
+use testbed::sim::{Builder, Description, Node, STANDARD_SECRET, Simulator, Storage, Version, Vm};
 use tonic::{Code, Request, Status};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -49,7 +49,17 @@ pub(crate) fn two_hosts_description() -> Description {
     ))
 }
 
+/// The release of Proxmox VE that the beds simulate, by `PROXMOX_CSI_SIM_RELEASE` (`8.2`); scripts/test goes through all.
+pub(crate) fn release() -> Version {
+    let release = std::env::var("PROXMOX_CSI_SIM_RELEASE").ok().filter(|release| !release.is_empty());
+    release.map_or_else(Version::default, |release| release.parse().expect("a release that the simulator knows"))
+}
+
 pub(crate) async fn start(builder: Builder) -> Bed {
+    start_as_it_is(builder.version(release())).await
+}
+
+pub(crate) async fn start_as_it_is(builder: Builder) -> Bed {
     let sim = Arc::new(builder.start().await.unwrap());
     let text = clusters(sim.url());
     with_config(sim, &text)

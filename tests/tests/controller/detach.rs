@@ -25,7 +25,7 @@ async fn a_disk_that_stays_is_said_and_the_repeat_finishes() {
     let volume = bed.volume("pvc-1", "local").await;
     bed.publish(&volume, "node-101/101").await.unwrap();
     bed.sim.inject_inner(Inner::DiskStays { vmid: 101 }, 50);
-    assert_refused(bed.unpublish(&volume, "node-101/101").await, Code::Unavailable, &["VM 101", "still busy in guest"]);
+    assert_refused(bed.unpublish(&volume, "node-101/101").await, Code::Unavailable, &["VM 101", "error on hot-unplugging device"]);
     assert_refused(bed.publish(&volume, "node-102/102").await, Code::FailedPrecondition, &["VM 101 on pve1"]);
     bed.sim.clear_faults();
     bed.unpublish(&volume, "node-101/101").await.unwrap();

@@ -1,5 +1,6 @@
 //! ControllerExpandVolume: attached disks only, the very slot, and a half done resize told to QEMU.
 
+use proto::csi::{self, controller_server::Controller as _};
 use testbed::sim::{Fault, Inner};
 use tonic::Code;
 
@@ -104,4 +105,56 @@ async fn a_lost_answer_to_resize_is_looked_after_by_the_repeat() {
     let shown = bed.sim.vm(101).unwrap().config["scsi1"].clone();
     assert!(shown.contains("size=128M") || shown.contains("size=132M"), "{shown}");
     let _ = create_request("x", "local", 1);
+}
+
+/// W37, W62: one VM that cannot be read stops its own volumes only, and nobody is asked but the holder.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn w37_a_vm_that_cannot_be_read_does_not_stop_the_others_volumes() {
+    let bed = standard().await;
+    let volume = bed.volume("pvc-1", "local").await;
+    bed.publish(&volume, "node-101/101").await.unwrap();
+    let broken = testbed::sim::Effect::Answer { status: 500, reason: "got timeout".into() };
+    bed.sim.inject(Fault::next("GET", "/nodes/*/qemu/102/**", broken).times(100));
+    bed.sim.reset_counters();
+    bed.expand(&volume.to_string(), 128 * MIB, 0).await.unwrap();
+    let requests: Vec<String> = bed.sim.requests().into_iter().filter(|request| !request.contains("/tasks/")).collect();
+    assert!(requests.len() <= 3, "{requests:?}");
+    // The next controller knows nobody, and finds the holder though 102 does not answer.
+    let fresh = crate::hold::again(&bed);
+    let range = Some(csi::CapacityRange { required_bytes: 192 << 20, limit_bytes: 0 });
+    let request = csi::ControllerExpandVolumeRequest { volume_id: volume.to_string(), capacity_range: range, ..Default::default() };
+    fresh.controller_expand_volume(tonic::Request::new(request)).await.unwrap();
+}
+
+/// W55: it grows where its VM runs now, not where its id says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn w55_a_volume_grows_where_its_vm_runs_now() {
+    let (bed, volume) = crate::hold::shared_bed().await;
+    bed.publish(&volume, "node-201/201").await.unwrap();
+    bed.sim.migrate_vm(201, "pve1");
+    let fresh = crate::hold::again(&bed);
+    let range = Some(csi::CapacityRange { required_bytes: 128 << 20, limit_bytes: 0 });
+    let request = csi::ControllerExpandVolumeRequest { volume_id: volume.to_string(), capacity_range: range, ..Default::default() };
+    fresh.controller_expand_volume(tonic::Request::new(request)).await.unwrap();
+    assert!(bed.sim.vm(201).unwrap().config["scsi1"].contains("size=128M"));
+}
+
+/// W57: a backup holds the VM for a while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn w57_expand_waits_for_a_locked_vm() {
+    let bed = standard().await;
+    let volume = bed.volume("pvc-1", "local").await;
+    bed.publish(&volume, "node-101/101").await.unwrap();
+    bed.sim.set_lock(101, Some("backup"));
+    let range = Some(csi::CapacityRange { required_bytes: 128 << 20, limit_bytes: 0 });
+    let request = csi::ControllerExpandVolumeRequest { volume_id: volume.to_string(), capacity_range: range, ..Default::default() };
+    let expand = |seconds| {
+        let mut request = tonic::Request::new(request.clone());
+        request.set_timeout(std::time::Duration::from_secs(seconds));
+        bed.csi.controller_expand_volume(request)
+    };
+    assert_refused(expand(2).await, Code::Unavailable, &["VM is locked (backup) since"]);
+    let sim = std::sync::Arc::clone(&bed.sim);
+    bed.sim.before("GET", "/nodes/*/qemu/101/pending", 2, move |_| sim.set_lock(101, None));
+    expand(60).await.unwrap();
 }

@@ -1,24 +1,28 @@
 //! Every deed of the agent cut short: before it, in the middle, after it. Then the same call again, until it is done.
 //!
 //! The agent for these tests (`scripts/build --kill-points`) tells the points that it passes, so the first life of a volume
-//! lists them, and what is built in later is killed too. Each further life takes the next point of every call.
+//! lists them, and what is built in later is killed too. Further volumes live and die until every point has had its death.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use proto::publish_context::SERIAL;
-use testbed::calls::NodeVolume;
+use proto::{csi, secrets};
+use testbed::calls::{NodeVolume, mount_capability};
 use testbed::guest::{GuestOptions, wait};
 use testbed::tools;
 use tonic::Status;
 
-use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, boot, handle, start_node, wait_for_size};
+use crate::ciphertext::{assert_cryptsetup_opens, decrypted};
+use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, start_node};
+use crate::luks::{PASSPHRASE, encrypted, keyslots, mappings, volume_key};
 use crate::xfs::assert_clean_xfs;
 
 const KILL_AT: &str = "PROXMOX_CSI_KILL_AT";
 /// The calls of a life, in order.
 const CALLS: [&str; 5] = ["stage", "publish", "expand", "unpublish", "unstage"];
 const LUN: u8 = 1;
+/// A life ends with the points that come after what its deaths have done: a call has some four such places.
+const MAX_LIVES: usize = 12;
 /// SIGABRT.
 const ABORTED: Option<i32> = Some(6);
 
@@ -28,8 +32,17 @@ struct Kind {
     fstype: &'static str,
     size_bytes: u64,
     grown_bytes: u64,
+    is_encrypted: bool,
     judge: fn(&Image),
+    /// Points that there must be at least.
+    must: &'static [&'static str],
+    /// Deeds that are the same as another kind's, which dies at them.
+    same: &'static [&'static str],
 }
+
+/// Of every kind.
+const MUST: [&str; 4] =
+    ["inside:stage:MakeFilesystem:write-4", "inside:stage:Mount:mounted", "inside:expand:Grow:ioctl", "inside:unstage:Unmount:umount2"];
 
 /// A volume's image after its life, and what was written into it.
 struct Lived {
@@ -38,15 +51,27 @@ struct Lived {
     written: String,
 }
 
+/// The points of each call that no agent has died at yet.
+type Points = BTreeMap<String, VecDeque<String>>;
+
 struct Mortal<'a> {
     agent: Agent,
     kind: &'a Kind,
     /// What the running agent dies at.
     at: Option<String>,
+    deaths: usize,
+    is_plugged: bool,
 }
 
-impl Mortal<'_> {
-    /// The running agent's end, and a new one that dies at that point.
+impl<'a> Mortal<'a> {
+    /// `None`, after saying so, where guests cannot run.
+    fn boot(kind: &'a Kind) -> Option<Self> {
+        let files = vec![(format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), tools::kill_points_binary())];
+        let agent = Agent::start_on(&GuestOptions { files, ..GuestOptions::named(kind.name) })?;
+        Some(Self { agent, kind, at: None, deaths: 0, is_plugged: false })
+    }
+
+    /// The running agent's end, if it has not ended, and a new one that dies at that point.
     fn restart(&mut self, at: Option<&str>) {
         self.agent.guest.signal(self.agent.job, 9).unwrap();
         self.agent.guest.wait(self.agent.job, SEEN_LIMIT).unwrap();
@@ -59,79 +84,73 @@ impl Mortal<'_> {
         move || match call.as_str() {
             "stage" => calls.node_stage_volume(volume.stage()).map(drop),
             "publish" => calls.node_publish_volume(volume.publish()).map(drop),
-            "expand" => calls.node_expand_volume(volume.expand(grown)).map(drop),
+            // The secret is not told again: the kernel still has the key, whichever agent gave it.
+            "expand" => {
+                let request = csi::NodeExpandVolumeRequest { secrets: HashMap::new(), ..volume.expand(grown) };
+                calls.node_expand_volume(request).map(drop)
+            }
             "unpublish" => calls.node_unpublish_volume(volume.unpublish()).map(drop),
             _ => calls.node_unstage_volume(volume.unstage()).map(drop),
         }
     }
 
-    /// Waits until the agent has told this point, or is dead.
-    fn wait_for(&self, point: &str) {
+    /// Until the agent has told this point; `false`: it is dead.
+    fn lives_to(&self, point: &str) -> bool {
         let line = format!("kill point {point}\n");
         let told = wait::until(SEEN_LIMIT, || {
             let (exit, output) = self.agent.guest.output(self.agent.job)?;
-            Ok::<_, anyhow::Error>((exit.is_some() || output.contains(&line)).then_some(()))
+            let is_told = exit.is_none() && output.contains(&line);
+            Ok::<_, anyhow::Error>((exit.is_some() || is_told).then_some(is_told))
         });
-        assert!(told.unwrap().is_some(), "the agent does not come to {point}; {}", self.agent.guest.quote());
+        told.unwrap().unwrap_or_else(|| panic!("the agent does not come to {point}; {}", self.agent.guest.quote()))
     }
 
-    /// One call, killed at `point` and made again; `then` is the point that the next agent of this life dies at. What the agent waits
-    /// for comes when it waits. Answers whether the point was passed.
-    fn perform(&mut self, call: &str, volume: &NodeVolume, image: &Image, point: Option<&str>, then: Option<&str>, is_first: bool) -> bool {
-        if let Some(point) = point.filter(|point| self.at.as_deref() != Some(point)) {
-            self.restart(Some(point));
-        }
+    /// One attempt at a call. What the agent waits for, disk or size, comes when it waits. `None`: it died, where it should.
+    fn attempt(&mut self, call: &str, volume: &NodeVolume, image: &Image) -> Option<Result<(), Status>> {
         let attempt = std::thread::spawn(self.call(call, volume));
-        let is_told = point.is_some() || is_first;
-        match call {
-            "stage" => {
-                if is_told {
-                    self.wait_for("before:stage:FindDisk");
-                }
-                self.agent.guest.machine().plug(&image.drive(LUN, volume.publish_context.get(SERIAL).map(String::as_str))).unwrap();
-            }
-            "expand" => {
-                if is_told {
-                    self.wait_for("before:expand:AwaitSize");
-                }
-                image.resize(self.kind.grown_bytes);
-                self.agent.guest.machine().resize(LUN, self.kind.grown_bytes).unwrap();
-            }
-            _ => (),
+        if call == "stage" && !self.is_plugged && self.lives_to("before:stage:FindDisk") {
+            self.is_plugged = true;
+            self.agent.guest.machine().plug(&image.drive(LUN, volume.publish_context.get(SERIAL).map(String::as_str))).unwrap();
+        }
+        if call == "expand" && image.size_bytes() < self.kind.grown_bytes && self.lives_to("before:expand:AwaitSize") {
+            image.resize(self.kind.grown_bytes);
+            self.agent.guest.machine().resize(LUN, self.kind.grown_bytes).unwrap();
         }
         let answer = attempt.join().unwrap();
-        let Some(point) = point else {
-            answer.unwrap_or_else(|status| panic!("{call}: {status:?}; {}", self.agent.guest.quote()));
-            return true;
-        };
         if answer.is_ok() {
-            return false;
+            return Some(answer);
         }
+        let Some(point) = &self.at else { return Some(answer) };
         let ended = self.agent.guest.wait(self.agent.job, SEEN_LIMIT).unwrap();
-        assert!(
-            ended.exit.signal == ABORTED && ended.output.contains(&format!("killed at {point}\n")),
-            "{call} at {point}: {answer:?}; {ended:?}"
-        );
-        self.restart(then);
-        if call == "expand" {
-            wait_for_size(&self.agent.guest, LUN, Some(self.kind.grown_bytes));
-        }
-        (self.call(call, volume))().unwrap_or_else(|status| panic!("{call} after {point}: {status:?}; {}", self.agent.guest.quote()));
-        true
+        let has_died = ended.exit.signal == ABORTED && ended.output.contains(&format!("killed at {point}\n"));
+        assert!(has_died, "{call} at {point}: {answer:?}; {ended:?}");
+        self.deaths += 1;
+        None
     }
 
-    /// A volume from its first stage to its last unstage; `points`: where each call dies first. Answers the points that were not passed.
-    fn live(&mut self, number: usize, points: &BTreeMap<&str, &str>) -> (Lived, Vec<String>) {
+    /// A call until it is done, dying on the way at as many of its points as it comes to, one after the other. What a death
+    /// leaves done is not done again: a point behind it is left for the next volume.
+    fn perform(&mut self, call: &str, volume: &NodeVolume, image: &Image, points: &mut VecDeque<String>) {
+        loop {
+            let point = points.front().cloned();
+            if self.at != point {
+                self.restart(point.as_deref());
+            }
+            match self.attempt(call, volume, image) {
+                None => drop(points.pop_front()),
+                Some(Ok(())) => break,
+                Some(Err(status)) => panic!("{call}, {} deaths before: {status:?}; {}", self.deaths, self.agent.guest.quote()),
+            }
+        }
+    }
+
+    /// A volume from its first stage to its last unstage.
+    fn live(&mut self, number: usize, points: &mut Points) -> Lived {
         let image = Image::new(self.kind.size_bytes);
         let volume = self.volume(number, &image);
         let mut written = String::new();
-        let mut missed = Vec::new();
-        for (index, call) in CALLS.into_iter().enumerate() {
-            let then = CALLS[index + 1..].iter().find_map(|call| points.get(call));
-            let point = points.get(call).copied();
-            if !self.perform(call, &volume, &image, point, then.copied(), number == 0) {
-                missed.extend(point.map(str::to_owned));
-            }
+        for call in CALLS {
+            self.perform(call, &volume, &image, points.entry(call.into()).or_default());
             match call {
                 "publish" => written = self.agent.guest.fill(&format!("/node{}/file", volume.target), number as u64, MIB).unwrap(),
                 "expand" => {
@@ -141,16 +160,29 @@ impl Mortal<'_> {
                 _ => (),
             }
         }
-        assert!(self.agent.guest.mounts_below("/node/var/lib/kubelet/").unwrap().is_empty(), "{number}: a mount is left");
+        let left = self.agent.guest.mounts_below("/node/var/lib/kubelet").unwrap();
+        assert!(left.len() == 1, "life {number}: a mount is left: {left:?}");
+        assert_eq!(mappings(&self.agent), Vec::<String>::new(), "life {number}");
+        self.assert_no_key_is_left();
         self.agent.detach(LUN);
+        self.is_plugged = false;
         (self.kind.judge)(&image);
-        (Lived { number, image, written }, missed)
+        Lived { number, image, written }
+    }
+
+    /// The kernel takes a key away a moment after its last link is gone.
+    fn assert_no_key_is_left(&self) {
+        let gone = wait::until(SEEN_LIMIT, || {
+            let keys = self.agent.guest.read("/proc/keys")?;
+            Ok::<_, anyhow::Error>((!keys.contains("proxmox-csi:") && !keys.contains("logon")).then_some(()))
+        });
+        assert!(gone.unwrap().is_some(), "keys are left: {}", self.agent.guest.read("/proc/keys").unwrap());
     }
 
     fn volume(&self, number: usize, image: &Image) -> NodeVolume {
         let mut volume = self.agent.volume(&handle(&format!("{}-{number}", self.kind.name)), image, LUN);
-        volume.capability = testbed::calls::mount_capability(self.kind.fstype);
-        volume
+        volume.capability = mount_capability(self.kind.fstype);
+        if self.kind.is_encrypted { encrypted(volume, PASSPHRASE) } else { volume }
     }
 
     /// What was written is there, in all of them.
@@ -170,55 +202,157 @@ impl Mortal<'_> {
 }
 
 /// The points that an agent has told, by call, in their order.
-fn points(output: &str) -> BTreeMap<&str, Vec<&str>> {
-    let mut points: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+fn points(output: &str) -> Points {
+    let mut points = Points::new();
     for point in output.lines().filter_map(|line| line.strip_prefix("kill point ")) {
         let call = point.split(':').nth(1).unwrap_or_default();
-        points.entry(call).or_default().push(point);
+        points.entry(call.into()).or_default().push_back(point.into());
     }
     points
 }
 
 fn walk(kind: &Kind) {
-    let binary = tools::kill_points_binary();
-    let files = vec![(format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), binary)];
-    let Some(guest) = boot(&GuestOptions { files, ..GuestOptions::named(kind.name) }) else { return };
-    let (job, calls) = (start_node(&guest, &[]), guest.node().unwrap());
-    let mut mortal = Mortal { agent: Agent { guest, calls, job }, kind, at: None };
-    let mut lived = vec![mortal.live(0, &BTreeMap::new()).0];
+    let Some(mut mortal) = Mortal::boot(kind) else { return };
+    let mut lived = vec![mortal.live(0, &mut Points::new())];
     let (_, output) = mortal.agent.guest.output(mortal.agent.job).unwrap();
-    let points = points(&output);
-    assert_eq!(points.keys().copied().collect::<Vec<_>>(), ["expand", "publish", "stage", "unpublish", "unstage"], "{output}");
-    let lives = points.values().map(Vec::len).max().unwrap_or_default();
-    let mut missed = Vec::new();
-    for life in 0..lives {
-        let of_life = points.iter().filter_map(|(call, points)| Some((*call, *points.get(life)?))).collect();
-        let (volume, not_passed) = mortal.live(life + 1, &of_life);
-        lived.push(volume);
-        missed.extend(not_passed);
+    let mut points = points(&output);
+    for deed in kind.same {
+        points.values_mut().for_each(|points| points.retain(|point| !format!("{point}:").contains(&format!(":{deed}:"))));
     }
-    mortal.read_again(&lived);
-    let mut told = String::new();
-    for (call, points) in &points {
-        let _ = writeln!(told, "{call}: {}", points.join(" "));
-    }
-    println!("{}: {} deaths in {lives} lives\n{told}", kind.name, points.values().map(Vec::len).sum::<usize>() - missed.len());
-    assert_eq!(missed, Vec::<String>::new(), "points of the first life that the others never came to");
-    for must in
-        ["inside:stage:MakeFilesystem:write-4", "inside:stage:Mount:mounted", "inside:publish:Bind:cloned", "after:unstage:RemoveFolder"]
-    {
+    let told: String = points.values().flatten().map(|point| format!("{point}\n")).collect();
+    for must in MUST.iter().chain(kind.must) {
         assert!(told.contains(must), "{must} is not among the points:\n{told}");
     }
+    while points.values().any(|left| !left.is_empty()) {
+        assert!(lived.len() <= MAX_LIVES, "points of the first life that no other comes to: {points:?}");
+        lived.push(mortal.live(lived.len(), &mut points));
+    }
+    mortal.read_again(&lived);
+    println!("{}: {} deaths in {} lives at\n{told}", kind.name, mortal.deaths, lived.len() - 1);
+    assert_eq!(mortal.deaths, told.lines().count());
     mortal.agent.guest.power_off().unwrap();
 }
 
+fn assert_clean_inside(image: &Image, judge: fn(&Image)) {
+    assert_cryptsetup_opens(image, PASSPHRASE);
+    judge(&decrypted(image, PASSPHRASE));
+}
+
+const EXT4: Kind = Kind {
+    name: "killed-ext4",
+    fstype: "ext4",
+    size_bytes: 64 * MIB,
+    grown_bytes: 96 * MIB,
+    is_encrypted: false,
+    judge: assert_clean,
+    must: &["after:stage:FindDisk", "inside:publish:Bind:cloned", "after:unpublish:RemoveFolder", "after:unstage:RemoveFolder"],
+    same: &[],
+};
+
+const XFS: Kind = Kind {
+    name: "killed-xfs",
+    fstype: "xfs",
+    size_bytes: 300 * MIB,
+    grown_bytes: 400 * MIB,
+    judge: |image| assert_clean_xfs(&image.0),
+    ..EXT4
+};
+
+const LUKS: Kind = Kind {
+    is_encrypted: true,
+    must: &[
+        "inside:stage:Open:created",
+        "inside:stage:Open:key-held",
+        "inside:stage:Open:loaded",
+        "inside:expand:GrowMapping:loaded",
+        "inside:unstage:Close:key-forgotten",
+        "inside:unstage:Close:removed",
+    ],
+    ..EXT4
+};
+
 #[test]
 fn guest_ext4_killed_at_every_point() {
-    walk(&Kind { name: "killed-ext4", fstype: "ext4", size_bytes: 64 * MIB, grown_bytes: 96 * MIB, judge: assert_clean });
+    walk(&EXT4);
 }
 
 #[test]
 fn guest_xfs_killed_at_every_point() {
-    let judge = |image: &Image| assert_clean_xfs(&image.0);
-    walk(&Kind { name: "killed-xfs", fstype: "xfs", size_bytes: 300 * MIB, grown_bytes: 400 * MIB, judge });
+    walk(&XFS);
+}
+
+#[test]
+fn guest_encrypted_ext4_killed_at_every_point() {
+    walk(&Kind { name: "killed-luks-ext4", judge: |image| assert_clean_inside(image, assert_clean), ..LUKS });
+}
+
+/// The header is made and the pod shown the volume as with ext4.
+#[test]
+fn guest_encrypted_xfs_killed_at_every_point() {
+    walk(&Kind {
+        name: "killed-luks-xfs",
+        fstype: "xfs",
+        size_bytes: 316 * MIB,
+        grown_bytes: 416 * MIB,
+        judge: |image| assert_clean_inside(image, XFS.judge),
+        same: &["FindDisk", "Probe", "Encrypt", "MakeFolder", "Bind", "AwaitSize", "unpublish", "RemoveFolder"],
+        ..LUKS
+    });
+}
+
+/// A passphrase that is replaced: after every death, one of the two opens.
+#[test]
+fn guest_rotation_killed_at_every_point() {
+    const NEW: &str = "the passphrase that comes after it";
+    let Some(mut mortal) = Mortal::boot(&Kind { name: "killed-rotation", size_bytes: 48 * MIB, ..LUKS }) else { return };
+    let (handle, made) = (handle("killed-rotation"), Image::new(48 * MIB));
+    let volume = mortal.agent.attach(&handle, &made, LUN);
+    mortal.is_plugged = true;
+    let (old, mut both) = (encrypted(volume.clone(), PASSPHRASE), encrypted(volume, NEW));
+    both.secrets.insert(secrets::PASSPHRASE_PREVIOUS.into(), PASSPHRASE.into());
+    mortal.agent.stage(&old);
+    mortal.agent.put_away(&old);
+    mortal.agent.detach(LUN);
+    let key = volume_key(&made, PASSPHRASE).unwrap();
+
+    let mut points: Option<VecDeque<String>> = None;
+    for lives in 0.. {
+        let image = Image::new(made.size_bytes());
+        std::fs::copy(&made.0, &image.0).unwrap();
+        mortal.agent.attach(&handle, &image, LUN);
+        loop {
+            let point = points.as_ref().and_then(|points| points.front().cloned());
+            mortal.restart(point.as_deref());
+            match mortal.attempt("stage", &both, &image) {
+                Some(Ok(())) => break,
+                Some(Err(status)) => panic!("{status:?}; {}", mortal.agent.guest.quote()),
+                None => (),
+            }
+            points.as_mut().unwrap().pop_front();
+            let opened = volume_key(&image, PASSPHRASE).or_else(|| volume_key(&image, NEW));
+            assert!(opened.is_some_and(|opened| opened == key), "neither opens after {point:?}");
+        }
+        let left = points.get_or_insert_with(|| {
+            let (_, output) = mortal.agent.guest.output(mortal.agent.job).unwrap();
+            let mut told = self::points(&output).remove("stage").unwrap();
+            told.retain(|point| point.contains(":stage:Open"));
+            println!("{told:#?}");
+            for must in ["add-keyslot", "keyslot-added", "remove-keyslot", "keyslot-removed"] {
+                assert!(told.iter().any(|point| point.ends_with(must)), "{must} is not among {told:?}");
+            }
+            told
+        });
+        let is_done = left.is_empty();
+        mortal.agent.put_away(&both);
+        mortal.agent.detach(LUN);
+        assert!(volume_key(&image, NEW).is_some_and(|opened| opened == key) && volume_key(&image, PASSPHRASE).is_none());
+        assert_eq!(keyslots(&image).len(), 1, "a keyslot of a rotation that was cut short is left");
+        assert_cryptsetup_opens(&image, NEW);
+        if is_done {
+            println!("{} deaths in {lives} lives", mortal.deaths);
+            break;
+        }
+        assert!(lives <= MAX_LIVES, "points that no life comes to: {points:?}");
+    }
+    mortal.agent.guest.power_off().unwrap();
 }

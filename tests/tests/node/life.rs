@@ -143,8 +143,9 @@ fn guest_requests_that_are_wrong() {
     };
     type Change = fn(&mut csi::NodeStageVolumeRequest);
     let wrong: [(Code, &str, Change); 6] = [
-        (Code::FailedPrecondition, "encryption-passphrase", |request| {
-            drop(request.secrets.insert("encryption-passphrase".into(), "x".into()))
+        // Empty: never a key, and never plaintext instead.
+        (Code::InvalidArgument, "encryption-passphrase", |request| {
+            drop(request.secrets.insert("encryption-passphrase".into(), String::new()))
         }),
         (Code::InvalidArgument, "staging_target_path", |request| request.staging_target_path = "/etc".into()),
         (Code::InvalidArgument, "staging_target_path", |request| request.staging_target_path = "/var/lib/kubelet/../x".into()),

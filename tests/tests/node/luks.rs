@@ -9,6 +9,7 @@ use disk::luks::{Header, VolumeKey};
 use proto::{VolumeHandle, secrets, volume_context};
 use testbed::calls::{NodeVolume, block_capability, mount_capability};
 use testbed::guest::{GuestOptions, Program, with_libraries};
+use testbed::machine::PluggedDrive;
 use testbed::tools;
 use tonic::Code;
 
@@ -83,10 +84,12 @@ pub(crate) fn judge(agent: &Agent, program: &str, args: &[&str]) -> Option<(Opti
         tools::skipped(&format!("{program} is missing: what is inside the mapping is not judged"));
         return None;
     };
-    for (path, file) in with_libraries(Path::new(&path)).unwrap() {
-        let folder = Path::new(&path).parent().unwrap().display().to_string();
-        agent.guest.make_folder(&folder).unwrap();
-        agent.guest.write(&path, &std::fs::read(file).unwrap()).unwrap();
+    if agent.guest.stat(&path).unwrap().is_none() {
+        for (path, file) in with_libraries(Path::new(&path)).unwrap() {
+            let folder = Path::new(&path).parent().unwrap().display().to_string();
+            agent.guest.make_folder(&folder).unwrap();
+            agent.guest.write(&path, &std::fs::read(file).unwrap()).unwrap();
+        }
     }
     let ended = agent.guest.run(&Program { label: "judge", root: None, program: &path, args, env: &[] }, JUDGE_LIMIT).unwrap();
     Some((ended.exit.code, ended.output))
@@ -110,7 +113,7 @@ fn life(fstype: &str, size_bytes: u64, judged_by: &str) {
     let written = agent.guest.fill(&file, 1, 8 * MIB).unwrap();
     agent.guest.write(&format!("/node{}/marked", volume.target), &MARKER.repeat(100)).unwrap();
     assert_eq!(image.read_at(0, 6), b"LUKS\xba\xbe");
-    assert!(!image.bytes().windows(MARKER.len()).any(|window| window == MARKER), "plaintext is on the disk");
+    assert!(!holds_marker(&image), "plaintext is on the disk");
 
     // Grown while it is mounted, with no secret: the kernel has the key. A new agent finds it there too.
     volume.secrets.clear();
@@ -177,6 +180,12 @@ fn guest_life_of_an_encrypted_xfs() {
     life("xfs", 316 * MIB, "xfs_repair");
 }
 
+/// Whether a sector of the disk begins inside of what was written as [`MARKER`] over and over.
+fn holds_marker(image: &Image) -> bool {
+    let twice = MARKER.repeat(2);
+    image.bytes().chunks(512).any(|sector| twice.windows(MARKER.len()).any(|window| sector.starts_with(window)))
+}
+
 /// Stage is refused; the image is byte for byte what it was, and nothing is open.
 fn refused(agent: &Agent, volume: &NodeVolume, image: &Image) -> (Code, String) {
     let before = image.bytes();
@@ -217,6 +226,16 @@ fn guest_passphrases_that_do_not_fit() {
         let (code, sentence) = refused(&agent, &encrypted(volume.clone(), wrong), &image);
         assert!(code == Code::InvalidArgument && sentence.contains("no keyslot opens"), "{code:?} {sentence}");
     }
+    // Whose header it is shows only when it opens: a damaged copy is not mended before.
+    let second = image.read_at(16 << 10, 512);
+    image.write_at(16 << 10, &[0x55; 512]);
+    agent.detach(1);
+    agent.guest.machine().plug(&image.drive(1, Some(&handle.serial()))).unwrap();
+    let (code, sentence) = refused(&agent, &encrypted(volume.clone(), "wrong"), &image);
+    assert!(code == Code::InvalidArgument && sentence.contains("no keyslot opens"), "{code:?} {sentence}");
+    agent.stage(&right);
+    agent.put_away(&right);
+    assert_eq!(image.read_at(16 << 10, 6), second[..6], "mended");
     let (code, sentence) = refused(&agent, &volume, &image);
     assert!(code == Code::InvalidArgument && sentence.contains("encrypted with LUKS"), "{code:?} {sentence}");
     let (code, sentence) = refused(&agent, &encrypted(volume.clone(), ""), &image);
@@ -260,6 +279,17 @@ fn guest_a_passphrase_is_replaced() {
     let key = volume_key(&image, PASSPHRASE).unwrap();
     assert_eq!(keyslots(&image), [0]);
 
+    // A disk that refuses writes is opened by the previous one, and keeps it.
+    agent.detach(1);
+    agent.guest.machine().plug(&PluggedDrive { read_only: true, ..image.drive(1, Some(&handle.serial())) }).unwrap();
+    agent.stage(&both);
+    agent.publish(&both);
+    assert_eq!(agent.guest.sha256(&file).unwrap(), written);
+    agent.put_away(&both);
+    agent.detach(1);
+    assert_eq!(keyslots(&image), [0]);
+    agent.guest.machine().plug(&image.drive(1, Some(&handle.serial()))).unwrap();
+
     // Twice: the second finds nothing left to replace.
     for _ in 0..2 {
         agent.stage(&both);
@@ -276,8 +306,23 @@ fn guest_a_passphrase_is_replaced() {
     neither.secrets.insert(secrets::PASSPHRASE_PREVIOUS.into(), "wrong too".into());
     let (code, sentence) = refused(&agent, &neither, &image);
     assert!(code == Code::InvalidArgument && sentence.contains("nor with encryption-passphrase-previous"), "{sentence}");
-    assert_nothing_is_told(&agent, &[PASSPHRASE, NEW], &[key]);
     agent.detach(1);
+
+    // A clone that is larger than its source: opened and grown, never formatted.
+    let clone = Image::new(0);
+    std::fs::copy(&image.0, &clone.0).unwrap();
+    clone.resize(96 * MIB);
+    let mut cloned = encrypted(agent.attach(&crate::harness::handle("luks-clone"), &clone, 1), NEW);
+    cloned.volume_context.insert(volume_context::CONTENT_SOURCE.into(), "snapshot".into());
+    cloned.volume_context.insert(volume_context::RESIZE_REQUIRED.into(), "true".into());
+    agent.stage(&cloned);
+    agent.publish(&cloned);
+    let seen = agent.guest.stat_filesystem(&format!("/node{}", cloned.target)).unwrap();
+    assert!(seen.blocks * seen.block_bytes > 64 * MIB, "{seen:?}");
+    assert_eq!(agent.guest.sha256(&format!("/node{}/file", cloned.target)).unwrap(), written);
+    agent.put_away(&cloned);
+    agent.detach(1);
+    assert_nothing_is_told(&agent, &[PASSPHRASE, NEW], &[key]);
     agent.guest.power_off().unwrap();
 }
 
@@ -292,8 +337,8 @@ fn guest_an_encrypted_block_volume() {
         agent.publish(&volume);
     }
     let target = format!("/node{}", volume.target);
-    agent.guest.write_at(&target, 20 * MIB, MARKER).unwrap();
-    assert!(!image.bytes().windows(MARKER.len()).any(|window| window == MARKER), "plaintext is on the disk");
+    agent.guest.write_at(&target, 20 * MIB, &MARKER.repeat(100)).unwrap();
+    assert!(!holds_marker(&image), "plaintext is on the disk");
     assert_eq!(agent.guest.read_at(&target, 20 * MIB, MARKER.len() as u64).unwrap(), MARKER);
     let size = |agent: &Agent| agent.calls.node_get_volume_stats(volume.stats()).unwrap().usage[0].total;
     assert_eq!(size(&agent), (64 * MIB - HEADER_BYTES).cast_signed());
@@ -302,6 +347,8 @@ fn guest_an_encrypted_block_volume() {
     let answer = agent.calls.node_expand_volume(volume.expand(96 * MIB)).unwrap();
     assert_eq!(answer.capacity_bytes, (96 * MIB).cast_signed());
     assert_eq!(size(&agent), (96 * MIB - HEADER_BYTES).cast_signed());
+    // Somebody has suspended it: what would wait for it for ever resumes it.
+    judge(&agent, "dmsetup", &["suspend", &mapping_of(&handle)]);
     agent.put_away(&volume);
     agent.put_away(&volume);
     assert_eq!((mappings(&agent), agent.guest.stat(&target).unwrap()), (Vec::new(), None));

@@ -49,6 +49,12 @@ fn what_a_filesystem_agent_needs_is_allowed_and_nothing_else() {
 }
 
 #[test]
+fn a_process_with_keys_in_it_leaves_no_core_dump() {
+    super::give_up_core_dumps().unwrap();
+    assert_eq!(rustix::process::dumpable_behavior(), Ok(rustix::process::DumpableBehavior::NotDumpable));
+}
+
+#[test]
 fn another_architectures_numbers_end_the_process() {
     for architecture in [0x4000_0003, 0x4000_0028, 0] {
         let mut data = [0; 16];

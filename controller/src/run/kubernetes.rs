@@ -1,0 +1,68 @@
+//! What Kubernetes says of VMs that cannot be read: which of our volumes they have, and whether they are off for certain.
+
+use std::sync::Arc;
+
+use proto::VolumeHandle;
+
+use super::cluster::Off;
+use super::evidence::{Reference, View};
+use super::region::{EVIDENCE_AGE, Region, ago};
+use crate::error::Error;
+use crate::kube::Kube;
+use crate::request::{NodeId, node_id};
+
+impl Region {
+    /// The Kubernetes nodes that this VM is, by the ids that their agents gave.
+    async fn nodes_of(&self, kube: &Arc<Kube>, vmid: u32) -> Result<Vec<String>, Error> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let name = resources.vms.get(&vmid).and_then(|vm| vm.name.clone());
+        let nodes = kube.nodes().await.map_err(Error::unavailable)?;
+        let is_it = |id: &str| match node_id(id) {
+            Ok(NodeId::Vmid(_, of)) => of == vmid,
+            // A VM on a dead node loses its name after some minutes: any could be it.
+            Ok(NodeId::Name(of)) => name.as_ref().is_none_or(|name| *name == of),
+            Err(_) => true,
+        };
+        Ok(nodes.iter().filter(|node| is_it(&node.node_id)).map(|node| node.name.clone()).collect())
+    }
+
+    /// Who has the volume attached to that VM, by Kubernetes' VolumeAttachments.
+    ///
+    /// # Errors
+    /// Kubernetes cannot be asked, or does not answer: then nothing is known.
+    pub(super) async fn attached_by_kubernetes(&self, vmid: u32, host: &str, off: &Off, volid: &str) -> Result<Vec<Reference>, Error> {
+        let Some(kube) = &self.kube else {
+            return Err(Error::unavailable(format!(
+                "Proxmox node {host} is {off} and the VM was not read before; bring the node back, or, if it is off for certain, write \
+                 fencedNodes: [{host}] into the config file"
+            )));
+        };
+        let is_ours = |handle: &String| {
+            let handle: Option<VolumeHandle> = handle.parse().ok();
+            handle.is_some_and(|handle| handle.region == self.name && handle.volid() == volid)
+        };
+        let mut found = Vec::new();
+        for node in self.nodes_of(kube, vmid).await? {
+            if kube.attached_to(&node).await.map_err(Error::unavailable)?.iter().any(is_ours) {
+                found.push(Reference { vmid, host: host.into(), key: node, view: View::Attachment, off: None });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether Kubernetes has been told that the VM's node is out of service.
+    ///
+    /// # Errors
+    /// Kubernetes does not answer.
+    pub(super) async fn is_out_of_service(&self, vmid: u32) -> Result<bool, Error> {
+        let Some(kube) = &self.kube else { return Ok(false) };
+        let nodes = self.nodes_of(kube, vmid).await?;
+        // With names alone it may be any of several: all of them, then.
+        for node in &nodes {
+            if !kube.is_out_of_service(node).await.map_err(Error::unavailable)? {
+                return Ok(false);
+            }
+        }
+        Ok(!nodes.is_empty())
+    }
+}

@@ -1,0 +1,333 @@
+//! The storm: many calls at once on a model of Proxmox's own latencies (`Latency::MODEL`), under simulated time.
+//!
+//! Three API workers per node, connections closed after protected calls, one config task at a time per VM. What our own code takes
+//! is not in these times: they are the same on every machine. Memory is measured on the release binary.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::history::{Claim, Rpc, World, under_paused_time};
+use crate::sim::{Builder, Description, Latency, Node, Simulator, Storage, Vm};
+
+mod memory;
+
+pub use memory::memory;
+
+const MIB: u64 = 1 << 20;
+/// The step of simulated time: what is measured is right to one of it.
+const TICK: Duration = Duration::from_millis(1);
+/// No two requests are let in at the same moment.
+const MOMENT: Duration = Duration::from_micros(10);
+/// The longest that a part may take, simulated.
+const LIMIT: Duration = Duration::from_secs(600);
+/// A second kubelet's worth of volumes on one VM.
+const DRAINED: usize = 20;
+
+/// How large the cluster is.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    pub nodes: usize,
+    pub vms: usize,
+    /// Images of strangers on each storage.
+    pub images: usize,
+}
+
+/// The model's own cluster.
+pub const SMALL: Size = Size { nodes: 3, vms: 10, images: 0 };
+
+impl Size {
+    fn node(self, number: usize) -> String {
+        format!("pve{}", number % self.nodes + 1)
+    }
+
+    fn vmid(number: usize) -> u32 {
+        100 + u32::try_from(number).unwrap_or(0)
+    }
+
+    /// The VM of the `number`th volume: one after the other.
+    fn vm_for(self, number: usize) -> u32 {
+        Self::vmid(number % self.vms)
+    }
+
+    fn cluster(self, scsihw: &str) -> Builder {
+        let mut description = Description { nodes: Vec::new(), vms: Vec::new(), storages: Vec::new(), ..Description::standard() };
+        description.nodes = (0..self.nodes).map(|number| Node::online(&self.node(number))).collect();
+        for number in 0..self.vms {
+            let vmid = Self::vmid(number);
+            let mut vm = Vm::linux(vmid, &self.node(number), &format!("node-{vmid}"), None);
+            vm.config.insert("scsihw".to_owned(), scsihw.to_owned());
+            description.vms.push(vm);
+        }
+        let huge = 1 << 50;
+        let local = Storage { total_bytes: huge, ..Storage::new("ds", "dir", &[("path", "/ds")]) };
+        let shared = Storage { total_bytes: huge, ..Storage::new("ceph", "rbd", &[("pool", "ceph")]) };
+        description.storages = vec![local, shared];
+        Simulator::builder(description).latency(Latency::MODEL)
+    }
+
+    /// Volumes on local storages, each on the node of its VM; or on the shared one, which are made beforehand.
+    fn claims(self, count: usize, shared: bool) -> Vec<Claim> {
+        let claim = |number: usize| Claim {
+            name: format!("pvc-{number}"),
+            storage: if shared { "ceph" } else { "ds" }.to_owned(),
+            zones: if shared { Vec::new() } else { vec![self.node(number % self.vms)] },
+            bytes: 64 * MIB,
+            image: None,
+            id: shared.then(|| format!("{}//ceph/vm-9999-pvc-{number}", crate::history::world::REGION)),
+        };
+        (0..count).map(claim).collect()
+    }
+
+    async fn world(self, scsihw: &str, count: usize, shared: bool) -> Result<World> {
+        let world = World::new(self.cluster(scsihw), 1, self.claims(count, shared)).await?;
+        for number in 0..self.images {
+            let make = |node: &str, volid: String| world.sim.create_volume(node, &volid, MIB).map_err(anyhow::Error::msg);
+            make("pve1", format!("ds:7777/vm-7777-{number}.raw"))?;
+            make("pve1", format!("ceph:vm-7777-{number}"))?;
+        }
+        if shared {
+            for number in 0..count {
+                world.sim.create_volume("pve1", &format!("ceph:vm-9999-pvc-{number}"), 64 * MIB).map_err(anyhow::Error::msg)?;
+            }
+        }
+        Ok(world)
+    }
+}
+
+/// One row: how long the calls took, and how many of them a second.
+#[derive(Debug, Clone)]
+pub struct Row {
+    pub what: String,
+    pub at_once: usize,
+    pub times: Vec<Duration>,
+    pub took: Duration,
+    /// Answers other than OK (repeated until they were).
+    pub refused: usize,
+    /// The goal: percentile and time.
+    pub goal: Option<(usize, Duration)>,
+}
+
+impl Row {
+    #[must_use]
+    pub fn percentile(&self, percent: usize) -> Duration {
+        let mut times = self.times.clone();
+        times.sort_unstable();
+        let place = (times.len() * percent).div_ceil(100).saturating_sub(1);
+        times.get(place).copied().unwrap_or_default()
+    }
+
+    fn line(&self) -> String {
+        let seconds = |time: Duration| format!("{:.3} s", time.as_secs_f64());
+        let rate = f64::from(u32::try_from(self.times.len()).unwrap_or(0)) / self.took.as_secs_f64().max(0.001);
+        let goal = self.goal.map_or_else(
+            || "–".to_owned(),
+            |(percent, limit)| {
+                let met = if self.percentile(percent) <= limit { "met" } else { "**not met**" };
+                format!("p{percent} ≤ {}: {met}", seconds(limit))
+            },
+        );
+        format!(
+            "| {} | {} | {} | {} | {} | {rate:.1}/s | {} | {goal} |",
+            self.what,
+            self.at_once,
+            self.times.len(),
+            seconds(self.percentile(50)),
+            seconds(self.percentile(99)),
+            self.refused
+        )
+    }
+}
+
+/// Makes all calls, `at_once` at a time; who is refused asks again.
+async fn run(world: &mut World, what: &str, calls: &[Rpc], at_once: usize) -> Result<Row> {
+    let begun = world.now();
+    let mut waiting: Vec<Rpc> = calls.iter().rev().cloned().collect();
+    let mut open: BTreeMap<usize, (Rpc, Duration)> = BTreeMap::new();
+    let mut row = Row { what: what.to_owned(), at_once, times: Vec::new(), took: Duration::ZERO, refused: 0, goal: None };
+    let mut since: BTreeMap<String, Duration> = BTreeMap::new();
+    while !open.is_empty() || !waiting.is_empty() {
+        while open.len() < at_once
+            && let Some(rpc) = waiting.pop()
+        {
+            let first = *since.entry(format!("{rpc:?}")).or_insert(world.now());
+            let call = world.call(0, &rpc)?;
+            open.insert(call, (rpc, first));
+        }
+        world.calm().await?;
+        let doors = world.sim.waiting();
+        for one in &doors {
+            world.sim.admit(one);
+        }
+        world.pass(if doors.is_empty() { TICK } else { MOMENT }).await?;
+        for (call, answer) in world.answers() {
+            let Some((rpc, first)) = open.remove(&call) else { continue };
+            match answer {
+                Ok(_) => row.times.push(world.now() - first),
+                Err(status) => {
+                    row.refused += 1;
+                    ensure!(row.refused < 10 * calls.len(), "{what}: {rpc:?}: {:?} {}", status.code(), status.message());
+                    waiting.push(rpc);
+                }
+            }
+        }
+        ensure!(world.now() - begun < LIMIT, "{what}: {} calls still open after {} s", open.len(), LIMIT.as_secs());
+    }
+    row.took = world.now() - begun;
+    Ok(row)
+}
+
+/// Create, publish, unpublish and delete so many at once.
+async fn rounds(size: Size, shared: bool, at_once: usize, count: usize, rows: &mut Vec<Row>) -> Result<()> {
+    let mut world = size.world("virtio-scsi-single", count, shared).await?;
+    let place = if shared { "shared" } else { "local" };
+    let vm = |volume: usize| size.vm_for(volume);
+    let all = |make: &dyn Fn(usize) -> Rpc| (0..count).map(make).collect::<Vec<_>>();
+    if !shared {
+        let goal = (at_once == 1).then_some((50, Duration::from_millis(100)));
+        let row = run(&mut world, &format!("create, {place}"), &all(&|volume| Rpc::Create { volume }), at_once).await?;
+        rows.push(Row { goal, ..row });
+    }
+    let row = run(&mut world, &format!("publish, {place}"), &all(&|volume| Rpc::Publish { volume, vm: vm(volume) }), at_once).await?;
+    let goal = match at_once {
+        1 => Some((50, Duration::from_millis(600))),
+        10 => Some((99, Duration::from_millis(800))),
+        _ => None,
+    };
+    rows.push(Row { goal, ..row });
+    let row = run(&mut world, &format!("unpublish, {place}"), &all(&|volume| Rpc::Unpublish { volume, vm: vm(volume) }), at_once).await?;
+    rows.push(Row { goal: (at_once == 10).then_some((99, Duration::from_millis(2500))), ..row });
+    rows.push(run(&mut world, &format!("delete, {place}"), &all(&|volume| Rpc::Delete { volume }), at_once).await?);
+    Ok(())
+}
+
+/// A VM with 20 volumes is drained: all at once, as the attacher does.
+async fn drain(scsihw: &str) -> Result<Row> {
+    let size = Size { nodes: 1, vms: 2, images: 0 };
+    let mut world = size.world(scsihw, DRAINED, false).await?;
+    let all = |make: &dyn Fn(usize) -> Rpc| (0..DRAINED).map(make).collect::<Vec<_>>();
+    run(&mut world, "create", &all(&|volume| Rpc::Create { volume }), DRAINED).await?;
+    run(&mut world, "fill", &all(&|volume| Rpc::Publish { volume, vm: 100 }), DRAINED).await?;
+    let calls = all(&|volume| Rpc::Unpublish { volume, vm: 100 });
+    let mut row = run(&mut world, &format!("drain {DRAINED} volumes, {scsihw}"), &calls, DRAINED).await?;
+    row.goal = (scsihw == "virtio-scsi-pci").then_some((100, Duration::from_secs(28)));
+    Ok(row)
+}
+
+/// From the controller's start to the first answered attachment. What a dead host's VMs hold on a shared storage is known only to a
+/// controller that read them before: there it is the first attachment after the host died.
+async fn first(size: Size, shared: bool, dead: bool) -> Result<Row> {
+    let mut world = size.world("virtio-scsi-single", 2, shared).await?;
+    if !shared {
+        run(&mut world, "create", &[Rpc::Create { volume: 0 }], 1).await?;
+        world.kill(0).await?;
+    }
+    let knows = shared && dead;
+    if knows {
+        run(&mut world, "before", &[Rpc::Publish { volume: 1, vm: Size::vmid(1) }], 1).await?;
+        world.pass(Duration::from_secs(61)).await?;
+    }
+    if dead {
+        world.sim.set_node_unreachable(&size.node(size.nodes - 1), Some("595 No route to host"));
+    }
+    let vm = Size::vmid(0);
+    let (place, off) = (if shared { "shared" } else { "local" }, if dead { ", one host dead" } else { "" });
+    let begin = if knows { "host died → first publish" } else { "start → first publish" };
+    let what = format!("{begin}, {place}, {}/{}{off}", size.nodes, size.vms);
+    let mut row = run(&mut world, &what, &[Rpc::Publish { volume: 0, vm }], 1).await?;
+    row.goal = (size.nodes > 3).then(|| (100, Duration::from_secs(if dead { 10 } else { 5 })));
+    Ok(row)
+}
+
+/// Requests and bytes of one call after another.
+async fn cost(size: Size, shared: bool, table: &mut String) -> Result<()> {
+    let mut world = size.world("virtio-scsi-single", 3, shared).await?;
+    // All on one node, and to one VM: the second call of a kind finds everything known.
+    world.claims.iter_mut().for_each(|claim| claim.zones = if shared { Vec::new() } else { vec![size.node(0)] });
+    let place = if shared { "shared" } else { "local" };
+    let vm = |_: usize| Size::vmid(0);
+    let create = |volume| (Rpc::Create { volume }, "create");
+    let publish = |volume| (Rpc::Publish { volume, vm: vm(volume) }, "publish");
+    let mut calls: Vec<(Rpc, &str)> = Vec::new();
+    if !shared {
+        calls.extend([create(0), create(1), create(2)]);
+        calls.extend([(Rpc::Create { volume: 2 }, "create again")]);
+    }
+    calls.extend([publish(0), (publish(1).0, "publish, warm"), (publish(1).0, "publish again")]);
+    calls.extend([
+        (Rpc::Expand { volume: 1, bytes: 128 * MIB }, "expand"),
+        (Rpc::Unpublish { volume: 1, vm: vm(1) }, "unpublish"),
+        (Rpc::Unpublish { volume: 1, vm: vm(1) }, "unpublish again"),
+        (Rpc::Delete { volume: 1 }, "delete"),
+        (Rpc::Delete { volume: 1 }, "delete again"),
+    ]);
+    let mut known: Option<(&str, usize)> = None;
+    for (rpc, what) in calls {
+        world.sim.reset_counters();
+        run(&mut world, what, &[rpc], 1).await?;
+        let requests = world.sim.requests();
+        let polls = requests.iter().filter(|request| request.contains("/tasks/")).count();
+        let (own, bytes) = (requests.len() - polls, world.sim.bytes_answered());
+        // Of equal rows the last one is shown: the first is cold.
+        let number = known.filter(|(last, _)| *last == what).map_or(1, |(_, number)| number + 1);
+        known = Some((what, number));
+        let goal = match what {
+            "expand" => format!("≤ 3: {}", if own <= 3 { "met" } else { "**not met**" }),
+            "publish, warm" => format!("≤ 5 kB: {}", if bytes <= 5000 { "met" } else { "**not met**" }),
+            _ => "–".to_owned(),
+        };
+        writeln!(
+            table,
+            "| {what} ({number}) | {place} | {}/{} | {own} | {polls} | {:.1} kB | {goal} |",
+            size.nodes,
+            size.vms,
+            kilobytes(bytes)
+        )?;
+    }
+    Ok(())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+fn kilobytes(bytes: u64) -> f64 {
+    bytes as f64 / 1000.0
+}
+
+/// The whole storm as Markdown.
+///
+/// # Errors
+/// A part did not come to its end.
+pub fn times() -> Result<String> {
+    let mut text = String::new();
+    let mut rows = Vec::new();
+    for shared in [false, true] {
+        for (at_once, count) in [(1, 12), (10, 60), (100, 120)] {
+            let done = under_paused_time(rounds(SMALL, shared, at_once, count, &mut rows));
+            done.with_context(|| format!("{at_once} at once, shared: {shared}"))?;
+            say(&format!("{at_once} at once"));
+        }
+    }
+    for scsihw in ["virtio-scsi-pci", "virtio-scsi-single"] {
+        rows.push(under_paused_time(drain(scsihw)).with_context(|| format!("drain, {scsihw}"))?);
+    }
+    let large = Size { nodes: 32, vms: 500, images: 1000 };
+    for (size, dead) in [(SMALL, false), (large, false), (large, true)] {
+        for shared in [false, true] {
+            rows.push(under_paused_time(first(size, shared, dead)).with_context(|| format!("first publish, {size:?}"))?);
+        }
+    }
+    text.push_str("| call | at once | calls | p50 | p99 | rate | refused | goal |\n|---|---|---|---|---|---|---|---|\n");
+    rows.iter().try_for_each(|row| writeln!(text, "{}", row.line()))?;
+    text.push_str("\n| call | storage | nodes/VMs | requests | polls | answers | goal |\n|---|---|---|---|---|---|---|\n");
+    for size in [Size { nodes: 3, vms: 20, images: 1000 }, large] {
+        for shared in [false, true] {
+            under_paused_time(cost(size, shared, &mut text)).with_context(|| format!("costs, {size:?}"))?;
+        }
+    }
+    Ok(text)
+}
+
+pub(crate) fn say(what: &str) {
+    eprintln!("storm: {what}");
+}

@@ -1,0 +1,130 @@
+//! What histories have found, each as a test of its own.
+
+use std::time::Duration;
+
+use testbed::history::judge::{all_traces, traces};
+use testbed::history::{Rpc, World, plan, under_paused_time};
+use testbed::sim::Inner;
+use tonic::Code;
+
+const CALL_LIMIT: Duration = Duration::from_secs(300);
+
+/// Volume 0 is on NFS, 1 is local to pve1; both are made.
+async fn world(controllers: usize) -> World {
+    proto::log::set_level("error").unwrap();
+    let mut world = World::new(plan::cluster(), controllers, plan::claims()).await.unwrap();
+    for volume in [0, 1] {
+        ok(&mut world, 0, &Rpc::Create { volume }).await;
+    }
+    world
+}
+
+async fn ok(world: &mut World, by: usize, rpc: &Rpc) {
+    let answer = world.answer_to(by, rpc, CALL_LIMIT).await.unwrap();
+    assert!(answer.is_ok(), "{rpc:?}: {answer:?}\n{}", world.log().join("\n"));
+}
+
+async fn refused(world: &mut World, by: usize, rpc: &Rpc, code: Code, words: &[&str]) {
+    let answer = world.answer_to(by, rpc, CALL_LIMIT).await.unwrap();
+    let status = answer.expect_err("a refusal");
+    assert_eq!(status.code(), code, "{}\n{}", status.message(), world.log().join("\n"));
+    for word in words {
+        assert!(status.message().contains(word), "{:?} lacks {word:?}", status.message());
+    }
+}
+
+fn volid(world: &World, volume: usize) -> String {
+    world.claims[volume].handle().unwrap().volid()
+}
+
+/// The task is killed when QEMU has the drive and the config does not say so. Reverting the plan would leave the drive in QEMU, where
+/// nothing but a restart of the VM removes it.
+#[test]
+fn a_worker_that_dies_between_qemu_and_the_config_leaves_nothing_behind() {
+    under_paused_time(async {
+        for (again, killed) in [(true, false), (false, false), (true, true), (false, true)] {
+            let mut world = world(1).await;
+            world.sim.inject_inner(Inner::WorkerDies { vmid: 101 }, 1);
+            let (publish, unpublish) = (Rpc::Publish { volume: 1, vm: 101 }, Rpc::Unpublish { volume: 1, vm: 101 });
+            let call = world.call(0, &publish).unwrap();
+            // Killed, it does not see how the task ends.
+            let met = |world: &mut World| world.sim.vm(101).is_some_and(|vm| !vm.plugged.is_empty());
+            world.go_on(CALL_LIMIT, met).await.unwrap();
+            if killed {
+                world.kill(0).await.unwrap();
+            } else {
+                world.go_on(CALL_LIMIT, |world| world.answers().iter().any(|(number, _)| *number == call)).await.unwrap();
+            }
+            world.go_on(Duration::from_secs(5), |_| false).await.unwrap();
+            let volid = volid(&world, 1);
+            if again {
+                ok(&mut world, 0, &publish).await;
+                assert_eq!(traces(&world.sim, 101, &volid), ["configured scsi1", "plugged scsi1"]);
+            }
+            ok(&mut world, 0, &unpublish).await;
+            assert!(all_traces(&world.sim, &volid).is_empty(), "{:?}", all_traces(&world.sim, &volid));
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Another VM of the node got the volume between our look and our write: QEMU refuses its image, Proxmox says OK.
+#[test]
+fn a_phantom_because_of_a_rival_names_the_rival_and_costs_one_slot() {
+    under_paused_time(async {
+        let mut world = world(1).await;
+        let volid = volid(&world, 1);
+        world.sim.before("POST", "/nodes/*/qemu/101/config", 1, {
+            let volid = volid.clone();
+            move |sim| sim.attach_by_hand(102, "scsi20", &volid).unwrap()
+        });
+        refused(&mut world, 0, &Rpc::Publish { volume: 1, vm: 101 }, Code::FailedPrecondition, &["VM 102 on pve1", "scsi20"]).await;
+        assert!(traces(&world.sim, 101, &volid).is_empty());
+        assert_eq!(world.sim.vm(101).unwrap().leaked.len(), 1);
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Who deletes cannot look again afterwards, as who attaches can. Controller 1 has just read everything when the volume is attached,
+/// by hand or by controller 0.
+#[test]
+fn a_volume_that_was_attached_a_moment_ago_is_not_deleted() {
+    under_paused_time(async {
+        for (volume, by_hand) in [(0, true), (1, true), (0, false), (1, false)] {
+            let mut world = world(2).await;
+            refused(&mut world, 1, &Rpc::Expand { volume, bytes: 1 << 30 }, Code::FailedPrecondition, &["attached"]).await;
+            let volid = volid(&world, volume);
+            if by_hand {
+                world.sim.attach_by_hand(102, "scsi20", &volid).unwrap();
+            } else {
+                ok(&mut world, 0, &Rpc::Publish { volume, vm: 102 }).await;
+            }
+            refused(&mut world, 1, &Rpc::Delete { volume }, Code::FailedPrecondition, &["VM 102 on pve1"]).await;
+            assert!(world.sim.image("pve1", &volid).is_some());
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// The same into a slot that held another volume when it was read: what is plugged has not changed its name.
+#[test]
+fn a_volume_in_a_slot_that_changed_hands_is_not_deleted() {
+    under_paused_time(async {
+        for (volume, other) in [(0, "ds:7/vm-7-a.raw"), (1, "ds:7/vm-7-a.raw")] {
+            let mut world = world(1).await;
+            world.sim.create_volume("pve1", other, 1 << 20).unwrap();
+            world.sim.attach_by_hand(102, "scsi20", other).unwrap();
+            refused(&mut world, 0, &Rpc::Expand { volume, bytes: 1 << 30 }, Code::FailedPrecondition, &["attached"]).await;
+            world.sim.detach_by_hand(102, "scsi20");
+            let volid = volid(&world, volume);
+            world.sim.attach_by_hand(102, "scsi20", &volid).unwrap();
+            refused(&mut world, 0, &Rpc::Delete { volume }, Code::FailedPrecondition, &["VM 102 on pve1", "scsi20"]).await;
+            assert!(world.sim.image("pve1", &volid).is_some());
+        }
+        Ok(())
+    })
+    .unwrap();
+}
