@@ -20,7 +20,7 @@ fn line(mount: &Mount) -> Vec<u8> {
         b"shared:1 -",
         &mangled(mount.fstype.as_bytes()),
         &mangled(mount.source.as_bytes()),
-        flag(mount.filesystem_read_only),
+        &[flag(mount.filesystem_read_only), if mount.noinit_itable { b",noinit_itable" } else { b"" }].concat(),
     ]
     .join(&b' ')
 }

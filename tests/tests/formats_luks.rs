@@ -208,7 +208,6 @@ fn judge_we_open_what_cryptsetup_made() {
     let Some(bench) = Bench::new("theirs") else { return };
     let argon = "--pbkdf-force-iterations 4 --pbkdf-memory 32768";
     for (args, version, cipher, kdf) in [
-        ("--type luks2", Version::Luks2, "aes-xts-plain64", None),
         ("--type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000", Version::Luks2, "aes-xts-plain64", Some(CHEAP)),
         ("--type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --hash sha512", Version::Luks2, "aes-xts-plain64", None),
         (
@@ -323,9 +322,7 @@ fn new_keyslot(passphrase: &[u8]) -> NewKeyslot<'_> {
 #[test]
 fn judge_a_damaged_header_copy_of_theirs_is_read_and_healed() {
     let Some(bench) = Bench::new("damage") else { return };
-    let harms: [(u64, &[u8]); 6] =
-        [(0, &[0; 512]), (0, &[0; 16_384]), (4096 + 20, b"x"), (16_384, &[0; 16_384]), (16_384 + 16, &[9; 8]), (16_384 + 5000, b"x")];
-    for (at, harm) in harms {
+    for (at, harm) in HARMS {
         let image = bench.theirs("image", &format!("--type luks2 {CHEAP_ARGS}"));
         let key = image.same_key("whole");
         image.file.write_all_at(harm, at).unwrap();
@@ -338,6 +335,81 @@ fn judge_a_damaged_header_copy_of_theirs_is_read_and_healed() {
         let other = if at < 16_384 { 16_384 } else { 0 };
         image.file.write_all_at(&[0; 16_384], other).unwrap();
         assert!(image.opens(&image.passphrase), "cryptsetup does not open by the copy healed after damage at {at}");
+    }
+}
+
+const HARMS: [(u64, &[u8]); 6] =
+    [(0, &[0; 512]), (0, &[0; 16_384]), (4096 + 20, b"x"), (16_384, &[0; 16_384]), (16_384 + 16, &[9; 8]), (16_384 + 5000, b"x")];
+
+#[test]
+fn judge_a_damaged_header_copy_of_ours_is_healed_by_cryptsetup() {
+    let Some(bench) = Bench::new("damage-ours") else { return };
+    for (at, harm) in HARMS {
+        let (image, key) = bench.ours("image", 4096, CHEAP);
+        let whole = image.bytes(0, 32 << 10);
+        image.file.write_all_at(harm, at).unwrap();
+        assert!(image.opens(&image.passphrase), "cryptsetup does not open ours with damage at {at}");
+        // It has mended what it read; with a salt of its own, so that the bytes differ from ours there and in the checksum.
+        assert_eq!(image.header().damage(), None, "damage at {at}");
+        let (ours, healed) = (&whole[4096..16_384], image.bytes(0, 32 << 10));
+        assert!(healed[4096..16_384] == *ours && healed[16_384 + 4096..] == *ours, "damage at {at}: other metadata");
+        assert!(image.same_key("healed by cryptsetup") == key);
+    }
+}
+
+/// At every cut of a rotation, also within a header copy, cryptsetup opens it with the very passphrases with which we do, one of the two at least.
+#[test]
+fn judge_a_rotation_cut_short() {
+    let Some(bench) = Bench::new("cut") else { return };
+    let new_file = bench.secret("new", b"new");
+    let noise = |_: u64, buffer: &mut [u8]| urandom(buffer).unwrap();
+    let (image, key) = bench.ours("image", 4096, CHEAP);
+    let before = image.bytes(0, 1 << 20);
+    let (_, add) = image.header().add_keyslot(&key, &new_keyslot(b"new"), noise).unwrap();
+    image.write(add.clone());
+    let between = image.bytes(0, 1 << 20);
+    let remove = image.header().remove_keyslot(0, &[[5; 64], [6; 64]], noise).unwrap();
+    let (mut by_old, mut by_new) = (0, 0);
+    for (start, writes) in [(&before, &add), (&between, &remove)] {
+        for cut in 0..=writes.len() {
+            // Of the write that is cut, so many sectors from its beginning and from its end have landed.
+            let torn: &[(usize, usize)] =
+                if matches!(writes.get(cut), Some(Write::Data { .. })) { &[(0, 0), (1, 0), (9, 0), (0, 9)] } else { &[(0, 0)] };
+            for (first, last) in torn {
+                image.file.write_all_at(start, 0).unwrap();
+                image.write(writes[..cut].iter().cloned());
+                if let Some(Write::Data { offset, bytes }) = writes.get(cut) {
+                    image.file.write_all_at(&bytes[..first * 512], *offset).unwrap();
+                    let from = bytes.len() - last * 512;
+                    image.file.write_all_at(&bytes[from..], offset + from as u64).unwrap();
+                }
+                let ours = [image.unlock(PASSPHRASE).is_ok(), image.unlock(b"new").is_ok()];
+                let theirs = [image.opens(&image.passphrase), image.opens(&new_file)];
+                assert_eq!(ours, theirs, "after {cut} writes, {first} and {last} sectors of the next");
+                assert!(ours[0] || ours[1], "after {cut} writes, {first} and {last} sectors of the next, nothing opens");
+                by_old += u32::from(ours[0]);
+                by_new += u32::from(ours[1]);
+            }
+        }
+    }
+    assert!(by_old > 10 && by_new > 10, "{by_old} opened by the old passphrase, {by_new} by the new one");
+}
+
+/// The reference driver's command: what it costs is what cryptsetup measures, up to 1 GiB of memory. It takes no more than half of what is free, so that
+/// the whole GiB, which takes a minute, is ours to make in the long run.
+#[test]
+fn judge_the_reference_drivers_volume_opens() {
+    let Some(bench) = Bench::new("reference") else { return };
+    let image = bench.theirs("image", "--type luks2 -c aes-xts-plain64 --key-size=512");
+    let header = image.header();
+    let Kdf::Argon2id(found) = header.keyslots[0].kdf else { panic!("{:?}", header.keyslots[0].kdf) };
+    println!("argon2id, t={}, {} MiB, {} lanes", found.time, found.memory_kib / 1024, found.lanes);
+    image.same_key("the reference driver's");
+    let refused = header.unlock(PASSPHRASE, u64::from(found.memory_kib) - 1, &mut |at, buffer| image.file.read_exact_at(buffer, at));
+    assert!(matches!(refused, Err(Error::KeyslotMemory { .. })));
+    if std::env::var_os("PROXMOX_CSI_LONG").is_some() {
+        let (image, key) = bench.ours("image", 4096, argon2id(4, 1 << 20, 4));
+        assert!(image.same_key("of 1 GiB") == key);
     }
 }
 

@@ -114,6 +114,11 @@ impl<'a> Disk<'a> {
         self.header()?.unlock(passphrase, NO_MEMORY, &mut |offset, buffer| self.read(offset, buffer))
     }
 
+    /// This disk after some more writes.
+    fn with<R>(&self, writes: &[Write], look: impl FnOnce(&Disk<'_>) -> R) -> R {
+        look(&Disk(self.0.iter().copied().chain(writes.iter().map(Landed::Whole)).collect()))
+    }
+
     fn is_unfinished(&self) -> bool {
         let mut sector = [0; 512];
         self.read(0, &mut sector).unwrap();
@@ -291,6 +296,65 @@ fn rotation_cut_short_opens_with_the_old_or_the_new_passphrase() {
         // The freed number and area are taken again.
         let (number, again) = header.add_keyslot(&key, &new_keyslot(13, b"third"), noise(7)).unwrap();
         assert!(number == 0 && matches!(&again[0], Write::Data { offset: 32_768, .. }));
+    }
+}
+
+/// What a repeated stage does: mends the header, gives the new passphrase a keyslot if it has none, takes the old one's away.
+fn repeated(left: &Disk<'_>, key: &VolumeKey) -> Vec<Write> {
+    let mut writes = Vec::new();
+    let now = |writes: &[Write]| left.with(writes, |disk| disk.header().unwrap());
+    let opened_by = |writes: &[Write], passphrase: &[u8]| left.with(writes, |disk| disk.unlock(passphrase).ok().map(|(number, _)| number));
+    writes.extend(now(&writes).heal(&[8; 64]).unwrap());
+    if opened_by(&writes, b"new").is_none() {
+        let (_, add) = now(&writes).add_keyslot(key, &new_keyslot(21, b"new"), noise(8)).unwrap();
+        writes.extend(add);
+    }
+    assert!(opened_by(&writes, b"new").is_some());
+    if let Some(number) = opened_by(&writes, b"old") {
+        writes.extend(now(&writes).remove_keyslot(number, &[[9; 64]; 2], noise(9)).unwrap());
+    }
+    writes
+}
+
+#[test]
+fn rotation_cut_short_and_repeated_ends_with_the_new_passphrase_alone() {
+    let (volume, key) = new_volume(1, b"old");
+    let base: Vec<&Write> = volume.iter().collect();
+    let (_, add) = Disk::of(&volume).header().unwrap().add_keyslot(&key, &new_keyslot(11, b"new"), noise(5)).unwrap();
+    let both: Vec<&Write> = volume.iter().chain(&add).collect();
+    let remove = Disk::of(both.iter().copied()).header().unwrap().remove_keyslot(0, &[[1; 64]; 2], noise(6)).unwrap();
+    let mut states = 0;
+    let mut judge = |name: &str, disk: &Disk<'_>| {
+        states += 1;
+        // Each costs a dozen key derivations.
+        if states % 5 != 0 {
+            return;
+        }
+        disk.with(&repeated(disk, &key), |after| {
+            let header = after.header().unwrap();
+            assert_eq!((header.damage(), header.keyslots.len()), (None, 1), "{name}");
+            assert!(after.unlock(b"new").is_ok_and(|(_, found)| found == key), "{name}");
+            assert!(matches!(after.unlock(b"old"), Err(Error::WrongPassphrase { tried: 1, .. })), "{name}");
+        });
+    };
+    crash_states(&base, &add, |name, disk| judge(&format!("adding, {name}"), disk));
+    crash_states(&both, &remove, |name, disk| judge(&format!("removing, {name}"), disk));
+    assert!(states > 300, "{states}");
+}
+
+#[test]
+fn mending_cut_short_leaves_a_volume_that_opens() {
+    let (volume, key) = new_volume(1, b"old");
+    for at in [0, 4096, 16_384, 16_384 + 4096] {
+        let damage = Write::Data { offset: at, bytes: vec![0x55; 512] };
+        let base: Vec<&Write> = volume.iter().chain([&damage]).collect();
+        let heal = Disk::of(base.iter().copied()).header().unwrap().heal(&[3; 64]).unwrap();
+        let mut mended = 0;
+        crash_states(&base, &heal, |name, disk| {
+            assert!(disk.unlock(b"old").is_ok_and(|(_, found)| found == key), "damage at {at}, {name}");
+            mended += usize::from(disk.header().unwrap().damage().is_none());
+        });
+        assert!(mended > 1);
     }
 }
 
