@@ -21,6 +21,8 @@ use crate::sys::mount;
 
 pub use encryption::{Encryption, Passphrases};
 
+/// Of a secret without a passphrase so many names are said: a sentence, not a list.
+const SECRETS_NAMED: usize = 5;
 /// What this node mounts.
 const MOUNTED: [&str; 4] = ["ext2", "ext3", "ext4", "xfs"];
 
@@ -361,7 +363,7 @@ impl StageRequest {
             let names: BTreeSet<String> = given.secrets.keys().map(|name| shorten(name)).collect();
             format = Format::Never(format!(
                 "its node-stage-secret has {}, and no {}",
-                names.into_iter().collect::<Vec<_>>().join(", "),
+                names.into_iter().take(SECRETS_NAMED).collect::<Vec<_>>().join(", "),
                 secrets::PASSPHRASE
             ));
         }
