@@ -31,15 +31,17 @@ fn run(name: &str, kernel: &str, profile: Profile) {
         return;
     }
     let program = unit_tests();
-    let files = with_libraries(&program).unwrap();
+    // Not at its own path: the project may lie below /tmp, which is the guest's own.
+    let place = "/unit-tests".to_string();
+    let files = with_libraries(&program).unwrap().into_iter();
+    let files = files.map(|(path, file)| if file == program { (place.clone(), file) } else { (path, file) }).collect();
     let Some(guest) = boot(&GuestOptions { files, ..options }) else { return };
     let image = Image::new(64 * MIB);
     guest.machine().plug(&image.drive(1, Some("csi-0"))).unwrap();
     let disk = wait::until(SEEN_LIMIT, || guest.disk_at(1)).unwrap().expect("the disk appears");
-    let path = program.display().to_string();
     let program = Program {
         label: "unit tests",
-        program: &path,
+        program: &place,
         args: &["--ignored", "--test-threads=1", "kernel_"],
         env: &[("PROXMOX_CSI_TEST_DISK", &format!("/dev/{disk}"))],
         ..Program::default()
