@@ -86,7 +86,12 @@ mod tests {
             let sample = line.rsplit_once(' ').is_some_and(|(_, value)| value.parse::<f64>().is_ok());
             assert!(line.starts_with("# HELP ") || line.starts_with("# TYPE ") || sample, "{line}");
         }
-        for name in ["proxmox_csi_node_ready 1\n", "proxmox_csi_node_refused_formats_total ", "process_resident_memory_bytes "] {
+        for name in [
+            "proxmox_csi_node_ready 1\n",
+            "proxmox_csi_node_refused_formats_total ",
+            "proxmox_csi_node_rotations_outstanding_total ",
+            "process_resident_memory_bytes ",
+        ] {
             assert!(page.contains(name), "{page}");
         }
     }
