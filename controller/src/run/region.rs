@@ -100,7 +100,8 @@ pub(crate) struct Region {
     pub(super) kube: Option<Arc<Kube>>,
     resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
-    vms: Mutex<HashMap<u32, Arc<VmSlot>>>,
+    /// In order: who waits for several of them waits in the same order every time.
+    vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
     pub(super) containers: Mutex<HashMap<u32, ContainerSlot>>,
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
