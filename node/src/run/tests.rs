@@ -274,6 +274,32 @@ fn a_place_that_stays_taken_is_waited_for_no_longer_than_said() {
 }
 
 #[test]
+fn places_are_given_in_the_order_in_which_they_were_asked_for() {
+    let (slots, order) = (Slots::new(1), Mutex::new(Vec::new()));
+    let waiting = |count: usize| {
+        while slots.queue.lock().unwrap().waiting.len() != count {
+            std::thread::yield_now()
+        }
+    };
+    std::thread::scope(|scope| {
+        let held = slots.take().unwrap();
+        for number in 0..4 {
+            let (slots, order) = (&slots, &order);
+            scope.spawn(move || {
+                let _place = slots.take().unwrap();
+                order.lock().unwrap().push(number);
+            });
+            waiting(number + 1);
+        }
+        drop(held);
+        // One who has just had it comes after those who wait.
+        let _again = slots.take().unwrap();
+        order.lock().unwrap().push(9);
+    });
+    assert_eq!(*order.lock().unwrap(), [0, 1, 2, 3, 9]);
+}
+
+#[test]
 fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
     let bench = Bench::new(&[("8:0", "shown", "btrfs")]);
     bench.plug(&ours());
@@ -305,14 +331,14 @@ fn a_keyslot_that_needs_more_memory_than_there_is_is_a_sentence_with_both_number
     fs::create_dir_all(&group).unwrap();
     fs::write(group.join("memory.max"), format!("{}\n", 192 << 20)).unwrap();
     fs::write(group.join("memory.current"), format!("{}\n", 12 << 20)).unwrap();
-    drop(bench.node.derive_alone(64 << 10).unwrap());
-    let Some(Cause::KeyslotMemory(why)) = bench.node.derive_alone(1 << 20).err() else { panic!() };
+    drop(bench.node.derive_alone(None, 64 << 10).unwrap());
+    let Some(Cause::KeyslotCost(why)) = bench.node.derive_alone(Some(3), 1 << 20).err() else { panic!() };
     assert!(
-        why.contains("needs 1024 MiB") && why.contains("leaves 180 MiB") && why.contains("192 MiB") | why.contains("196608 KiB"),
+        why.contains("keyslot 3 needs 1024 MiB") && why.contains("leaves 180 MiB") && why.contains("192 MiB") | why.contains("196608 KiB"),
         "{why}"
     );
     // The place is free again.
-    drop(bench.node.derive_alone(0).unwrap());
+    drop(bench.node.derive_alone(None, 0).unwrap());
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use disk::luks::{Header, VolumeKey};
+use disk::luks::{Header, VolumeKey, within};
 use proto::{VolumeHandle, secrets, volume_context};
 use testbed::calls::{NodeVolume, block_capability, mount_capability};
 use testbed::guest::{GuestOptions, Program, with_libraries};
@@ -50,7 +50,7 @@ pub(crate) fn volume_key(image: &Image, passphrase: &str) -> Option<VolumeKey> {
         Ok(())
     };
     let header = Header::read(image.size_bytes(), &mut read).unwrap();
-    header.unlock(passphrase.as_bytes(), u64::MAX, &mut read).ok().map(|(_, key)| key)
+    header.unlock(passphrase.as_bytes(), &mut read, within(u64::MAX)).ok().map(|(_, key)| key)
 }
 
 /// Numbers of the keyslots.
