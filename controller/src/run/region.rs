@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::doubt::Doubt;
 use super::queue::Queue;
+use super::sole::{Claims, Sole};
 use crate::attach;
 use crate::kube::Kube;
 use crate::pve::api::{self, Change, Resources, VmState};
@@ -116,6 +117,9 @@ pub(crate) struct Region {
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
     sizes: Mutex<HashMap<String, u64>>,
+    /// Whether other controllers may act.
+    pub(super) sole: Arc<Sole>,
+    pub(super) claims: Claims,
     /// When we began to know.
     pub(super) begun: Instant,
     /// Limits parallel reading.
@@ -151,9 +155,17 @@ impl Region {
             leftovers: Mutex::default(),
             most_hosts: Mutex::default(),
             sizes: Mutex::default(),
+            sole: Arc::default(),
+            claims: Claims::default(),
             begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
         }
+    }
+
+    /// With the word of whoever holds this controller's Lease.
+    #[must_use]
+    pub(crate) fn with_sole(self, sole: Arc<Sole>) -> Self {
+        Self { sole, ..self }
     }
 
     /// The config file changed; what is known of the cluster stays known.
