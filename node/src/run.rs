@@ -24,7 +24,7 @@ use crate::sys::block::{Access, Device};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, mountinfo};
 
-/// More steps than the longest honest way through any plan (13, see plan/tests.rs), with stacked mounts to take away.
+/// More steps than the longest honest way through any plan (13, see plan/walk.rs), with stacked mounts to take away.
 const MAX_TURNS: usize = 20;
 /// kubelet waits two minutes for a node call; a sentence from us within them is better than its "deadline exceeded".
 /// QEMU's hot-plug is seen in the guest after 26 to 450 ms (measured with QEMU 7.2 and 10.0).

@@ -55,6 +55,8 @@ impl Controller {
 impl Region {
     async fn publish(self: &Arc<Self>, request: Arc<Publish>, vm: Vm) -> Result<Published, Error> {
         let (handle, mut vm) = (&request.handle, vm);
+        let _claim = self.claim(&handle.volid())?;
+        let alone = self.sole_writer();
         self.check_reach(handle, &mut vm).await?;
         if owner_of(&handle.disk) == Some(vm.vmid) {
             proto::warn!(
@@ -74,7 +76,8 @@ impl Region {
         match self.submit(&vm, Wish::Attach(Arc::clone(&request))).await? {
             Done::Attached { lun, drive, vm, is_new } => {
                 // New, or ours and never looked after: its answer was lost, or that look failed.
-                if is_new || self.doubted_vm(&handle.volid()) == Some(vm.vmid) {
+                let is_fresh = is_new || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
+                if is_fresh && (alone.is_none() || self.sole_writer() != alone) {
                     self.settle_rivals(handle, &vm).await?;
                 }
                 self.published(&request, &vm, lun, &drive).await

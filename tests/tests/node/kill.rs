@@ -362,8 +362,8 @@ fn guest_rotation_killed_at_every_point() {
 #[test]
 fn guest_a_volume_that_grew_before_its_filesystem_was_made() {
     let Some(mut mortal) = Mortal::boot(&Kind { name: "grown-before", ..LUKS }) else { return };
-    let kinds: [(&str, &str, u64, u64, fn(&Image)); 3] = [
-        ("after:stage:Encrypt", "ext4", 64 * MIB, 96 * MIB, assert_clean),
+    let kinds = [
+        ("after:stage:Encrypt", "ext4", 64 * MIB, 96 * MIB, assert_clean as fn(&Image)),
         ("after:stage:Encrypt", "xfs", 316 * MIB, 416 * MIB, XFS.judge),
         // The mapping stays, and is smaller than its disk.
         ("after:stage:Open", "ext4", 64 * MIB, 96 * MIB, assert_clean),
