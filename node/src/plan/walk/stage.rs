@@ -318,7 +318,9 @@ impl Toy for World {
             StageStep::Encrypt { unfinished } => {
                 assert!(want.is_encrypted() && self.map == Map::None && self.at == At::Nothing, "{self:?}");
                 self.assert_may_be_destroyed(want, self.on_disk, self.memory.surface, unfinished);
-                (self.on_disk, self.inside, self.keys, self.memory) = (On::OwnLuks, On::Blank, Keys::Current, fresh);
+                // With the mark of the filesystem to come, which a pod's own raw volume must not have.
+                let inside = if want.request.access == Access::Block { On::Blank } else { On::Unfinished };
+                (self.on_disk, self.inside, self.keys, self.memory) = (On::OwnLuks, inside, Keys::Current, fresh);
             }
             StageStep::Open => {
                 assert!(want.is_encrypted() && self.map == Map::None && self.on_disk.is_luks(), "{self:?}");
