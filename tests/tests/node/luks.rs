@@ -80,6 +80,10 @@ pub(crate) fn assert_nothing_is_told(agent: &Agent, passphrases: &[&str], keys: 
 
 /// Runs a judge of this host in the guest, on an open mapping.
 pub(crate) fn judge(agent: &Agent, program: &str, args: &[&str]) -> Option<(Option<i32>, String)> {
+    if !agent.guest.runs_this_hosts_programs() {
+        eprintln!("what is inside the mapping is not judged: {program} is not of the guest's architecture");
+        return None;
+    }
     let Some(path) = tools::program(program) else {
         tools::skipped(&format!("{program} is missing: what is inside the mapping is not judged"));
         return None;
