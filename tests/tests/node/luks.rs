@@ -174,6 +174,7 @@ fn life(fstype: &str, size_bytes: u64, judged_by: &str) {
     agent.guest.power_off().unwrap();
 }
 
+/// W31: grown while it was away, it is opened first, then grown through all layers. W32: no mapping is left behind, nor in the way.
 #[test]
 fn guest_life_of_an_encrypted_ext4() {
     life("ext4", 64 * MIB, "e2fsck");
@@ -330,6 +331,7 @@ fn guest_a_passphrase_is_replaced() {
     agent.guest.power_off().unwrap();
 }
 
+/// W16: a raw block volume is encrypted, or refused. W46: its mapping follows the disk, whose size the agent looks up.
 #[test]
 fn guest_an_encrypted_block_volume() {
     let Some(agent) = Agent::start("luks-block") else { return };
