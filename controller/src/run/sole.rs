@@ -4,8 +4,10 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
+use proto::VolumeHandle;
 use tokio::time::Instant;
 
+use super::evidence::Reach;
 use super::region::{EVIDENCE_AGE, Region, locked};
 use crate::error::Error;
 
@@ -49,7 +51,7 @@ impl Sole {
     }
 }
 
-/// The volumes, by region, that a call of ours attaches or deletes now.
+/// Volumes that a call of ours attaches or deletes now.
 #[derive(Debug, Default)]
 pub(super) struct Claims(Arc<Mutex<BTreeSet<String>>>);
 
@@ -57,12 +59,12 @@ pub(super) struct Claims(Arc<Mutex<BTreeSet<String>>>);
 #[derive(Debug)]
 pub(super) struct Claim {
     claims: Arc<Mutex<BTreeSet<String>>>,
-    volid: String,
+    volume: String,
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        locked(&self.claims).remove(&self.volid);
+        locked(&self.claims).remove(&self.volume);
     }
 }
 
@@ -77,14 +79,17 @@ impl Region {
     /// A volume on shared storage has several handles (with a zone, and without), and calls go by those: one at a time all the same.
     ///
     /// # Errors
-    /// Another call has it.
-    pub(super) fn claim(&self, volid: &str) -> Result<Claim, Error> {
-        if !locked(&self.claims.0).insert(volid.into()) {
+    /// Another call has it; or Proxmox's.
+    pub(super) async fn claim(&self, handle: &VolumeHandle) -> Result<Claim, Error> {
+        let volid = handle.volid();
+        // Of one name on each node, where the storage is local.
+        let volume = if self.reach(handle).await? == Reach::Shared { volid.clone() } else { format!("{} {volid}", handle.zone) };
+        if !locked(&self.claims.0).insert(volume.clone()) {
             return Err(Error::aborted(format!(
                 "another call for volume {volid} is in flight, under another handle; repeated when it has ended"
             )));
         }
-        Ok(Claim { claims: Arc::clone(&self.claims.0), volid: volid.into() })
+        Ok(Claim { claims: Arc::clone(&self.claims.0), volume })
     }
 }
 

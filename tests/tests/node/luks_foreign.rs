@@ -147,6 +147,7 @@ fn open_as_reference(agent: &Agent, disk: &str) -> Option<String> {
     Some(name)
 }
 
+/// W32: what it left open is adopted, or refused with the difference. W45: discards pass, where the class says so.
 #[test]
 fn guest_a_mapping_of_the_reference_driver_is_taken_over() {
     let Some(agent) = Agent::start("take-over") else { return };

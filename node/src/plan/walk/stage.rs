@@ -485,7 +485,8 @@ fn assert_nothing_was_missed(seen: &[StageSeen]) {
     kinds(every_growth().len(), met(&|seen| vec![format!("{:?}", seen.growth)]), "growth");
 }
 
-/// W12 to W16, W30 and W32 of the reference driver cannot happen here.
+/// W13, W14, W15, W16, W30, W31, W32, W33: from no state is anything formatted but a blank, mounted but what was asked for, left
+/// in plain, offline, half open or half grown.
 #[test]
 fn staging_ends_from_everywhere_and_destroys_only_blanks() {
     let worlds = worlds();
