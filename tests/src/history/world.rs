@@ -324,8 +324,7 @@ impl World {
             } else {
                 looks = 0;
                 last = now;
-                // Not a mere yield: on a busy machine that waits for everybody else's turn.
-                std::thread::sleep(LOOK_PAUSE);
+                pause();
                 ensure!(
                     begun.elapsed() < STEP_LIMIT,
                     "calls in flight, at their doors, worked on, answered: {now:?}; {:#?}",
@@ -408,6 +407,12 @@ impl World {
         ensure!(self.go_on(limit, idle).await?, "{} calls still run after {} s", self.running(), limit.as_secs());
         Ok(())
     }
+}
+
+/// Not a mere yield: on a busy machine that waits for everybody else's turn.
+#[expect(clippy::disallowed_methods, reason = "between two looks at a named condition, which has its deadline")]
+fn pause() {
+    std::thread::sleep(LOOK_PAUSE);
 }
 
 fn capability() -> VolumeCapability {
