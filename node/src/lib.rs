@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod format;
+pub mod health;
 pub mod identity;
 pub mod info;
 pub mod kill;

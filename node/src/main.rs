@@ -25,8 +25,9 @@ use tokio::sync::watch;
 const DRAIN: Duration = Duration::from_secs(20);
 /// For a thread that is in the middle of a write when the process ends.
 const LAST_WORK: Duration = Duration::from_secs(1);
-/// Calls that work at one time: 29 volumes, and looks beside them. Each is a thread while it lasts.
-const MAX_THREADS: usize = 40;
+/// Calls that work at one time: 29 volumes, each with a call and a look that may hang with its disk, and some beside. Each is a thread while it
+/// lasts.
+const MAX_THREADS: usize = 64;
 /// An idle agent is one thread.
 const THREAD_IDLE: Duration = Duration::from_secs(1);
 /// Where kubelet lives, unless told otherwise.
@@ -241,7 +242,7 @@ fn run(args: Args) -> Result<(), String> {
     let own_folder = folders.first().map(|folder| folder.join("plugins").join(proto::DRIVER_NAME).join("csi.sock"));
     let csi_socket = args.kubelet_registration_path.or(own_folder).unwrap_or_default();
     let kubelet = args.plugin_registration_path.map(|folder| Kubelet { folder, csi_socket });
-    let node = Node::new(Folders::new(folders)?);
+    let node = Node::new(Folders::new(folders)?).called(&args.node_id);
     let configured = Configured {
         node_id: args.node_id,
         vmid: args.vmid,

@@ -11,6 +11,8 @@ mod ciphertext;
 mod crash;
 #[path = "node/dm.rs"]
 mod dm;
+#[path = "node/hang.rs"]
+mod hang;
 #[path = "node/harness.rs"]
 mod harness;
 #[path = "node/kernels.rs"]

@@ -293,7 +293,16 @@ fn unstaging_ends_from_everywhere_with_nothing_held() {
 
 fn targets() -> Vec<Target> {
     let shows = |read_only| Target::Shows { read_only };
-    vec![Target::Absent, Target::Folder, Target::File, shows(true), shows(false), Target::ShowsGone, Target::Other("tmpfs".into())]
+    vec![
+        Target::Absent,
+        Target::Folder,
+        Target::File,
+        shows(true),
+        shows(false),
+        Target::ShowsGone,
+        Target::Stale,
+        Target::Other("tmpfs".into()),
+    ]
 }
 
 #[test]
@@ -327,6 +336,10 @@ fn publishing_ends_from_everywhere_and_shows_what_was_asked() {
                                         PublishStep::SetRunning => seen.source = Source::Device(Disk::Ready { read_only: false }),
                                         PublishStep::MakeFolder => seen.target = Target::Folder,
                                         PublishStep::MakeFile => seen.target = Target::File,
+                                        PublishStep::Unmount => {
+                                            assert_eq!(seen.target, Target::Stale, "nothing else is taken away");
+                                            seen.target = Target::File;
+                                        }
                                         PublishStep::Bind => seen.target = Target::Shows { read_only: read_only || is_source_read_only },
                                     }
                                 }

@@ -9,7 +9,7 @@ use super::expand::grow;
 use super::look::{Room, is_empty_folder, not_named, usable};
 use super::mapping::{self, Medium};
 use super::publish::make_folder;
-use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
+use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll, progress};
 use crate::error::{AtStep, Cause, Error};
 use crate::format::{self, Ground};
 use crate::identity::{self, Found};
@@ -81,9 +81,11 @@ impl Node {
                 StageStep::Mount(_) => "mount",
                 StageStep::Grow => "grow the filesystem",
             };
+            progress::at(name);
             let deed = kill::step(DOING, &step);
             self.perform_stage(want, step, passphrases, &look, &mut memory).at(DOING, &want.volume, name)?;
             deed.done();
+            progress::at("look");
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
@@ -236,7 +238,15 @@ impl Node {
         }
         // Held open, so that the name stays this disk's until the mount holds it.
         let _held = self.open_medium(medium, block::Access::Shared)?;
-        mount::filesystem(by.name(), &self.source_of(medium)?, &medium.kernel_name(), &want.staging, &options)?;
+        let device = medium.kernel_name();
+        mount::filesystem(by.name(), &self.source_of(medium)?, &device, &want.staging, &options).map_err(|refused| {
+            let tool = if by == Filesystem::Xfs { "xfs_repair" } else { "e2fsck -f" };
+            let node = if self.name.is_empty() { "NODE" } else { &self.name };
+            match refused.is_about_the_filesystem() {
+                true => Cause::Damaged { refused: Box::new(refused), tool, device: device.as_str().into(), node: node.into() },
+                false => Cause::Mount(refused),
+            }
+        })?;
         proto::info!("stage {}: mounted {} as {} at {}", want.volume, medium.name(), by.name(), want.staging.display());
         Ok(())
     }
@@ -257,6 +267,9 @@ impl Node {
                 left.insert(want.volume.serial.clone(), known);
             }
         }
+        if done.is_ok() {
+            self.forget_health(&want.volume);
+        }
         done
     }
 
@@ -268,6 +281,12 @@ impl Node {
             seen.empty_folder &= !folder_stays;
             let Some(step) = plan::next_unstage_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
+            progress::at(match step {
+                UnstageStep::Unmount => "unmount",
+                UnstageStep::Close => "close the LUKS volume",
+                UnstageStep::AwaitRelease => "wait for the disk's release",
+                UnstageStep::RemoveFolder => "remove the folder",
+            });
             let deed = kill::step(DOING, &step);
             match (step, &known.disk) {
                 (UnstageStep::Unmount, _) => {
@@ -301,6 +320,7 @@ impl Node {
                 }
             }
             deed.done();
+            progress::at("look");
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }

@@ -7,7 +7,7 @@ use super::mapping::Medium;
 use super::*;
 use crate::plan::{Mount, Target};
 use crate::request::{
-    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, UnpublishRequest, UnstageRequest, Zeroed,
+    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Zeroed,
 };
 use crate::testing::{FakeDisk, Folder, volume};
 
@@ -41,6 +41,8 @@ impl Bench {
             kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
             unstaging: Mutex::default(),
+            health: Mutex::default(),
+            name: "worker-1".into(),
             stop: Stop::default(),
         };
         Self { root, node }
@@ -114,6 +116,34 @@ fn what_is_at_a_target() {
     for name in ["full", "link", "foreign"] {
         assert!(matches!(bench.target(name), Target::Other(_)), "{name}");
     }
+}
+
+/// A bind of `/dev/sdb` that outlived the disk: the kernel removed the node, and the number may be another disk's.
+#[test]
+fn a_device_node_whose_disk_went_is_stale_whosever_its_number_is_now() {
+    let bench = Bench::new(&[]);
+    fs::write(bench.path("target"), "").unwrap();
+    let show = |root: &str| {
+        let line = format!("1 1 8:0 {root} {} rw - devtmpfs udev rw\n", bench.path("target").display());
+        fs::write(&bench.node.mountinfo, line).unwrap();
+    };
+    let shown = |path: &str| bench.node.look_shown(&volume(HANDLE), &bench.path(path)).unwrap();
+    show("/sda");
+    assert_eq!(bench.target("target"), Target::ShowsGone, "the node is about to go");
+    show("/sda//deleted");
+    assert_eq!(bench.target("target"), Target::Stale);
+    let stranger = FakeDisk::new(0, 1).serial("csi-fedcba9876543210");
+    bench.plug(&stranger);
+    assert_eq!(bench.target("target"), Target::Stale);
+    assert!(matches!(shown("target"), look::ShownAt::Nothing(_) | look::ShownAt::Gone(_)));
+    let others = bench.node.look_other_targets(&Medium::of(&stranger.0), &[]).unwrap();
+    assert!(others.is_empty(), "it is no target of the disk that has the number now");
+    show("/sda");
+    assert!(matches!(bench.target("target"), Target::Other(_)), "a node that is there shows what it says");
+    // The same disk has come back under its number.
+    bench.plug(&ours());
+    show("/sda//deleted");
+    assert_eq!(bench.target("target"), Target::Shows { read_only: false });
 }
 
 #[test]

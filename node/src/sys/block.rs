@@ -145,6 +145,14 @@ impl AsFd for Device {
     }
 }
 
+/// The kernel's count of errors in the mounted ext4 on the device `name` (`sda`, `dm-0`); it is kept in the superblock until a repair. 0 too: it is
+/// no mounted ext4.
+#[must_use]
+pub fn ext4_errors(sysfs: &Path, name: &str) -> u64 {
+    let text = std::fs::read_to_string(sysfs.join("fs/ext4").join(name).join("errors_count"));
+    text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or_default()
+}
+
 /// Grows the ext4 of the device `dev` that is mounted at `point` to `blocks` filesystem blocks.
 ///
 /// Kernel: fs/ext4/ioctl.c, EXT4_IOC_RESIZE_FS, since 3.3. EBUSY: another resize is running. EPERM: CAP_SYS_RESOURCE is

@@ -21,6 +21,9 @@ const MAX_MESSAGES: usize = 16;
 /// Longest single message that the kernel's fs context gives (fs/fs_context.c formats into its own allocation).
 const MAX_MESSAGE_BYTES: usize = 4096;
 
+/// The call that reads the filesystem.
+const CREATE: &str = "fsconfig(FSCONFIG_CMD_CREATE)";
+
 /// The kernel refused to mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
@@ -30,6 +33,15 @@ pub struct Refused {
     pub option: Option<String>,
     /// The context's own messages, else the new lines of the kernel log that name the device.
     pub said: Vec<String>,
+}
+
+impl Refused {
+    /// Whether it is about what is on the disk, and a repair may help; not about an option, a right or the kernel.
+    #[must_use]
+    pub fn is_about_the_filesystem(&self) -> bool {
+        let is_damage = matches!(self.error.errno, Errno::UCLEAN | Errno::BADMSG | Errno::INVAL | Errno::IO | Errno::FBIG | Errno::NODATA);
+        is_damage && self.error.call == CREATE
+    }
 }
 
 impl fmt::Display for Refused {
@@ -155,7 +167,7 @@ pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, opti
         .map_err(|errno| refuse("fsconfig", Some(key.clone()), errno))?;
     }
     kill::called("create");
-    fsconfig_create(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_CREATE)", None, errno))?;
+    fsconfig_create(&context).map_err(|errno| refuse(CREATE, None, errno))?;
     let attributes = MountAttrFlags::from_bits_retain(options.attributes);
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
     kill::inside("mounted");

@@ -193,6 +193,16 @@ pub fn holders(sysfs: &Path, name: &str) -> Result<Vec<String>, Error> {
     Ok(names(&sysfs.join("class/block").join(name).join("holders"))?.unwrap_or_default())
 }
 
+/// The kernel's count of commands to the disk that did not end well, harmless ones included (`scsi_complete` in scsi_lib.c); `None`: it is gone.
+///
+/// # Errors
+/// sysfs cannot be read.
+pub fn failed_commands(sysfs: &Path, address: Address) -> Result<Option<u64>, Error> {
+    // `0x1f`
+    let text = text(&device(sysfs, address).join("ioerr_cnt"))?;
+    Ok(text.and_then(|text| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok()))
+}
+
 /// Sector and I/O sizes of the disk.
 ///
 /// # Errors
