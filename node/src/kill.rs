@@ -4,7 +4,8 @@
 //! system calls) has points by [`inside`], [`wrote`] and [`called`]. With the feature, every point that is passed is told
 //! once on standard error, so that a test learns them all from one life of a volume; at the one that
 //! `PROXMOX_CSI_KILL_AT` names, `inside:stage:Mount:fsmount` for one, the process aborts; at the one of `PROXMOX_CSI_HOLD_AT` the first
-//! comer stays. `PROXMOX_CSI_LIMIT_MS` is the time after which a call is answered though it has not ended.
+//! comer stays. `PROXMOX_CSI_LIMIT_CALL` (milliseconds) is the time after which a call is answered though it
+//! has not ended, `PROXMOX_CSI_LIMIT_TRIM` that from one trim to the next.
 
 #[cfg(not(feature = "kill-points"))]
 mod points {
@@ -42,7 +43,7 @@ mod points {
     /// A time that the tests may shorten.
     #[inline(always)]
     #[must_use]
-    pub fn limit(limit: std::time::Duration) -> std::time::Duration {
+    pub fn limit(_: &str, limit: std::time::Duration) -> std::time::Duration {
         limit
     }
 }
@@ -144,10 +145,10 @@ mod points {
         }
     }
 
-    /// `PROXMOX_CSI_LIMIT_MS`, or the real one.
+    /// `PROXMOX_CSI_LIMIT_<what>` in milliseconds, or the real one.
     #[must_use]
-    pub fn limit(limit: Duration) -> Duration {
-        let given = std::env::var("PROXMOX_CSI_LIMIT_MS").ok().and_then(|given| given.parse().ok());
+    pub fn limit(what: &str, limit: Duration) -> Duration {
+        let given = std::env::var(format!("PROXMOX_CSI_LIMIT_{what}")).ok().and_then(|given| given.parse().ok());
         given.map_or(limit, Duration::from_millis)
     }
 

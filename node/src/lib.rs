@@ -9,6 +9,7 @@ pub mod health;
 pub mod identity;
 pub mod info;
 pub mod kill;
+pub mod label;
 pub mod metrics;
 pub mod plan;
 pub mod probe;
@@ -18,6 +19,7 @@ pub mod run;
 pub mod service;
 pub mod status;
 pub mod sys;
+pub mod trim;
 
 #[cfg(test)]
 mod testing;

@@ -10,6 +10,7 @@ mod mapping;
 mod progress;
 mod publish;
 mod stage;
+mod trim;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -69,6 +70,7 @@ pub struct Node {
     unstaging: Mutex<BTreeMap<String, stage::Known>>,
     /// By the volume's serial; see `health.rs`.
     health: Mutex<BTreeMap<String, health::Known>>,
+    trimming: trim::Trimming,
     stop: Stop,
     /// The Kubernetes node's, for lines that a person is to type; empty: unknown.
     name: String,
@@ -89,6 +91,7 @@ impl Node {
             legacy_mounts: Slots::new(1),
             unstaging: Mutex::default(),
             health: Mutex::default(),
+            trimming: trim::Trimming::default(),
             stop: Stop::default(),
             name: String::new(),
         }

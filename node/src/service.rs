@@ -41,8 +41,8 @@ pub struct Service {
 impl Service {
     /// Serves `node` under the configured identity.
     #[must_use]
-    pub fn new(node: Node, configured: Configured) -> Self {
-        Self { node: Arc::new(node), configured: Arc::new(configured), busy: Busy::default(), looks: Busy::default() }
+    pub fn new(node: impl Into<Arc<Node>>, configured: Configured) -> Self {
+        Self { node: node.into(), configured: Arc::new(configured), busy: Busy::default(), looks: Busy::default() }
     }
 
     /// As it is served: requests that are too large are OutOfRange.
@@ -74,7 +74,7 @@ impl Service {
             held.progress.take_over();
             work(&node)
         });
-        match tokio::time::timeout(kill::limit(CALL_LIMIT), done).await {
+        match tokio::time::timeout(kill::limit("CALL", CALL_LIMIT), done).await {
             Ok(done) => {
                 done.map_err(|lost| Status::internal(format!("{volume}: the call was lost: {lost}")))?.map_err(|error| status(&error))
             }

@@ -15,6 +15,8 @@ mod dm;
 mod hang;
 #[path = "node/harness.rs"]
 mod harness;
+#[path = "node/health.rs"]
+mod health;
 #[path = "node/kernels.rs"]
 mod kernels;
 #[path = "node/kill.rs"]
@@ -37,6 +39,8 @@ mod plug;
 mod surfaces;
 #[path = "node/together.rs"]
 mod together;
+#[path = "node/trim.rs"]
+mod trim;
 #[path = "node/xfs.rs"]
 mod xfs;
 #[path = "node/zeros.rs"]

@@ -36,6 +36,7 @@ fn stage_wants() -> Vec<StageRequest> {
                         format: format.clone(),
                         zeroed: Zeroed::Yes,
                         grow_required,
+                        trims: true,
                     });
                 }
             }

@@ -12,6 +12,7 @@ use super::Node;
 use super::mapping::{self, Medium};
 use crate::error::Cause;
 use crate::identity;
+use crate::label;
 use crate::plan::{self, Growth, Mount, Target};
 use crate::probe;
 use crate::request::{self, Filesystem, Volume};
@@ -115,6 +116,17 @@ impl Node {
             used.extend(self.below(self.shown_devices(rdev)?)?);
         }
         Ok(used)
+    }
+
+    /// For the label of a mount.
+    pub(super) fn look_machine(&self) -> Result<label::Machine, Cause> {
+        let (kernel, selinux) = (self.proc.join("sys/kernel/osrelease"), self.sysfs.join("fs/selinux"));
+        Ok(label::Machine {
+            kernel: std::fs::read_to_string(&kernel).map_err(sys::Error::io("read", &kernel))?,
+            has_selinux: selinux.try_exists().map_err(sys::Error::io("stat", &selinux))?,
+            // EINVAL without a security module.
+            own: std::fs::read_to_string(self.proc.join("self/attr/current")).unwrap_or_default(),
+        })
     }
 
     /// The device nodes that are shown in kubelet's folders; `rdev` says whose a node is.

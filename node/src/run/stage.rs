@@ -14,6 +14,7 @@ use crate::error::{AtStep, Cause, Error};
 use crate::format::{self, Ground};
 use crate::identity::{self, Found};
 use crate::kill;
+use crate::label;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
 use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Zeroed};
@@ -62,6 +63,7 @@ impl Node {
     /// See [`Error`]; repeating the call goes on where it stopped.
     pub fn stage(&self, want: &StageRequest, passphrases: Option<&Passphrases>) -> Result<(), Error> {
         const DOING: &str = "stage";
+        self.spare(&want.volume, !want.trims);
         let mut memory =
             Memory { surface: Surface::Unread, inside: Surface::Unread, mapping_grow_tried: false, grow_tried: false, grow_left: false };
         for _ in 0..MAX_TURNS {
@@ -225,6 +227,10 @@ impl Node {
         let disk = &medium.disk;
         let options = if disk.read_only { options.clone().read_only() } else { options.clone() };
         let options = if by == Filesystem::Xfs { options.any_uuid() } else { options };
+        let options = match label::by_default(&self.look_machine()?, &options) {
+            Some(label) => options.with(label),
+            None => options,
+        };
         make_folder(&want.staging)?;
         // Two volumes may claim one legacy disk (stale attachments). So those are mounted one after the other, each after a
         // look whether another volume has come first.
@@ -281,6 +287,9 @@ impl Node {
             seen.empty_folder &= !folder_stays;
             let Some(step) = plan::next_unstage_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
+            if let Some(disk) = &known.disk {
+                self.end_trim(disk.dev);
+            }
             progress::at(match step {
                 UnstageStep::Unmount => "unmount",
                 UnstageStep::Close => "close the LUKS volume",

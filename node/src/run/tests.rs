@@ -42,6 +42,7 @@ impl Bench {
             legacy_mounts: Slots::new(1),
             unstaging: Mutex::default(),
             health: Mutex::default(),
+            trimming: trim::Trimming::default(),
             name: "worker-1".into(),
             stop: Stop::default(),
         };
@@ -257,6 +258,7 @@ fn legacy_stage(bench: &Bench) -> StageRequest {
         format: Format::Never("a test".into()),
         zeroed: Zeroed::Unknown,
         grow_required: false,
+        trims: true,
     }
 }
 
@@ -355,4 +357,40 @@ fn one_key_is_derived_at_a_time_and_the_others_are_told() {
     drop(bench.node.workers.take_within(std::time::Duration::ZERO).unwrap());
     drop(first);
     drop(bench.node.kdf.take_within(std::time::Duration::ZERO).unwrap());
+}
+
+#[test]
+fn filesystems_of_this_driver_that_are_writable_are_trimmed_each_once() {
+    let bench = Bench::new(&[
+        ("8:0", "staging", "ext4"),
+        ("8:0", "a/mount", "ext4"),
+        ("8:16", "foreign", "xfs"),
+        ("8:32", "spared", "xfs"),
+        ("8:48", "deaf", "ext4"),
+        ("8:64", "btrfs", "btrfs"),
+        ("0:35", "tmpfs", "tmpfs"),
+    ]);
+    let takes = |dev: &str, most: &str| {
+        let queue = bench.node.sysfs.join("dev/block").join(dev).join("queue");
+        fs::create_dir_all(&queue).unwrap();
+        fs::write(queue.join("discard_max_bytes"), most).unwrap();
+    };
+    let spared = volume("r/z/s/vm-9999-pvc-2");
+    bench.plug(&ours());
+    bench.plug(&FakeDisk::new(0, 2).named("sdb", 16).serial("somebody's"));
+    bench.plug(&FakeDisk::new(0, 3).named("sdc", 32).serial(&spared.serial));
+    bench.plug(&FakeDisk::new(0, 4).named("sdd", 48).serial("csi-0000000000000004"));
+    bench.plug(&FakeDisk::new(0, 5).named("sde", 64).serial("csi-0000000000000005"));
+    ["8:0", "8:16", "8:32", "8:64"].iter().for_each(|dev| takes(dev, "1073741824\n"));
+    takes("8:48", "0\n");
+    bench.node.spare(&spared, true);
+    let candidates = || -> Vec<_> {
+        let found = bench.node.trim_candidates().unwrap();
+        found.into_iter().map(|candidate| (candidate.name, candidate.point)).collect()
+    };
+    let first = (volume(HANDLE).serial, bench.path("staging"));
+    assert_eq!(candidates(), [first.clone()]);
+    // Staged anew by a class that says nothing.
+    bench.node.spare(&spared, false);
+    assert_eq!(candidates(), [first, (spared.serial, bench.path("spared"))]);
 }

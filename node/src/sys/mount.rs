@@ -84,16 +84,27 @@ impl Options {
 
     /// Adds `ro` as if it had been given.
     #[must_use]
-    pub fn read_only(mut self) -> Self {
-        self.add("ro");
-        self
+    pub fn read_only(self) -> Self {
+        self.with("ro")
     }
 
     /// Adds `nouuid`: a clone of an xfs has the UUID of its source, and both may be mounted on one node.
     #[must_use]
-    pub fn any_uuid(mut self) -> Self {
-        self.add("nouuid");
+    pub fn any_uuid(self) -> Self {
+        self.with("nouuid")
+    }
+
+    /// Adds one more, as if it had been given.
+    #[must_use]
+    pub fn with(mut self, option: &str) -> Self {
+        self.add(option);
         self
+    }
+
+    /// Whether the filesystem (or the kernel's security module) is given this one.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.filesystem.iter().any(|(given, _)| given == key)
     }
 
     fn add(&mut self, option: &str) {
@@ -173,6 +184,18 @@ pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, opti
     kill::inside("mounted");
     attach(&mount, target)?;
     Ok(())
+}
+
+/// The root folder of what is mounted at `point`, open by a mount of its own that is in no place: what is at `point` can be unmounted meanwhile.
+///
+/// # Errors
+/// As the kernel says; ESTALE: something else is at `point` now.
+pub fn unseen(point: &Path, leads: Leads) -> Result<OwnedFd, Error> {
+    use rustix::fs::{Mode, OFlags};
+    let tree =
+        open_tree(CWD, point, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).map_err(Error::at("open_tree", point))?;
+    leads.check(&tree, point)?;
+    rustix::fs::openat(&tree, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(Error::at("open", point))
 }
 
 /// Adds one option to the mounted filesystem of the device `dev` at `point`; its other options and its mounts' stay as they are.

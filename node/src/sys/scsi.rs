@@ -219,6 +219,15 @@ pub fn topology_of(sysfs: &Path, dev: Dev) -> Result<Topology, Error> {
     topology_below(&sysfs.join("dev/block").join(dev.to_string()))
 }
 
+/// Whether a block device passes discards on: a disk as QEMU makes it, a mapping with `allow_discards`.
+///
+/// # Errors
+/// sysfs cannot be read.
+pub fn takes_discards(sysfs: &Path, dev: Dev) -> Result<bool, Error> {
+    let most = text(&sysfs.join("dev/block").join(dev.to_string()).join("queue/discard_max_bytes"))?;
+    Ok(most.is_some_and(|most| most != "0"))
+}
+
 fn topology_below(block: &Path) -> Result<Topology, Error> {
     let queue = block.join("queue");
     let number = |name: &str| Ok(text(&queue.join(name))?.and_then(|text| text.parse().ok()).unwrap_or_default());

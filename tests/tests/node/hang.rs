@@ -1,31 +1,20 @@
 //! What waits for ever holds nobody else up, is answered all the same, and is begun once.
 
-use std::time::Duration;
-
 use serde_json::json;
 use testbed::calls::NodeVolume;
-use testbed::guest::{GuestOptions, ScsiHardware, wait};
-use testbed::tools;
-use tonic::Code;
+use testbed::guest::wait;
+use tonic::{Code, Status};
 
-use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, start_node, wait_for_size};
+use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, wait_for_size};
 
 const HELD_AT: &str = "inside:unstage:Unmount:umount2";
 const VOLUMES: u8 = 8;
 
-/// An agent whose calls are answered after two seconds, and with `hold` one that keeps the first call there for ever.
-fn restart(agent: &mut Agent, hold: Option<&str>) {
-    agent.guest.signal(agent.job, 9).unwrap();
-    agent.guest.wait(agent.job, SEEN_LIMIT).unwrap();
-    let hold = hold.map(|hold| ("PROXMOX_CSI_HOLD_AT", hold));
-    agent.job = start_node(&agent.guest, &[&[("PROXMOX_CSI_LIMIT_MS", "2000")], hold.as_slice()].concat());
-}
+/// Calls are answered after five seconds.
+const HURRIED: (&str, &str) = ("PROXMOX_CSI_LIMIT_CALL", "5000");
 
-/// Its first answer, and what a second call is told.
-fn assert_late(agent: &Agent, volume: &NodeVolume) {
-    let status = agent.calls.node_unstage_volume(volume.unstage()).expect_err("it cannot be done");
-    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
-    assert!(status.message().contains("unstage, at \"unmount\" for ") && status.message().contains(&volume.id), "{status:?}");
+/// What another call is told while one goes on.
+fn assert_taken(agent: &Agent, volume: &NodeVolume) {
     let status = agent.calls.node_unstage_volume(volume.unstage()).expect_err("it still goes on");
     assert!(status.code() == Code::Aborted && status.message().contains("unstage, at \"unmount\" for "), "{status:?}");
     println!("{}", status.message());
@@ -33,9 +22,7 @@ fn assert_late(agent: &Agent, volume: &NodeVolume) {
 
 #[test]
 fn guest_an_unmount_that_does_not_end_holds_nobody_up() {
-    let files = vec![(format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), tools::kill_points_binary())];
-    let options = GuestOptions { files, scsi_hardware: ScsiHardware::VirtioScsiPci, ..GuestOptions::named("held") };
-    let Some(mut agent) = Agent::start_on(&options) else { return };
+    let Some(mut agent) = Agent::start_with_points("held") else { return };
     let disks: Vec<(NodeVolume, Image)> = (1..=VOLUMES)
         .map(|lun| {
             let image = Image::new(64 * MIB);
@@ -45,11 +32,13 @@ fn guest_an_unmount_that_does_not_end_holds_nobody_up() {
     disks.iter().for_each(|(volume, _)| agent.stage(volume));
 
     // One at a kill point: seven others come, go and come again.
-    restart(&mut agent, Some(HELD_AT));
+    agent.restart_with(&[("PROXMOX_CSI_HOLD_AT", HELD_AT)]);
     let ((held, _), others) = disks.split_first().unwrap();
-    assert_late(&agent, held);
-    let (_, output) = agent.guest.output(agent.job).unwrap();
-    assert!(output.contains(&format!("held at {HELD_AT}")), "{output}");
+    let (calls, request) = (agent.calls.clone(), held.unstage());
+    let call = std::thread::spawn(move || calls.node_unstage_volume(request));
+    let line = format!("held at {HELD_AT}");
+    let seen = wait::until(SEEN_LIMIT, || Ok::<_, ()>(agent.log().contains(&line).then_some(())));
+    assert_eq!(seen, Ok(Some(())), "the unmount does not come to {HELD_AT}: {}", agent.log());
     std::thread::scope(|scope| {
         for (volume, _) in others {
             scope.spawn(|| {
@@ -60,9 +49,9 @@ fn guest_an_unmount_that_does_not_end_holds_nobody_up() {
             });
         }
     });
-    let status = agent.calls.node_unstage_volume(held.unstage()).expect_err("it is held still");
-    assert_eq!(status.code(), Code::Aborted, "{status:?}");
-    restart(&mut agent, None);
+    assert_taken(&agent, held);
+    agent.restart_with(&[HURRIED]);
+    assert!(call.join().unwrap().is_err(), "the agent has died over it");
     agent.calls.node_unstage_volume(held.unstage()).unwrap();
 
     // One whose disk takes no more writes: its journal cannot be written out.
@@ -71,12 +60,23 @@ fn guest_an_unmount_that_does_not_end_holds_nobody_up() {
     agent.publish(volume);
     agent.guest.fill(&format!("/node{}/file", volume.target), 1, MIB).unwrap();
     agent.throttle(1, json!({ "bps-write": 1 }));
-    agent.guest.write(&format!("/node{}/unwritten", volume.target), b"and what comes after it").unwrap();
+    // Stays in memory for now.
+    agent.guest.make_folder(&format!("/node{}/unwritten", volume.target)).unwrap();
     agent.calls.node_unpublish_volume(volume.unpublish()).unwrap();
-    assert_late(&agent, volume);
+    let status = agent.calls.node_unstage_volume(volume.unstage()).expect_err("it cannot be done");
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    assert!(status.message().contains("unstage, at \"unmount\" for ") && status.message().contains(&volume.id), "{status:?}");
+    assert_taken(&agent, volume);
     let (other, _) = &disks[1];
-    agent.stage(other);
-    agent.put_away(other);
+    let calls: [(&str, &dyn Fn() -> Result<(), Status>); 2] = [
+        ("stage", &|| agent.calls.node_stage_volume(other.stage()).map(drop)),
+        ("unstage", &|| agent.calls.node_unstage_volume(other.unstage()).map(drop)),
+    ];
+    for (name, call) in calls {
+        // A machine that is slow answers late too, and goes on.
+        let done = wait::until(SEEN_LIMIT, || Ok::<_, ()>(call().ok()));
+        assert_eq!(done, Ok(Some(())), "{name} of another volume");
+    }
     // When it takes them again, the call ends by itself.
     agent.throttle(1, json!({}));
     // What QEMU holds back waits for its old time, unless all I/O is drained.
@@ -87,8 +87,9 @@ fn guest_an_unmount_that_does_not_end_holds_nobody_up() {
         Ok::<_, ()>(answer.is_ok().then_some(()))
     });
     assert_eq!(done, Ok(Some(())), "the volume is not unstaged within {SEEN_LIMIT:?}; {}", agent.guest.quote());
-    let (_, output) = agent.guest.output(agent.job).unwrap();
-    assert_eq!(output.matches("unmounted /var/lib/kubelet/plugins").count(), 2, "once for each: {output}");
+    let log = agent.log();
+    let unmounted = format!("unmounted {}", volume.staging);
+    assert_eq!(log.matches(&unmounted).count(), 2, "once for each of its two lives: {log}");
     agent.guest.machine().unplug(1).unwrap();
     wait_for_size(&agent.guest, 1, None);
     assert_clean(image);
