@@ -83,7 +83,7 @@ mod tests {
     fn pieces_are_whole_groups_and_not_too_many() {
         for size_bytes in [0, 1, 64 << 20, 1 << 30, (1 << 30) + 1, 1 << 40, (1 << 44) + 4096, u64::MAX] {
             let piece = piece_bytes(size_bytes);
-            assert!(piece >= PIECE_BYTES && (piece % PIECE_BYTES == 0 || piece == u64::MAX), "{size_bytes}: {piece}");
+            assert!(piece >= PIECE_BYTES && piece.is_multiple_of(PIECE_BYTES), "{size_bytes}: {piece}");
             assert!(size_bytes.div_ceil(piece) <= MAX_PIECES, "{size_bytes}: {piece}");
         }
         assert_eq!(piece_bytes(1 << 40), 4 << 30);

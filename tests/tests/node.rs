@@ -19,6 +19,8 @@ mod harness;
 mod health;
 #[path = "node/kernels.rs"]
 mod kernels;
+#[path = "node/keys.rs"]
+mod keys;
 #[path = "node/kill.rs"]
 mod kill;
 #[path = "node/life.rs"]

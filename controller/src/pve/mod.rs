@@ -14,7 +14,7 @@ pub(crate) mod known;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -32,10 +32,12 @@ pub use error::{Cause, Error, Meaning};
 const TICKET_AGE: Duration = Duration::from_secs(105 * 60);
 /// `/cluster/resources` of a thousand VMs is half a megabyte.
 const MAX_ANSWER_BYTES: u64 = 16 << 20;
-/// A task is asked about after this long first, and ever more seldom: most end within a third of a second.
-const TASK_POLL_FIRST: Duration = Duration::from_millis(30);
-/// The longest pause between two questions.
+/// The shortest pause between two questions about a task: most end within a third of a second.
+const TASK_POLL_SHORTEST: Duration = Duration::from_millis(30);
+/// The longest one.
 const TASK_POLL_LONGEST: Duration = Duration::from_secs(1);
+/// In between: the end is noticed late by this part of what the task took (beyond what it takes at least).
+const TASK_POLL_PART: u32 = 4;
 /// Hot-plug may wait 10 s for the VM's lock and 60 s for QEMU; a task that runs longer is looked at by the next call.
 pub const TASK_DEADLINE: Duration = Duration::from_secs(100);
 
@@ -75,7 +77,12 @@ pub struct Client {
     at_a_time: Semaphore,
     hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
     in_flight: Arc<AtomicUsize>,
+    /// Calls so far: each has its number on the wire, so that two that say the same are told apart.
+    calls: AtomicU64,
 }
+
+/// What a call's number travels as.
+const NUMBER_HEADER: &str = "X-Request-Id";
 
 /// A call that has not ended: it lasts as long as its last clone.
 #[derive(Debug)]
@@ -130,6 +137,7 @@ impl Client {
             at_a_time: Semaphore::new(CALLS_PER_CLUSTER),
             hosts: Mutex::default(),
             in_flight: Arc::default(),
+            calls: AtomicU64::default(),
         }
     }
 
@@ -161,9 +169,10 @@ impl Client {
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
         let flight = Flight::begin(&self.in_flight);
         let sent = Arc::clone(&flight);
+        let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let work = move || {
             let _sent = sent;
-            client.call_blocking(&request)
+            client.call_blocking(&request, &number.to_string())
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(answer) => answer,
@@ -177,22 +186,23 @@ impl Client {
         self.in_flight.load(Ordering::SeqCst)
     }
 
-    /// Waits for a task to end well. `WARNINGS: n` is well.
+    /// Waits for a task to end well, which it cannot before `earliest`. `WARNINGS: n` is well.
     ///
     /// # Errors
     /// The task's exit status; or that its end was not seen in [`TASK_DEADLINE`], or is not known any more.
-    pub async fn wait(self: &Arc<Self>, upid: &str) -> Result<(), Error> {
+    pub async fn wait(self: &Arc<Self>, upid: &str, earliest: Instant) -> Result<(), Error> {
         let request = api::task_status(upid)?;
         let call = request.name();
         let begun = Instant::now();
-        let (mut pause, mut failures, mut odd_ends) = (TASK_POLL_FIRST, 0, 0);
+        let (mut failures, mut odd_ends) = (0, 0);
+        tokio::time::sleep_until(earliest.min(begun + TASK_DEADLINE)).await;
         loop {
             let unknown = |why: String| Error { call: call.clone(), cause: Cause::TaskUnknown { upid: upid.into(), why } };
             if begun.elapsed() > TASK_DEADLINE {
                 return Err(unknown(format!("still running after {} s", TASK_DEADLINE.as_secs())));
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 3 / 2).min(TASK_POLL_LONGEST);
+            let pause = earliest.max(begun).elapsed() / TASK_POLL_PART;
+            tokio::time::sleep(pause.clamp(TASK_POLL_SHORTEST, TASK_POLL_LONGEST)).await;
             match self.call(request.clone()).await.and_then(|data| api::read_task(&call, upid, &data)) {
                 Ok(false) => (),
                 Ok(true) => return Ok(()),
@@ -207,14 +217,15 @@ impl Client {
         }
     }
 
-    fn call_blocking(&self, request: &Request) -> Result<Value, Error> {
-        let first = self.attempt(request);
+    /// A repetition keeps its number.
+    fn call_blocking(&self, request: &Request, number: &str) -> Result<Value, Error> {
+        let first = self.attempt(request, number);
         match &first {
             Err(Error { cause: Cause::NoAnswer(why), .. }) if request.method == Method::Get && !why.contains("timeout") => {
-                self.attempt(request)
+                self.attempt(request, number)
             }
             // 401 means not done, so even a write may be repeated under a new ticket.
-            Err(Error { cause: Cause::Answer { status: 401, .. }, .. }) if self.forget_ticket() => self.attempt(request),
+            Err(Error { cause: Cause::Answer { status: 401, .. }, .. }) if self.forget_ticket() => self.attempt(request, number),
             _ => first,
         }
     }
@@ -227,13 +238,14 @@ impl Client {
         }
     }
 
-    fn attempt(&self, request: &Request) -> Result<Value, Error> {
+    fn attempt(&self, request: &Request, number: &str) -> Result<Value, Error> {
+        let number = (NUMBER_HEADER, number);
         match &self.auth {
-            Auth::Token(header) => self.send(request, &[("Authorization", header.as_str())]),
+            Auth::Token(header) => self.send(request, &[number, ("Authorization", header.as_str())]),
             Auth::Password { username, password, ticket } => {
                 let ticket = self.ticket(username, password, ticket)?;
                 let cookie = Zeroizing::new(format!("PVEAuthCookie={}", api::percent_encoded(&ticket.cookie, "")));
-                self.send(request, &[("Cookie", cookie.as_str()), ("CSRFPreventionToken", ticket.csrf.as_str())])
+                self.send(request, &[number, ("Cookie", cookie.as_str()), ("CSRFPreventionToken", ticket.csrf.as_str())])
             }
         }
     }

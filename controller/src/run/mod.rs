@@ -15,6 +15,7 @@ mod leftover;
 mod publish;
 mod queue;
 mod region;
+mod sole;
 mod unpublish;
 mod when;
 
@@ -37,6 +38,7 @@ pub use create::Created;
 pub use expand::Expanded;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
+pub use sole::Sole;
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
@@ -90,6 +92,7 @@ pub struct Controller {
     path: PathBuf,
     ca_bundle: Option<PathBuf>,
     kube: Option<Arc<Kube>>,
+    sole: Arc<Sole>,
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
     tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
@@ -105,7 +108,8 @@ impl Controller {
     /// The same, where Kubernetes can be asked.
     #[must_use]
     pub fn with_kube(path: PathBuf, ca_bundle: Option<PathBuf>, kube: Option<Arc<Kube>>) -> Self {
-        let loaded = load(&path, ca_bundle.as_ref(), kube.as_ref(), None);
+        let sole = Arc::default();
+        let loaded = load(&path, ca_bundle.as_ref(), kube.as_ref(), &sole, None);
         match &loaded.clusters {
             Ok(clusters) => {
                 let regions: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
@@ -113,7 +117,13 @@ impl Controller {
             }
             Err(why) => proto::error!("{why}"),
         }
-        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried: Mutex::default() }
+        Self { path, ca_bundle, kube, sole, loaded: Mutex::new(loaded), tried: Mutex::default() }
+    }
+
+    /// Whether it is the only one that acts: said here by whoever holds its Lease.
+    #[must_use]
+    pub fn sole(&self) -> &Arc<Sole> {
+        &self.sole
     }
 
     /// Whether there is a config to work with.
@@ -145,7 +155,7 @@ impl Controller {
         if loaded.looked_at.elapsed() >= CONFIG_AGE {
             loaded.looked_at = Instant::now();
             if loaded.clusters.is_err() || loaded.files.iter().any(|(path, stamp)| stamp_of(path) != *stamp) {
-                let again = load(&self.path, self.ca_bundle.as_ref(), self.kube.as_ref(), loaded.clusters.as_ref().ok());
+                let again = load(&self.path, self.ca_bundle.as_ref(), self.kube.as_ref(), &self.sole, loaded.clusters.as_ref().ok());
                 match (&again.clusters, &loaded.clusters) {
                     (Err(why), Ok(_)) => {
                         proto::error!("{why}; the config read before stays in use");
@@ -252,7 +262,7 @@ impl Region {
 
 /// Reads the file. A region of the same name and url as before keeps what it knows: who held what on a node that is off now,
 /// and which of our writes are in doubt.
-fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, before: Option<&Arc<Clusters>>) -> Loaded {
+fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, sole: &Arc<Sole>, before: Option<&Arc<Clusters>>) -> Loaded {
     let looked_at = Instant::now();
     match config::load(path) {
         Ok((config, files)) => {
@@ -266,7 +276,7 @@ fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, b
                         region.renew(client, rules);
                         Arc::clone(region)
                     }
-                    None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
+                    None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned()).with_sole(Arc::clone(sole))),
                 };
                 (cluster.region.clone(), region)
             });

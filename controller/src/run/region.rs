@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::doubt::Doubt;
 use super::queue::Queue;
+use super::sole::{Claims, Sole};
 use crate::attach;
 use crate::kube::Kube;
 use crate::pve::api::{self, Change, Resources, VmState};
@@ -27,8 +28,10 @@ pub(crate) const STATE_AGE: Duration = Duration::from_secs(5);
 pub(crate) const PARALLEL_READS: usize = 8;
 /// Calls per Proxmox node that may wait for their task inside the server: each holds one of its three API workers.
 const DELAYED_PER_HOST: usize = 2;
-/// Most hot-plugs end in 2.5 s; well below the 30 s of Proxmox's own proxy.
+/// Most attachments and deletions end in half a second; well below the 30 s of Proxmox's own proxy.
 const DELAY_S: u8 = 10;
+/// Proxmox looks whether a disk has left QEMU once a second, and again for its controller where it has one of its own.
+const LEAST_UNPLUG: Duration = Duration::from_millis(900);
 /// Sizes of volumes that are remembered; beyond it all are forgotten.
 const MAX_SIZES: usize = 4096;
 
@@ -53,6 +56,20 @@ pub(crate) struct Known {
     pub(crate) snapshots: Option<Snapshots>,
     /// A write of ours failed since, so that it may say something else now.
     pub(crate) is_stale: bool,
+}
+
+impl Known {
+    /// Whether it says enough of what `host` has since `since`.
+    fn counts(&self, host: &str, since: Instant) -> bool {
+        self.read_at >= since && self.host == host && !self.is_stale
+    }
+
+    /// What Proxmox takes at least for a change: the disks that leave QEMU, one after the other.
+    fn least(&self, change: &Change) -> Duration {
+        let leaving = change.delete.iter().filter(|key| self.held.contains_key(*key)).count();
+        let looks = if self.config.configured("scsihw") == Some("virtio-scsi-single") { 2 } else { 1 };
+        LEAST_UNPLUG * u32::try_from(leaving * looks).unwrap_or(u32::MAX)
+    }
 }
 
 /// What a VM's snapshots keep.
@@ -100,7 +117,8 @@ pub(crate) struct Region {
     pub(super) kube: Option<Arc<Kube>>,
     resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
-    vms: Mutex<HashMap<u32, Arc<VmSlot>>>,
+    /// In order: who waits for several of them waits in the same order every time.
+    vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
     pub(super) containers: Mutex<HashMap<u32, ContainerSlot>>,
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
@@ -115,6 +133,9 @@ pub(crate) struct Region {
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
     sizes: Mutex<HashMap<String, u64>>,
+    /// Whether other controllers may act.
+    pub(super) sole: Arc<Sole>,
+    pub(super) claims: Claims,
     /// When we began to know.
     pub(super) begun: Instant,
     /// Limits parallel reading.
@@ -150,9 +171,17 @@ impl Region {
             leftovers: Mutex::default(),
             most_hosts: Mutex::default(),
             sizes: Mutex::default(),
+            sole: Arc::default(),
+            claims: Claims::default(),
             begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
         }
+    }
+
+    /// With the word of whoever holds this controller's Lease.
+    #[must_use]
+    pub(crate) fn with_sole(self, sole: Arc<Sole>) -> Self {
+        Self { sole, ..self }
     }
 
     /// The config file changed; what is known of the cluster stays known.
@@ -272,7 +301,7 @@ impl Region {
     pub(crate) async fn config(&self, host: &str, vmid: u32, since: Instant) -> Result<Known, pve::Error> {
         let slot = self.vm(vmid);
         let mut held = slot.known.lock().await;
-        if let Some(known) = held.as_ref().filter(|known| known.read_at >= since && known.host == host && !known.is_stale) {
+        if let Some(known) = held.as_ref().filter(|known| known.counts(host, since)) {
             return Ok(known.clone());
         }
         let (read_at, request) = (Instant::now(), api::pending(host, vmid));
@@ -282,6 +311,11 @@ impl Region {
         let known = Known { host: host.into(), config, read_at, held: kept, snapshots, is_stale: false };
         *held = Some(known.clone());
         Ok(known)
+    }
+
+    /// Whether that needs no call; waits for one that goes on.
+    pub(crate) async fn is_read(&self, vmid: u32, host: &str, since: Instant) -> bool {
+        self.vm(vmid).known.lock().await.as_ref().is_some_and(|known| known.counts(host, since))
     }
 
     /// The snapshots' drives, read again only when the VM's config changed: its digest covers them.
@@ -357,7 +391,8 @@ impl Region {
     /// # Errors
     /// Proxmox's; also the task's.
     pub(crate) async fn change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
-        let done = self.send_change(host, vmid, change, digest).await;
+        let least = self.vm(vmid).known.lock().await.as_ref().map_or(Duration::ZERO, |known| known.least(change));
+        let done = self.send_change(host, vmid, change, digest, least).await;
         if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
             known.config.digest.clear();
             match done {
@@ -368,13 +403,16 @@ impl Region {
         done
     }
 
-    async fn send_change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
-        let permit = self.delayed(host).try_acquire_owned().ok();
+    /// `least`: what it takes at least.
+    async fn send_change(&self, host: &str, vmid: u32, change: &Change, digest: &str, least: Duration) -> Result<(), pve::Error> {
+        let sent = Instant::now();
+        // What takes seconds would keep one of the node's three API workers from all others: it is asked about when it can have ended.
+        let permit = if least.is_zero() { self.delayed(host).try_acquire_owned().ok() } else { None };
         let delay = permit.is_some().then_some(DELAY_S);
         let answer = self.client().call(api::change(host, vmid, change, digest, delay)).await;
         drop(permit);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client().wait(&upid).await,
+            Some(upid) => self.client().wait(&upid, sent + least).await,
             None => Ok(()),
         }
     }
@@ -421,7 +459,7 @@ impl Region {
         let answer = self.client().call(api::free(host, storage, volid, delay)).await;
         drop(permit);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client().wait(&upid).await,
+            Some(upid) => self.client().wait(&upid, Instant::now()).await,
             None => Ok(()),
         }
     }

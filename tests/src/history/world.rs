@@ -188,6 +188,12 @@ impl World {
         Ok(lost)
     }
 
+    /// The controller has a Lease for that long, so that no other one acts.
+    pub fn lease(&mut self, controller: usize, lasts: Duration) {
+        let at = self.current.get(controller).and_then(|current| self.incarnations.get(*current));
+        at.into_iter().for_each(|incarnation| incarnation.controller.sole().hold(tokio::time::Instant::now() + lasts));
+    }
+
     /// The door of a controller as it is now.
     #[must_use]
     pub fn door(&self, controller: usize) -> &str {
@@ -329,10 +335,11 @@ impl World {
     /// # Errors
     /// As [`World::calm`].
     pub async fn admit(&mut self, waiting: &Waiting) -> Result<()> {
+        // No two steps are at the same moment. What only waited for this moment goes first: it and the one let in would race.
+        self.pass(TICK).await?;
         self.note(format!("{} {} {}", waiting.door, if waiting.answer { "<-" } else { "->" }, waiting.request));
         self.sim.admit(waiting);
-        // No two steps are at the same moment.
-        self.pass(TICK).await
+        self.calm().await
     }
 
     /// Simulated time passes.
