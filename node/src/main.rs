@@ -12,7 +12,7 @@ use node::metrics;
 use node::registration::{self, Kubelet, Standing};
 use node::request::Folders;
 use node::run::Node;
-use node::service::Service;
+use node::service::{Service, aside};
 use node::status::Machine;
 use node::sys::confine::{self, confine};
 use node::sys::kernel;
@@ -327,7 +327,7 @@ async fn trim(node: Arc<Node>, mut stop: watch::Receiver<bool>) {
     while tokio::time::timeout(pause, stop.wait_for(|stop| *stop)).await.is_err() {
         let (node, from, to) = (Arc::clone(&node), before, now());
         // A filesystem that does not answer keeps the trimmer waiting, and nobody else.
-        let _ = tokio::task::spawn_blocking(move || node.trim_due(from, to)).await;
+        let _ = aside(Box::new(move || node.trim_due(from, to))).await;
         before = to;
     }
 }

@@ -68,8 +68,8 @@ pub struct Node {
     legacy_mounts: Slots,
     /// By the volume's serial; see `stage.rs`.
     unstaging: Mutex<BTreeMap<String, stage::Known>>,
-    /// By the volume's serial; see `health.rs`.
-    health: Mutex<BTreeMap<String, health::Known>>,
+    /// See `health.rs`.
+    health: Mutex<Vec<health::Known>>,
     trimming: trim::Trimming,
     stop: Stop,
     /// The Kubernetes node's, for lines that a person is to type; empty: unknown.

@@ -2,7 +2,6 @@
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -69,27 +68,44 @@ impl Service {
         held: Held,
         work: impl FnOnce(&Node) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Status> {
-        let (node, progress, late) = (Arc::clone(&self.node), held.progress.clone(), Arc::clone(&held.late));
-        let done = tokio::task::spawn_blocking(move || {
-            held.progress.take_over();
-            work(&node)
-        });
-        match tokio::time::timeout(kill::limit("CALL", CALL_LIMIT), done).await {
-            Ok(done) => {
-                done.map_err(|lost| Status::internal(format!("{volume}: the call was lost: {lost}")))?.map_err(|error| status(&error))
+        let (node, answer) = (Arc::clone(&self.node), Arc::new(Mutex::new(None)));
+        let answered = Arc::clone(&answer);
+        within(volume, held, Box::new(move || *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(work(&node)))).await?;
+        let answer = answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        answer.ok_or_else(|| lost(volume, "no answer"))?.map_err(|error| status(&error))
+    }
+}
+
+/// The part of [`Service::wait`] that is the same for every call, and is in the program once.
+async fn within(volume: &Volume, held: Held, work: Box<dyn FnOnce() + Send>) -> Result<(), Status> {
+    let (progress, late) = (held.progress.clone(), Arc::clone(&held.late));
+    let done = aside(Box::new(move || {
+        held.progress.take_over();
+        work();
+    }));
+    match tokio::time::timeout(kill::limit("CALL", CALL_LIMIT), done).await {
+        Ok(done) => done.map_err(|why| lost(volume, why)),
+        Err(_) => {
+            if !late.swap(true, Ordering::Relaxed) {
+                metrics::LATE.fetch_add(1, Ordering::Relaxed);
             }
-            Err(_) => {
-                if !late.swap(true, Ordering::Relaxed) {
-                    metrics::LATE.fetch_add(1, Ordering::Relaxed);
-                }
-                Err(Status::deadline_exceeded(format!(
-                    "{volume}: {progress}, {} s in all; it goes on by itself, and is not begun again; where it stays so, the disk does not \
-                     answer: look at its storage on Proxmox",
-                    progress.seconds()
-                )))
-            }
+            Err(Status::deadline_exceeded(format!(
+                "{volume}: {progress}, {} s in all; it goes on by itself, and is not begun again; where it stays so, the disk does not \
+                 answer: look at its storage on Proxmox",
+                progress.seconds()
+            )))
         }
     }
+}
+
+/// On a thread that may block.
+#[must_use]
+pub fn aside(work: Box<dyn FnOnce() + Send>) -> tokio::task::JoinHandle<()> {
+    tokio::task::spawn_blocking(work)
+}
+
+fn lost(volume: &Volume, why: impl std::fmt::Display) -> Status {
+    Status::internal(format!("{volume}: the call was lost: {why}"))
 }
 
 fn taken(volume: &Volume, progress: &Progress) -> Status {
@@ -184,9 +200,12 @@ impl csi::node_server::Node for Service {
 
     async fn node_get_info(&self, _: Request<csi::NodeGetInfoRequest>) -> Result<Response<csi::NodeGetInfoResponse>, Status> {
         let configured = Arc::clone(&self.configured);
-        let node = Arc::clone(&self.node);
-        let done = tokio::task::spawn_blocking(move || info::look(&configured, node.sysfs()));
-        let seen = done.await.map_err(|lost| Status::internal(format!("NodeGetInfo: the call was lost: {lost}")))?;
+        let (node, answer) = (Arc::clone(&self.node), Arc::new(Mutex::new(None)));
+        let answered = Arc::clone(&answer);
+        let look = move || *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(info::look(&configured, node.sysfs()));
+        aside(Box::new(look)).await.map_err(|why| Status::internal(format!("NodeGetInfo: the call was lost: {why}")))?;
+        let seen = answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let seen = seen.ok_or_else(|| Status::internal("NodeGetInfo: the call was lost"))?;
         let info = seen.map_err(|unknown| Status::unavailable(unknown.to_string()))?;
         let segments = [(proto::TOPOLOGY_REGION.to_string(), info.region), (proto::TOPOLOGY_ZONE.to_string(), info.zone)];
         Ok(Response::new(csi::NodeGetInfoResponse {
@@ -297,17 +316,17 @@ fn code(cause: &Cause) -> Code {
 /// What is worked on now: volumes by serial (a handle with a zone and one without, as older releases wrote it on shared storage, may be one
 /// disk), and what each call is at.
 #[derive(Debug, Clone, Default)]
-struct Busy(Arc<Mutex<HashMap<String, Progress>>>);
+struct Busy(Arc<Mutex<Vec<(String, Progress)>>>);
 
 impl Busy {
     /// Of another call that holds it: what that is at.
     fn hold(&self, key: &str, doing: &'static str) -> Result<Held, Progress> {
         let mut busy = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(progress) = busy.get(key) {
+        if let Some((_, progress)) = busy.iter().find(|(held, _)| held == key) {
             return Err(progress.clone());
         }
         let progress = Progress::begin(doing);
-        busy.insert(key.to_string(), progress.clone());
+        busy.push((key.to_string(), progress.clone()));
         Ok(Held { busy: self.clone(), key: key.to_string(), progress, late: Arc::default() })
     }
 }
@@ -324,7 +343,7 @@ struct Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(held, _)| *held != self.key);
         if self.late.load(Ordering::Relaxed) {
             metrics::LATE.fetch_sub(1, Ordering::Relaxed);
             proto::info!("{}: a call that took too long has ended: {}, {} s in all", self.key, self.progress, self.progress.seconds());

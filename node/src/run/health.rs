@@ -1,6 +1,5 @@
 //! NodeGetVolumeStats: how full a volume is, and how well it is.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -40,8 +39,9 @@ pub struct Usage {
 }
 
 /// What was seen of a volume before.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Known {
+    serial: String,
     commands: Option<Commands>,
     trouble: Option<String>,
 }
@@ -85,12 +85,8 @@ impl Node {
         let failed = scsi::failed_commands(&self.sysfs, disk.address)?;
         let now = since_start();
         let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_new = !known.contains_key(&volume.serial);
-        let failed_commands = match failed {
-            Some(failed) if known.len() < MAX_KNOWN || !is_new => {
-                let known = known.entry(volume.serial.clone()).or_default();
-                known.commands.get_or_insert(Commands::begin(disk.dev, failed, now)).look(disk.dev, failed, now)
-            }
+        let failed_commands = match (failed, entry(&mut known, volume)) {
+            (Some(failed), Some(known)) => known.commands.get_or_insert(Commands::begin(disk.dev, failed, now)).look(disk.dev, failed, now),
             _ => 0,
         };
         Ok(Seen { offline: disk.state == scsi::State::Offline, failed_commands, ..Seen::default() })
@@ -108,9 +104,9 @@ impl Node {
     /// Says a change once.
     fn remember(&self, volume: &Volume, trouble: Option<String>) {
         let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = known.get(&volume.serial).and_then(|known| known.trouble.as_ref());
-        match (before, &trouble) {
-            (before, Some(sentence)) if before != Some(sentence) => {
+        let Some(of_volume) = entry(&mut known, volume) else { return };
+        match (&of_volume.trouble, &trouble) {
+            (before, Some(sentence)) if before.as_ref() != Some(sentence) => {
                 proto::warn!("{volume}: {sentence}");
                 if before.is_none() {
                     metrics::FILESYSTEM_ERRORS.add();
@@ -119,22 +115,28 @@ impl Node {
             (Some(_), None) => proto::info!("{volume}: no trouble is seen any more"),
             _ => return,
         }
-        if known.len() < MAX_KNOWN || known.contains_key(&volume.serial) {
-            known.entry(volume.serial.clone()).or_default().trouble = trouble;
-        }
+        of_volume.trouble = trouble;
         count(&known);
     }
 
     /// The volume is unstaged: what comes next is another life of it.
     pub(super) fn forget_health(&self, volume: &Volume) {
         let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
-        known.remove(&volume.serial);
+        known.retain(|known| known.serial != volume.serial);
         count(&known);
     }
 }
 
-fn count(known: &BTreeMap<String, Known>) {
-    metrics::IN_TROUBLE.store(known.values().filter(|known| known.trouble.is_some()).count(), Ordering::Relaxed);
+/// `None`: too many are known already.
+fn entry<'a>(known: &'a mut Vec<Known>, volume: &Volume) -> Option<&'a mut Known> {
+    if known.len() < MAX_KNOWN && !known.iter().any(|known| known.serial == volume.serial) {
+        known.push(Known { serial: volume.serial.clone(), commands: None, trouble: None });
+    }
+    known.iter_mut().find(|known| known.serial == volume.serial)
+}
+
+fn count(known: &[Known]) {
+    metrics::IN_TROUBLE.store(known.iter().filter(|known| known.trouble.is_some()).count(), Ordering::Relaxed);
 }
 
 fn usage(path: &Path, dev: sys::Dev) -> Result<Usage, sys::Error> {

@@ -3,7 +3,6 @@
 //! What is mounted is what the kernel says, as everywhere. Only a class's word against it (`discard: ignore`) is not to be seen here after the agent
 //! was started anew: then the kernel asks QEMU in vain, which drops what such a drive is asked.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,7 +28,7 @@ const MAX_SPARED: usize = 256;
 #[derive(Debug, Default)]
 pub(super) struct Trimming {
     /// By serial: their class says `discard: ignore`.
-    spared: Mutex<BTreeSet<String>>,
+    spared: Mutex<Vec<String>>,
     /// The disk that is worked on, and the way to end that.
     now: Mutex<Option<(Dev, Arc<AtomicBool>)>>,
 }
@@ -70,12 +69,16 @@ impl Node {
     /// Each filesystem once, though it is mounted at several places.
     pub(super) fn trim_candidates(&self) -> Result<Vec<Candidate>, Cause> {
         let disks = scsi::scan(&self.sysfs)?;
-        let mut seen = BTreeSet::new();
-        let mut found = Vec::new();
+        let mut found: Vec<Candidate> = Vec::new();
         for mount in self.mounts()? {
             let is_whole = mount.root == Path::new("/") && self.is_inside(&mount.point);
             let is_writable = !mount.read_only && !mount.filesystem_read_only && !mount.shut_down;
-            if !is_whole || !is_writable || mount.dev.major == 0 || grown_as(&mount.fstype).is_none() || !seen.insert(mount.dev) {
+            if !is_whole
+                || !is_writable
+                || mount.dev.major == 0
+                || grown_as(&mount.fstype).is_none()
+                || found.iter().any(|known| known.dev == mount.dev)
+            {
                 continue;
             }
             let Some(disk) = self.disk_below(mount.dev, &disks)? else { continue };
@@ -136,15 +139,14 @@ impl Node {
     /// What the volume's class says of it.
     pub(super) fn spare(&self, volume: &Volume, is_spared: bool) {
         let mut spared = self.trimming.spared.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_spared {
-            spared.remove(&volume.serial);
-        } else if spared.len() < MAX_SPARED {
-            spared.insert(volume.serial.clone());
+        spared.retain(|serial| *serial != volume.serial);
+        if is_spared && spared.len() < MAX_SPARED {
+            spared.push(volume.serial.clone());
         }
     }
 
     fn is_spared(&self, serial: &str) -> bool {
-        self.trimming.spared.lock().unwrap_or_else(PoisonError::into_inner).contains(serial)
+        self.trimming.spared.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|spared| spared == serial)
     }
 }
 
