@@ -261,8 +261,9 @@ fn unknown_storage(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resour
     known.dedup();
     let known = if known.is_empty() { "none".into() } else { known.join(", ") };
     format!(
-        "parameter storage {:?}: no such storage is shown to us; shown are {known} (a storage shows itself to a token with Datastore.Audit on it)",
-        want.storage
+        "parameter storage {:?}: no such storage is shown to us; shown are {known} (a storage shows itself to a token whose role has \
+         Datastore.Audit on /storage/{})",
+        want.storage, want.storage
     )
 }
 

@@ -300,7 +300,24 @@ def keys_are_the_code_s():
             check(argument.lstrip("-").split("=")[0] in flags, f"{crate} has no flag {argument}")
 
 
-CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, keys_are_the_code_s]
+def privileges():
+    """The Proxmox privileges are the same in the table, the pveum lines, the documents and the module."""
+    with open("deploy/proxmox/privileges.tsv", encoding="utf-8") as text:
+        rows = [line.rstrip("\n").split("\t") for line in text if not line.startswith("#")]
+    names = [row[0] for row in rows]
+    for file in ("pveum.sh", "README.md"):
+        with open(f"deploy/proxmox/{file}", encoding="utf-8") as text:
+            found = re.findall(r'-privs "([^"]*)"', text.read())
+        check(found and all(one.split() == names for one in found), f"deploy/proxmox/{file}: privileges {found}")
+    with open("deploy/proxmox/README.md", encoding="utf-8") as text:
+        table = re.findall(r"^\| (\S+\.\S+) \| (.*?) \| (.*?) \| (.*?) \|$", text.read(), re.M)
+    check([list(row) for row in table] == rows, "deploy/proxmox/README.md: the table differs from privileges.tsv")
+    with open("deploy/proxmox/opentofu/main.tf", encoding="utf-8") as text:
+        module = re.findall(r'"([A-Z]\w+\.[A-Z][\w.]*)"', text.read())
+    check(module == names, f"deploy/proxmox/opentofu/main.tf: privileges {module}")
+
+
+CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, keys_are_the_code_s, privileges]
 
 if __name__ == "__main__":
     for one in CHECKS:

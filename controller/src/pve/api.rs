@@ -174,7 +174,7 @@ pub fn ticket(username: &str, password: &str) -> Request {
 }
 
 /// The ticket and its CSRF token.
-pub(super) fn read_ticket(call: &str, data: &Value) -> Result<(String, String), Error> {
+pub fn read_ticket(call: &str, data: &Value) -> Result<(String, String), Error> {
     match (text_of(data, "ticket"), text_of(data, "CSRFPreventionToken")) {
         (Some(ticket), Some(csrf)) => Ok((ticket, csrf)),
         _ => Err(misread(call, "no ticket was given; a user with a second factor cannot be used, a token can")),
@@ -527,7 +527,7 @@ pub fn task_status(upid: &str) -> Result<Request, Error> {
 }
 
 /// Whether the task has ended well; an error when it ended badly.
-pub(super) fn read_task(call: &str, upid: &str, data: &Value) -> Result<bool, Error> {
+pub fn read_task(call: &str, upid: &str, data: &Value) -> Result<bool, Error> {
     match (text_of(data, "status").as_deref(), text_of(data, "exitstatus")) {
         (Some("running"), _) => Ok(false),
         (Some("stopped"), Some(exit)) if exit == "OK" || exit.starts_with("WARNINGS:") => Ok(true),

@@ -186,7 +186,8 @@ impl Client {
         self.in_flight.load(Ordering::SeqCst)
     }
 
-    /// Waits for a task to end well, which it cannot before `earliest`. `WARNINGS: n` is well.
+    /// Waits for a task to end well, which it hardly does before `earliest`: until then it is asked about once, for a refusal comes at
+    /// once. `WARNINGS: n` is well.
     ///
     /// # Errors
     /// The task's exit status; or that its end was not seen in [`TASK_DEADLINE`], or is not known any more.
@@ -195,7 +196,6 @@ impl Client {
         let call = request.name();
         let begun = Instant::now();
         let (mut failures, mut odd_ends) = (0, 0);
-        tokio::time::sleep_until(earliest.min(begun + TASK_DEADLINE)).await;
         loop {
             let unknown = |why: String| Error { call: call.clone(), cause: Cause::TaskUnknown { upid: upid.into(), why } };
             if begun.elapsed() > TASK_DEADLINE {
@@ -204,7 +204,7 @@ impl Client {
             let pause = earliest.max(begun).elapsed() / TASK_POLL_PART;
             tokio::time::sleep(pause.clamp(TASK_POLL_SHORTEST, TASK_POLL_LONGEST)).await;
             match self.call(request.clone()).await.and_then(|data| api::read_task(&call, upid, &data)) {
-                Ok(false) => (),
+                Ok(false) => tokio::time::sleep_until(earliest).await,
                 Ok(true) => return Ok(()),
                 // Read in the instant between the worker's end and its last line: one more look.
                 Err(error) if error.meaning() == Meaning::TaskKilled && odd_ends == 0 => odd_ends += 1,

@@ -281,7 +281,8 @@ async fn a_host_that_hangs_does_not_starve_the_others() {
     bed.sim.stop();
 }
 
-/// Every role that the documents hand out works, or is told which privilege lacks and where, before anything is touched.
+/// Every role that the documents hand out works, or is told which privilege lacks and where, before anything is touched; with
+/// privilege separation, where the token needs an ACL of its own, and without.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_role_works_or_is_told_what_lacks() {
     let all = ["VM.Audit", "VM.Config.Disk", "Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"];
@@ -290,11 +291,14 @@ async fn each_role_works_or_is_told_what_lacks() {
         ("S1 and S2", all.to_vec(), &[]),
         ("S0", CSI_PRIVILEGES.to_vec(), &[]),
         ("S3", without("Datastore.AllocateSpace"), &["/storage/local", "Datastore.AllocateSpace"]),
-        ("S4", without("Datastore.Audit"), &["Datastore.Audit"]),
+        ("S4", without("Datastore.Audit"), &["/storage/local", "Datastore.Audit"]),
     ];
-    for (name, privileges, lacks) in roles {
-        let bed = standard().await;
-        bed.sim.set_role("CSI", &privileges);
+    for (separated, (name, privileges, lacks)) in [false, true].into_iter().flat_map(|on| roles.iter().map(move |role| (on, role))) {
+        let bed = start(Simulator::standard().with(|about| about.users[0].tokens[0].privsep = separated)).await;
+        bed.sim.set_role("CSI", privileges);
+        if separated {
+            bed.sim.set_acl(vec![acl("/", "CSI"), Acl { who: "csi@pve!csi".into(), ..acl("/", "CSI") }]);
+        }
         let created = bed.create_as(create_request("pvc-1", "local", 64 * MIB)).await;
         if lacks.is_empty() {
             let volume: VolumeHandle = created.unwrap().volume_id.parse().unwrap();
@@ -302,13 +306,37 @@ async fn each_role_works_or_is_told_what_lacks() {
             bed.expand(&volume.to_string(), 128 * MIB, 0).await.unwrap();
             bed.unpublish(&volume, "node-101/101").await.unwrap();
             bed.delete(&volume.to_string()).await.unwrap();
-        } else {
-            let refused = created.expect_err(name);
-            for word in lacks {
-                assert!(refused.message().contains(word), "{name}: {} lacks {word}", refused.message());
-            }
-            assert!(bed.sim.volumes("pve1", "local").is_empty());
+            continue;
         }
+        let refused = created.expect_err(name);
+        for word in *lacks {
+            assert!(refused.message().contains(word), "{name}, separated: {separated}: {} lacks {word}", refused.message());
+        }
+        assert!(bed.sim.volumes("pve1", "local").is_empty());
+    }
+}
+
+/// The same for what a role may lack beside: what is there is neither attached nor deleted by half.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_lost_a_privilege_is_told_before_anything_is_touched() {
+    let all = ["VM.Audit", "VM.Config.Disk", "Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"];
+    let cases = [("VM.Audit", "/vms"), ("VM.Config.Disk", "/vms/101"), ("Datastore.Allocate", "/storage/local")];
+    for (lost, path) in cases {
+        let bed = standard().await;
+        let (volume, held) = (bed.volume("pvc-1", "local").await, bed.volume("pvc-2", "local").await);
+        bed.publish(&held, "node-101/101").await.unwrap();
+        // Another controller, which read nothing while it could.
+        let fresh = again(&bed);
+        let left: Vec<&str> = all.into_iter().filter(|privilege| *privilege != lost).collect();
+        bed.sim.set_role("CSI", &left);
+        let volumes = bed.sim.volumes("pve1", "local");
+        let refused = match lost {
+            "Datastore.Allocate" => delete_by(&fresh, &volume).await.expect_err("a deletion"),
+            _ => publish_by(&fresh, &volume, "node-101/101").await.map(drop).expect_err("an attachment"),
+        };
+        assert!(refused.message().contains(lost) && refused.message().contains(path), "{lost}: {}", refused.message());
+        assert_eq!(bed.traces(101, &held), ["configured scsi1", "plugged scsi1"], "{lost}");
+        assert!(bed.traces(101, &volume).is_empty() && bed.sim.volumes("pve1", "local") == volumes, "{lost}");
     }
 }
 
