@@ -3,7 +3,7 @@
 use serde_json::json;
 use testbed::calls::NodeVolume;
 use testbed::guest::wait;
-use tonic::{Code, Status};
+use tonic::Code;
 
 use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, wait_for_size};
 
