@@ -7,7 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ureq::Agent;
@@ -36,6 +36,9 @@ const CA_BUNDLES: &[&str] = &[
     "/etc/ssl/cert.pem",
 ];
 
+/// What counts instead of [`CALL_TIMEOUT`] in this process.
+static PATIENCE: OnceLock<Duration> = OnceLock::new();
+
 thread_local! {
     static REASON: RefCell<String> = const { RefCell::new(String::new()) };
     static SENT: Cell<bool> = const { Cell::new(false) };
@@ -55,6 +58,11 @@ pub(super) fn reason() -> String {
 /// Whether any byte of the last request went out.
 pub(super) fn was_sent() -> bool {
     SENT.get()
+}
+
+/// Has clients that are made from now on wait so long for an answer.
+pub(super) fn be_patient(limit: Duration) {
+    let _ = PATIENCE.set(limit);
 }
 
 /// A pool. `ca_bundle`: the file to trust instead of the system's.
@@ -79,7 +87,7 @@ pub(crate) fn agent(https: bool, insecure: bool, ca_bundle: Option<&Path>) -> Re
         .tls_config(tls.build())
         .user_agent(concat!("proxmox-csi/", env!("CARGO_PKG_VERSION")))
         .timeout_connect(Some(CONNECT_TIMEOUT))
-        .timeout_global(Some(CALL_TIMEOUT))
+        .timeout_global(Some(PATIENCE.get().copied().unwrap_or(CALL_TIMEOUT)))
         .max_idle_age(MAX_IDLE_AGE)
         .max_idle_connections(MAX_IDLE_CONNECTIONS)
         .max_idle_connections_per_host(MAX_IDLE_CONNECTIONS)

@@ -69,6 +69,11 @@ pub fn transcribe(to: fn(&Exchange<'_>)) {
     let _ = TRANSCRIPT.set(to);
 }
 
+/// Has this process wait so long for each answer: where time is simulated, an answer of a second may take minutes on a busy machine.
+pub fn be_patient(limit: Duration) {
+    http::be_patient(limit);
+}
+
 /// A client of one Proxmox cluster.
 pub struct Client {
     agent: Result<ureq::Agent, String>,

@@ -23,8 +23,12 @@ use crate::sim::{Builder, Door, STANDARD_SECRET, Simulator, Waiting};
 
 /// What all volumes are in.
 pub const REGION: &str = "fsn1";
+/// Of the controllers for their answers, in real time: they wait at their doors for as long as the history says.
+const PATIENCE: Duration = Duration::from_secs(3600);
 /// Nothing moved for so many looks: nothing will.
 const CALM_LOOKS: u32 = 4;
+/// Between two looks while something moves.
+const LOOK_PAUSE: Duration = Duration::from_micros(20);
 /// What every step takes of simulated time.
 const TICK: Duration = Duration::from_micros(10);
 /// Real time; a step takes microseconds, on a machine that has them to give.
@@ -129,6 +133,7 @@ impl World {
     /// # Errors
     /// The simulator or a folder cannot be made.
     pub async fn new(builder: Builder, controllers: usize, claims: Vec<Claim>) -> Result<World> {
+        controller::pve::be_patient(PATIENCE);
         let sim = Arc::new(builder.scheduled().start().await?);
         let folder = crate::folder::new("pve-csi-bed-", "-history")?;
         let mut world = World {
@@ -319,7 +324,7 @@ impl World {
             } else {
                 looks = 0;
                 last = now;
-                std::thread::yield_now();
+                pause();
                 ensure!(
                     begun.elapsed() < STEP_LIMIT,
                     "calls in flight, at their doors, worked on, answered: {now:?}; {:#?}",
@@ -402,6 +407,12 @@ impl World {
         ensure!(self.go_on(limit, idle).await?, "{} calls still run after {} s", self.running(), limit.as_secs());
         Ok(())
     }
+}
+
+/// Not a mere yield: on a busy machine that waits for everybody else's turn.
+#[expect(clippy::disallowed_methods, reason = "between two looks at a named condition, which has its deadline")]
+fn pause() {
+    std::thread::sleep(LOOK_PAUSE);
 }
 
 fn capability() -> VolumeCapability {
