@@ -3,12 +3,12 @@
 Run by scripts/deploy-check, from the top of the tree, with helm and kustomize in PATH. Each check says what is wrong in one sentence.
 """
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 
 import yaml
 
@@ -28,6 +28,7 @@ def documents(text):
     return [one for one in yaml.safe_load_all(text) if one]
 
 
+@functools.cache
 def run(*command, text=None):
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -37,10 +38,7 @@ def helm(*arguments, kubernetes="1.37.0", namespace="csi-proxmox", values=None):
     """The chart's objects; `values` is a path or a dict."""
     command = ["helm", "template", "proxmox-csi-plugin", CHART, "--namespace", namespace, "--kube-version", kubernetes, *arguments]
     if isinstance(values, dict):
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            yaml.safe_dump(values, file)
-            file.flush()
-            return run(*command, "--values", file.name)
+        return run(*command, "--values", "-", text=yaml.safe_dump(values))
     return run(*command, *(["--values", values] if values else []))
 
 
