@@ -24,6 +24,8 @@ const LUKS_MIN_BYTES: u64 = LUKS_HEADER_BYTES + (2 << 20);
 const CACHES: &[&str] = &["none", "writethrough", "writeback", "unsafe", "directsync"];
 /// The same, `aio`.
 const AIOS: &[&str] = &["native", "threads", "io_uring"];
+/// The same, `discard`.
+const DISCARDS: &[&str] = &["on", "ignore"];
 /// `storageFormat`.
 const FORMATS: &[&str] = &["raw", "qcow2"];
 /// QEMU's throttles take up to 10^15; more than this is no limit any more.
@@ -44,6 +46,7 @@ const KNOWN: &[&str] = &[
     "cache",
     "aio",
     "ssd",
+    volume_context::DISCARD,
     "iothread",
     "backup",
     "diskIOPS",
@@ -73,6 +76,9 @@ pub struct Parameters {
     cache: Option<String>,
     aio: Option<String>,
     ssd: Option<bool>,
+    /// `None`: on where it is worth something, see `give_back_by_default`.
+    discard: Option<String>,
+    gives_back: bool,
     no_iothread: bool,
     backup: bool,
     replicate: bool,
@@ -221,6 +227,8 @@ impl Parameters {
             cache: one_of("cache", CACHES)?,
             aio: one_of("aio", AIOS)?,
             ssd: flag("ssd")?,
+            discard: one_of(volume_context::DISCARD, DISCARDS)?,
+            gives_back: false,
             no_iothread: flag("iothread")? == Some(false),
             backup: flag("backup")?.unwrap_or(false),
             replicate: flag("replicate")?.unwrap_or(false),
@@ -244,7 +252,7 @@ impl Parameters {
             ("replicate".into(), bit(self.replicate)),
             (volume_context::CONTENT_SOURCE.into(), "none".into()),
         ]);
-        let texts = [("storageFormat", &self.format), ("cache", &self.cache), ("aio", &self.aio)];
+        let texts = [("storageFormat", &self.format), ("cache", &self.cache), ("aio", &self.aio), (volume_context::DISCARD, &self.discard)];
         context.extend(texts.iter().filter_map(|(key, value)| value.as_ref().map(|value| ((*key).to_string(), value.clone()))));
         context.extend(self.ssd.map(|ssd| (volume_context::SSD.to_string(), bit(ssd))));
         let numbers = [
@@ -256,6 +264,11 @@ impl Parameters {
         context.extend(self.luks.iter().map(|(key, value)| ((*key).to_string(), value.clone())));
         context.extend(numbers.iter().filter(|(_, n)| *n > 0).map(|(key, n)| ((*key).to_string(), n.to_string())));
         context
+    }
+
+    /// Where nothing is said, `discard=on`: for a storage that has more room when a volume has less in it.
+    pub fn give_back_by_default(&mut self) {
+        self.gives_back = true;
     }
 
     /// The drive of this volume in slot `lun`: the reference driver's options, our serial, and the slot's WWN.
@@ -271,12 +284,9 @@ impl Parameters {
         ]);
         options.extend(self.aio.clone().map(|aio| ("aio", aio)));
         options.extend(self.cache.clone().map(|cache| ("cache", cache)));
-        if let Some(ssd) = self.ssd {
-            options.insert("ssd", bit(ssd));
-            if ssd {
-                options.insert("discard", "on".into());
-            }
-        }
+        options.extend(self.ssd.map(|ssd| ("ssd", bit(ssd))));
+        let gives_back = self.gives_back || self.ssd == Some(true);
+        options.extend(self.discard.clone().or_else(|| gives_back.then(|| "on".into())).map(|discard| ("discard", discard)));
         if self.disk_iops > 0 {
             options.extend(["iops_rd", "iops_wr"].map(|key| (key, self.disk_iops.to_string())));
         }
@@ -368,6 +378,21 @@ mod tests {
         assert_eq!(drive_of(&[("ssd", "true")], false), expected);
         let expected = "backup=0,iothread=1,replicate=0,serial=SERIAL,ssd=0,wwn=0x5056432d49443031";
         assert_eq!(drive_of(&[("ssd", "false")], false), expected);
+    }
+
+    #[test]
+    fn parameter_discard() {
+        assert_eq!(drive_of(&[("discard", "on")], false), format!("backup=0,discard=on,iothread=1,replicate=0,{END}"));
+        let expected = "backup=0,discard=ignore,iothread=1,replicate=0,serial=SERIAL,ssd=1,wwn=0x5056432d49443031";
+        assert_eq!(drive_of(&[("discard", "ignore"), ("ssd", "true")], false), expected, "its own word counts");
+        // What a storage that gives room back has by default, and what its class can say against it.
+        let handle: VolumeHandle = "r/pve1/ds/vm-9999-a".parse().unwrap();
+        for (given, expected) in [(None, Some("on")), (Some("ignore"), Some("ignore")), (Some("on"), Some("on"))] {
+            let context: HashMap<_, _> = given.map(|given| ("discard".to_string(), given.to_string())).into_iter().collect();
+            let mut parameters = Parameters::of_context(&context).unwrap();
+            parameters.give_back_by_default();
+            assert_eq!(parameters.drive(&handle, 1, false).option("discard"), expected, "{given:?}");
+        }
     }
 
     #[test]

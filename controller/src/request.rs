@@ -52,7 +52,7 @@ impl std::fmt::Display for NodeId {
 }
 
 /// ControllerPublishVolume.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Publish {
     /// The volume.
     pub handle: VolumeHandle,

@@ -300,7 +300,93 @@ def keys_are_the_code_s():
             check(argument.lstrip("-").split("=")[0] in flags, f"{crate} has no flag {argument}")
 
 
-CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, keys_are_the_code_s]
+def privileges():
+    """The Proxmox privileges are the same in the table, the pveum lines, the documents and the module."""
+    with open("deploy/proxmox/privileges.tsv", encoding="utf-8") as text:
+        rows = [line.rstrip("\n").split("\t") for line in text if not line.startswith("#")]
+    names = [row[0] for row in rows]
+    for file in ("pveum.sh", "README.md"):
+        with open(f"deploy/proxmox/{file}", encoding="utf-8") as text:
+            found = re.findall(r'-privs "([^"]*)"', text.read())
+        check(found and all(one.split() == names for one in found), f"deploy/proxmox/{file}: privileges {found}")
+    with open("deploy/proxmox/README.md", encoding="utf-8") as text:
+        table = re.findall(r"^\| (\S+\.\S+) \| (.*?) \| (.*?) \| (.*?) \|$", text.read(), re.M)
+    check([list(row) for row in table] == rows, "deploy/proxmox/README.md: the table differs from privileges.tsv")
+    with open("deploy/proxmox/opentofu/main.tf", encoding="utf-8") as text:
+        module = re.findall(r'"([A-Z]\w+\.[A-Z][\w.]*)"', text.read())
+    check(module == names, f"deploy/proxmox/opentofu/main.tf: privileges {module}")
+
+
+def source_text():
+    """All our code, with the strings that are broken over lines made whole."""
+    text = ""
+    for top in ("proto", "node", "controller"):
+        for folder, folders, files in os.walk(top):
+            folders[:] = [name for name in folders if name != "target"]
+            for file in files:
+                if file.endswith(".rs"):
+                    with open(os.path.join(folder, file), encoding="utf-8") as code:
+                        text += code.read()
+    return re.sub(r"\\\n\s*", "", text).replace('\\"', '"')
+
+
+def documents_are_true():
+    """Every sentence quoted in docs/troubleshooting.md is in the code, every link leads somewhere, every parameter is the code's."""
+    code = source_text()
+    quoted = 0
+    with open("docs/troubleshooting.md", encoding="utf-8") as text:
+        for line in text:
+            match = re.match(r"^(?:- |  )?> (.*)$", line.rstrip())
+            if match:
+                for piece in match[1].split("…"):
+                    quoted += 1
+                    check(not piece.strip() or piece.strip() in code, f"docs/troubleshooting.md quotes {piece.strip()!r}, which the code does not say")
+    check(quoted > 40, f"only {quoted} pieces of quoted sentences were found")
+    pages = [os.path.join(folder, file) for top in ("docs", "deploy", "talos") for folder, _, files in os.walk(top) for file in files if file.endswith(".md")]
+    for page in pages:
+        with open(page, encoding="utf-8") as text:
+            for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text.read()):
+                if "://" not in link:
+                    check(os.path.exists(os.path.join(os.path.dirname(page), link)), f"{page}: {link} is not there")
+    with open("docs/storageclass.md", encoding="utf-8") as text:
+        keys = set(re.findall(r"^\| `([^`]+)` \|", text.read(), re.M))
+    with open("controller/src/parameters.rs", encoding="utf-8") as text:
+        known = re.search(r"const KNOWN: &\[&str\] = &\[(.*?)\];", text.read(), re.S)[1]
+    with open("proto/src/lib.rs", encoding="utf-8") as text:
+        constants = dict(re.findall(r'pub const (\w+): &str = "([^"]+)"', text.read()))
+    names = set(re.findall(r'"([^"]+)"', known)) | {constants[one] for one in re.findall(r"volume_context::(\w+)", known)}
+    check(keys - {"csi.storage.k8s.io/fstype"} == names, f"docs/storageclass.md differs from the code's parameters by {sorted((keys - {'csi.storage.k8s.io/fstype'}) ^ names)}")
+
+
+def commands_of_documents():
+    """What the documents tell people to run on our files works as far as it goes without a cluster."""
+    ran = 0
+    for page in ["docs/install.md", "docs/migration.md", "docs/operations.md", "deploy/verify/README.md", "talos/README.md"]:
+        with open(page, encoding="utf-8") as text:
+            text = text.read()
+        for line in re.findall(r"^(?:kubectl|helm|scripts/).*$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)), re.M):
+            words = line.split()
+            for flag in ("-k", "-f"):
+                if words[0] == "kubectl" and flag in words:
+                    path, ran = words[words.index(flag) + 1], ran + 1
+                    if flag == "-k":
+                        code, _, err = run("kustomize", "build", path)
+                        check(code == 0, f"{page}: {line}: {err}")
+                    else:
+                        check(os.path.exists(path) and documents(open(path, encoding="utf-8").read()), f"{page}: {line}: {path} is not there")
+            if words[:2] == ["helm", "upgrade"]:
+                ran += 1
+                words = [word for word in words if word not in ("helm", "upgrade", "--install")]
+                words = ["deploy/tests/values/reference-full.yaml" if word.endswith("values.yaml") else word for word in words]
+                code, _, err = run("helm", "template", *words, "--kube-version", "1.37.0")
+                check(code == 0, f"{page}: {line}: {err}")
+        for script in set(re.findall(r"`(scripts/[a-z0-9-]+)", text)):
+            ran += 1
+            check(os.access(script, os.X_OK), f"{page}: {script} is not there")
+    check(ran > 10, f"only {ran} commands were found in the documents")
+
+
+CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, keys_are_the_code_s, privileges, documents_are_true, commands_of_documents]
 
 if __name__ == "__main__":
     for one in CHECKS:

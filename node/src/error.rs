@@ -31,6 +31,16 @@ pub enum Cause {
     Disk(identity::Refusal),
     Sys(sys::Error),
     Mount(mount::Refused),
+    /// The kernel refuses the filesystem itself.
+    Damaged {
+        refused: Box<mount::Refused>,
+        /// `e2fsck -f`, `xfs_repair`.
+        tool: &'static str,
+        /// `sdb`, `dm-0`.
+        device: Box<str>,
+        /// The Kubernetes node.
+        node: Box<str>,
+    },
     Probe(probe::Error),
     /// No geometry of a filesystem fits: mkfs options, or a disk too small.
     Geometry(String),
@@ -114,6 +124,12 @@ impl fmt::Display for Cause {
             Self::Disk(refusal) => refusal.fmt(f),
             Self::Sys(error) => error.fmt(f),
             Self::Mount(refused) => refused.fmt(f),
+            Self::Damaged { refused, tool, device, node } => write!(
+                f,
+                "{refused}; nothing is repaired by itself. While the pod waits, the disk stays attached: `kubectl debug node/{node} -it \
+                 --profile=sysadmin --image=debian:13`, and there `apt-get update && apt-get install -y e2fsprogs xfsprogs` and \
+                 `{tool} /dev/{device}` (docs/repair.md)"
+            ),
             Self::Probe(error) => error.fmt(f),
             Self::Geometry(why)
             | Self::TooSmall(why)

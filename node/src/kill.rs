@@ -3,7 +3,9 @@
 //! Each deed of [`crate::run`] is a [`Step`] with a point before and a point after it. Between, whatever does it (down to the
 //! system calls) has points by [`inside`], [`wrote`] and [`called`]. With the feature, every point that is passed is told
 //! once on standard error, so that a test learns them all from one life of a volume; at the one that
-//! `PROXMOX_CSI_KILL_AT` names, `inside:stage:Mount:fsmount` for one, the process aborts.
+//! `PROXMOX_CSI_KILL_AT` names, `inside:stage:Mount:fsmount` for one, the process aborts; at the one of `PROXMOX_CSI_HOLD_AT` the first
+//! comer stays. `PROXMOX_CSI_LIMIT_CALL` (milliseconds) is the time after which a call is answered though it
+//! has not ended, `PROXMOX_CSI_LIMIT_TRIM` that from one trim to the next.
 
 #[cfg(not(feature = "kill-points"))]
 mod points {
@@ -37,6 +39,13 @@ mod points {
     /// The call that does it all comes next: the end comes during or after it.
     #[inline(always)]
     pub fn called(_: &str) {}
+
+    /// A time that the tests may shorten.
+    #[inline(always)]
+    #[must_use]
+    pub fn limit(_: &str, limit: std::time::Duration) -> std::time::Duration {
+        limit
+    }
 }
 
 #[cfg(feature = "kill-points")]
@@ -45,6 +54,7 @@ mod points {
     use std::collections::BTreeSet;
     use std::fmt::Debug;
     use std::marker::PhantomData;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Mutex, PoisonError};
     use std::time::Duration;
 
@@ -125,6 +135,7 @@ mod points {
     pub fn called(place: &str) {
         let Some(point) = point(place) else { return };
         tell(&point);
+        hold(&point);
         if is_wanted(&point) {
             CURRENT.with_borrow_mut(|current| current.is_doomed = true);
             std::thread::spawn(move || {
@@ -134,12 +145,29 @@ mod points {
         }
     }
 
+    /// `PROXMOX_CSI_LIMIT_<what>` in milliseconds, or the real one.
+    #[must_use]
+    pub fn limit(what: &str, limit: Duration) -> Duration {
+        let given = std::env::var(format!("PROXMOX_CSI_LIMIT_{what}")).ok().and_then(|given| given.parse().ok());
+        given.map_or(limit, Duration::from_millis)
+    }
+
+    /// The first that comes to the point of `PROXMOX_CSI_HOLD_AT` stays there, until the process ends.
+    fn hold(point: &str) {
+        static IS_HELD: AtomicBool = AtomicBool::new(false);
+        if std::env::var("PROXMOX_CSI_HOLD_AT").is_ok_and(|at| at == point) && !IS_HELD.swap(true, Ordering::Relaxed) {
+            eprintln!("held at {point}");
+            wait_for_the_end();
+        }
+    }
+
     fn point(place: &str) -> Option<String> {
         CURRENT.with_borrow(|current| (!current.name.is_empty()).then(|| format!("inside:{}:{place}", current.name)))
     }
 
     fn pass(point: &str) {
         tell(point);
+        hold(point);
         if is_wanted(point) {
             end(point);
         }
@@ -167,4 +195,4 @@ mod points {
     }
 }
 
-pub use points::{Step, called, inside, step, wrote};
+pub use points::{Step, called, inside, limit, step, wrote};

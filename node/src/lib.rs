@@ -5,9 +5,11 @@
 
 pub mod error;
 pub mod format;
+pub mod health;
 pub mod identity;
 pub mod info;
 pub mod kill;
+pub mod label;
 pub mod metrics;
 pub mod plan;
 pub mod probe;
@@ -17,6 +19,7 @@ pub mod run;
 pub mod service;
 pub mod status;
 pub mod sys;
+pub mod trim;
 
 #[cfg(test)]
 mod testing;

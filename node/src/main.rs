@@ -3,15 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use argh::FromArgs;
 use node::info::{self, Configured};
+use node::kill;
 use node::metrics;
 use node::registration::{self, Kubelet, Standing};
 use node::request::Folders;
 use node::run::Node;
-use node::service::Service;
+use node::service::{Service, aside};
 use node::status::Machine;
 use node::sys::confine::{self, confine};
 use node::sys::kernel;
@@ -25,8 +26,9 @@ use tokio::sync::watch;
 const DRAIN: Duration = Duration::from_secs(20);
 /// For a thread that is in the middle of a write when the process ends.
 const LAST_WORK: Duration = Duration::from_secs(1);
-/// Calls that work at one time: 29 volumes, and looks beside them. Each is a thread while it lasts.
-const MAX_THREADS: usize = 40;
+/// Calls that work at one time: 29 volumes, each with a call and a look that may hang with its disk, and some beside. Each is a thread while it
+/// lasts.
+const MAX_THREADS: usize = 64;
 /// An idle agent is one thread.
 const THREAD_IDLE: Duration = Duration::from_secs(1);
 /// Where kubelet lives, unless told otherwise.
@@ -241,7 +243,7 @@ fn run(args: Args) -> Result<(), String> {
     let own_folder = folders.first().map(|folder| folder.join("plugins").join(proto::DRIVER_NAME).join("csi.sock"));
     let csi_socket = args.kubelet_registration_path.or(own_folder).unwrap_or_default();
     let kubelet = args.plugin_registration_path.map(|folder| Kubelet { folder, csi_socket });
-    let node = Node::new(Folders::new(folders)?);
+    let node = Arc::new(Node::new(Folders::new(folders)?).called(&args.node_id));
     let configured = Configured {
         node_id: args.node_id,
         vmid: args.vmid,
@@ -273,7 +275,7 @@ fn run(args: Args) -> Result<(), String> {
 /// Serves until SIGTERM: the CSI socket, kubelet's registration where it is ours to do, and the pages where there is an address.
 async fn serve(
     endpoint: &Endpoint,
-    node: Node,
+    node: Arc<Node>,
     configured: Configured,
     kubelet: Option<Kubelet>,
     pages: Option<std::net::TcpListener>,
@@ -310,8 +312,22 @@ async fn serve(
     }
     let mut until = stop.clone();
     let until = async { drop(until.wait_for(|stop| *stop).await) };
+    tokio::spawn(trim(Arc::clone(&node), stop));
     let service = Service::new(node, configured).server();
     let served = socket.serve(with_identity(Identity::new(env!("CARGO_PKG_VERSION")), service), until, DRAIN).await;
     let _ = registering.await;
     served.map_err(|error| error.to_string())
+}
+
+/// Gives back what volumes do not use any more, each once a week, until the end.
+async fn trim(node: Arc<Node>, mut stop: watch::Receiver<bool>) {
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let pause = node::trim::pause(kill::limit("TRIM", node::trim::PERIOD));
+    let mut before = now();
+    while tokio::time::timeout(pause, stop.wait_for(|stop| *stop)).await.is_err() {
+        let (node, from, to) = (Arc::clone(&node), before, now());
+        // A filesystem that does not answer keeps the trimmer waiting, and nobody else.
+        let _ = aside(Box::new(move || node.trim_due(from, to))).await;
+        before = to;
+    }
 }

@@ -1,5 +1,7 @@
 //! What the agent counts beside its calls, and its `/metrics` page.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use proto::metrics::{self, Counter};
 
 use crate::error::Cause;
@@ -22,6 +24,12 @@ pub static ROTATIONS_OUTSTANDING: Counter = Counter::new(
     "Encrypted volumes staged though their passphrase could not be replaced (no free keyslot, too little memory, read-only, LUKS1).",
 );
 
+/// Volumes whose last NodeGetVolumeStats said that something is wrong with them.
+pub static IN_TROUBLE: AtomicUsize = AtomicUsize::new(0);
+
+/// Calls that wait for the kernel past their time.
+pub static LATE: AtomicUsize = AtomicUsize::new(0);
+
 /// Counts what a failed call was about.
 pub fn count(cause: &Cause) {
     match cause {
@@ -31,7 +39,7 @@ pub fn count(cause: &Cause) {
         {
             REFUSED_FORMATS.add();
         }
-        Cause::Mount(_) | Cause::NotGrown { .. } => FILESYSTEM_ERRORS.add(),
+        Cause::Mount(_) | Cause::Damaged { .. } | Cause::NotGrown { .. } => FILESYSTEM_ERRORS.add(),
         _ => (),
     }
 }
@@ -49,6 +57,12 @@ pub fn page(is_ready: bool) -> String {
     );
     for counter in [&IDENTITY_MISMATCHES, &REFUSED_FORMATS, &FILESYSTEM_ERRORS, &ROTATIONS_OUTSTANDING] {
         counter.write(&mut page);
+    }
+    for (name, help, number) in [
+        ("proxmox_csi_node_volumes_in_trouble", "Volumes that NodeGetVolumeStats last called abnormal.", &IN_TROUBLE),
+        ("proxmox_csi_node_late_calls", "Calls that were answered DEADLINE_EXCEEDED and still wait for the kernel.", &LATE),
+    ] {
+        metrics::gauge(&mut page, name, help, number.load(Ordering::Relaxed));
     }
     metrics::calls(&mut page);
     if let Some(bytes) = resident_bytes() {

@@ -149,6 +149,9 @@ pub enum Target {
     },
     /// A mount whose disk is gone.
     ShowsGone,
+    /// A device node whose disk is gone, as a raw block volume is shown by: nothing is lost by taking it away, and its number may be another
+    /// disk's by now.
+    Stale,
     /// Something else; what.
     Other(String),
 }
@@ -188,6 +191,8 @@ pub enum PublishStep {
     MakeFolder,
     /// Make the target file.
     MakeFile,
+    /// Take away a device node whose disk is gone.
+    Unmount,
     /// Show the source at the target.
     Bind,
 }
@@ -464,7 +469,7 @@ pub fn next_publish_step(want: &PublishRequest, seen: &PublishSeen) -> Result<Op
         Target::Shows { read_only } => return Err(Refusal::OtherMode { read_only: *read_only }),
         Target::ShowsGone => return Err(Refusal::DiskGone),
         Target::Other(what) => return Err(Refusal::TargetTaken { what: what.clone() }),
-        Target::Absent | Target::Folder | Target::File => (),
+        Target::Absent | Target::Folder | Target::File | Target::Stale => (),
     }
     if let (true, Some(at)) = (want.single_target, seen.other_targets.first()) {
         return Err(Refusal::SecondTarget { at: at.clone() });
@@ -484,6 +489,7 @@ pub fn next_publish_step(want: &PublishRequest, seen: &PublishSeen) -> Result<Op
         (PublishSource::Staging(_), Target::Folder) | (PublishSource::Device(_), Target::File) => Ok(Some(PublishStep::Bind)),
         (PublishSource::Staging(_), Target::File) => Err(Refusal::TargetTaken { what: "a file, where a folder is wanted".into() }),
         (PublishSource::Device(_), Target::Folder) => Err(Refusal::TargetTaken { what: "a folder, where a file is wanted".into() }),
+        (PublishSource::Staging(_) | PublishSource::Device(_), Target::Stale) => Ok(Some(PublishStep::Unmount)),
         (PublishSource::Staging(_) | PublishSource::Device(_), Target::Shows { .. } | Target::ShowsGone | Target::Other(_)) => Ok(None),
     }
 }
@@ -497,7 +503,7 @@ pub fn next_unpublish_step(seen: &Target) -> Result<Option<UnpublishStep>, Refus
         Target::Absent => Ok(None),
         Target::Folder => Ok(Some(UnpublishStep::RemoveFolder)),
         Target::File => Ok(Some(UnpublishStep::RemoveFile)),
-        Target::Shows { .. } | Target::ShowsGone => Ok(Some(UnpublishStep::Unmount)),
+        Target::Shows { .. } | Target::ShowsGone | Target::Stale => Ok(Some(UnpublishStep::Unmount)),
         Target::Other(what) => Err(Refusal::TargetTaken { what: what.clone() }),
     }
 }

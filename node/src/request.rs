@@ -123,6 +123,8 @@ pub struct StageRequest {
     pub zeroed: Zeroed,
     /// The volume was made larger than its source: a filesystem that cannot be grown is a failure.
     pub grow_required: bool,
+    /// Its class does not say `discard: ignore`.
+    pub trims: bool,
 }
 
 /// NodeUnstageVolume.
@@ -382,7 +384,8 @@ impl StageRequest {
             }
             encryption = Some(options);
         }
-        Ok(Self { volume, staging, access, fstype, disk, encryption, format, zeroed, grow_required })
+        let trims = given.volume_context.get(volume_context::DISCARD).is_none_or(|discard| discard != "ignore");
+        Ok(Self { volume, staging, access, fstype, disk, encryption, format, zeroed, grow_required, trims })
     }
 }
 

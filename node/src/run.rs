@@ -4,10 +4,13 @@
 
 mod encrypt;
 mod expand;
+mod health;
 mod look;
 mod mapping;
+mod progress;
 mod publish;
 mod stage;
+mod trim;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -16,13 +19,16 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::error::{AtStep, Cause, Error};
+use crate::error::{Cause, Error};
 use crate::format::Stop;
 use crate::identity::{self, Found, Want};
-use crate::request::{Folders, StatsRequest, Volume};
+use crate::request::{Folders, Volume};
 use crate::sys::block::{Access, Device};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, mountinfo};
+
+pub use health::{Stats, Usage};
+pub use progress::Progress;
 
 /// More steps than the longest honest way through any plan (13, see plan/walk.rs), with stacked mounts to take away.
 const MAX_TURNS: usize = 20;
@@ -62,16 +68,12 @@ pub struct Node {
     legacy_mounts: Slots,
     /// By the volume's serial; see `stage.rs`.
     unstaging: Mutex<BTreeMap<String, stage::Known>>,
+    /// See `health.rs`.
+    health: Mutex<Vec<health::Known>>,
+    trimming: trim::Trimming,
     stop: Stop,
-}
-
-/// What NodeGetVolumeStats tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Usage {
-    /// Total, used and available bytes.
-    pub bytes: [u64; 3],
-    /// Total, used and available inodes; none on a raw block device.
-    pub inodes: Option<[u64; 3]>,
+    /// The Kubernetes node's, for lines that a person is to type; empty: unknown.
+    name: String,
 }
 
 impl Node {
@@ -88,8 +90,18 @@ impl Node {
             kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
             unstaging: Mutex::default(),
+            health: Mutex::default(),
+            trimming: trim::Trimming::default(),
             stop: Stop::default(),
+            name: String::new(),
         }
+    }
+
+    /// The same, as this Kubernetes node (`name`, or `name/vmid`).
+    #[must_use]
+    pub fn called(mut self, node_id: &str) -> Self {
+        self.name = node_id.split('/').next().unwrap_or_default().to_string();
+        self
     }
 
     /// To tell the work that is under way that the process is about to end.
@@ -108,27 +120,6 @@ impl Node {
     #[must_use]
     pub fn folders(&self) -> &Folders {
         &self.folders
-    }
-
-    /// How full the volume at that path is.
-    ///
-    /// # Errors
-    /// The path does not show this volume.
-    pub fn stats(&self, want: &StatsRequest) -> Result<Usage, Error> {
-        let at = |step| move |cause: Cause| Error { doing: "stats", volume: want.volume.to_string(), step, cause: Box::new(cause) };
-        let shown = self.look_shown(&want.volume, &want.path).map_err(at("look"))?;
-        match shown {
-            look::ShownAt::Nothing(what) => Err(at("")(crate::plan::Refusal::NotPublishedHere { what }.into())),
-            look::ShownAt::Device(medium) => Ok(Usage { bytes: [medium.size_bytes(), 0, 0], inodes: None }),
-            look::ShownAt::Filesystem(medium, _) => {
-                let seen = sys::mount::usage(&want.path, medium.dev()).at("stats", &want.volume, "statfs")?;
-                let bytes = |blocks: u64| blocks.saturating_mul(seen.f_frsize);
-                Ok(Usage {
-                    bytes: [bytes(seen.f_blocks), bytes(seen.f_blocks.saturating_sub(seen.f_bfree)), bytes(seen.f_bavail)],
-                    inodes: Some([seen.f_files, seen.f_files.saturating_sub(seen.f_ffree), seen.f_favail]),
-                })
-            }
-        }
     }
 
     /// Waits for the volume's disk, asking the hosts to look where the kernel has not seen it by itself.

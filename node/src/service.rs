@@ -2,8 +2,9 @@
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
-use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use proto::csi::node_server::NodeServer;
 use proto::csi::node_service_capability::{Rpc, Type, rpc};
@@ -12,15 +13,19 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::error::{Cause, Error};
 use crate::info::{self, Configured};
+use crate::kill;
 use crate::metrics;
 use crate::plan;
 use crate::request::{
     self, ExpandRequest, Passphrases, PublishRequest, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Volume,
 };
-use crate::run::{Node, Usage};
+use crate::run::{Node, Progress, Stats};
 
 /// A Secret has at most 1 MiB, a PersistentVolume 1.5 MiB; 4 MiB is what gRPC servers take by default.
 const MAX_REQUEST_BYTES: usize = 4 << 20;
+
+/// Below the two minutes that kubelet waits for a node call: a sentence from us says more than its "deadline exceeded".
+const CALL_LIMIT: Duration = Duration::from_secs(100);
 
 /// The Node service.
 #[derive(Debug, Clone)]
@@ -28,13 +33,15 @@ pub struct Service {
     node: Arc<Node>,
     configured: Arc<Configured>,
     busy: Busy,
+    /// Looks by volume and path: a disk that answers no more must not cost a thread each time kubelet asks.
+    looks: Busy,
 }
 
 impl Service {
     /// Serves `node` under the configured identity.
     #[must_use]
-    pub fn new(node: Node, configured: Configured) -> Self {
-        Self { node: Arc::new(node), configured: Arc::new(configured), busy: Busy::default() }
+    pub fn new(node: impl Into<Arc<Node>>, configured: Configured) -> Self {
+        Self { node: node.into(), configured: Arc::new(configured), busy: Busy::default(), looks: Busy::default() }
     }
 
     /// As it is served: requests that are too large are OutOfRange.
@@ -43,21 +50,66 @@ impl Service {
         NodeServer::new(self).max_decoding_message_size(MAX_REQUEST_BYTES)
     }
 
-    /// Runs `work` on a thread that may block. It goes on to its end even if the caller goes away, and holds the volume until
-    /// then: a repeated call is answered ABORTED meanwhile.
+    /// Runs `work` on a thread that may block, and answers when it has ended or the time is up. It goes on to its end even if the caller
+    /// goes away, and holds the volume until then: a repeated call is answered ABORTED meanwhile, and nothing is begun twice.
     async fn work<T: Send + 'static>(
         &self,
+        doing: &'static str,
         volume: &Volume,
         work: impl FnOnce(&Node) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Status> {
-        let held = self.busy.hold(volume)?;
-        let node = Arc::clone(&self.node);
-        let done = tokio::task::spawn_blocking(move || {
-            let _held = held;
-            work(&node)
-        });
-        done.await.map_err(|lost| Status::internal(format!("{volume}: the call was lost: {lost}")))?.map_err(|error| status(&error))
+        let held = self.busy.hold(&volume.serial, doing).map_err(|progress| taken(volume, &progress))?;
+        self.wait(volume, held, work).await
     }
+
+    async fn wait<T: Send + 'static>(
+        &self,
+        volume: &Volume,
+        held: Held,
+        work: impl FnOnce(&Node) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Status> {
+        let (node, answer) = (Arc::clone(&self.node), Arc::new(Mutex::new(None)));
+        let answered = Arc::clone(&answer);
+        within(volume, held, Box::new(move || *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(work(&node)))).await?;
+        let answer = answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        answer.ok_or_else(|| lost(volume, "no answer"))?.map_err(|error| status(&error))
+    }
+}
+
+/// The part of [`Service::wait`] that is the same for every call, and is in the program once.
+async fn within(volume: &Volume, held: Held, work: Box<dyn FnOnce() + Send>) -> Result<(), Status> {
+    let (progress, late) = (held.progress.clone(), Arc::clone(&held.late));
+    let done = aside(Box::new(move || {
+        held.progress.take_over();
+        work();
+    }));
+    match tokio::time::timeout(kill::limit("CALL", CALL_LIMIT), done).await {
+        Ok(done) => done.map_err(|why| lost(volume, why)),
+        Err(_) => {
+            if !late.swap(true, Ordering::Relaxed) {
+                metrics::LATE.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(Status::deadline_exceeded(format!(
+                "{volume}: {progress}, {} s in all; it goes on by itself, and is not begun again; where it stays so, the disk does not \
+                 answer: look at its storage on Proxmox",
+                progress.seconds()
+            )))
+        }
+    }
+}
+
+/// On a thread that may block.
+#[must_use]
+pub fn aside(work: Box<dyn FnOnce() + Send>) -> tokio::task::JoinHandle<()> {
+    tokio::task::spawn_blocking(work)
+}
+
+fn lost(volume: &Volume, why: impl std::fmt::Display) -> Status {
+    Status::internal(format!("{volume}: the call was lost: {why}"))
+}
+
+fn taken(volume: &Volume, progress: &Progress) -> Status {
+    Status::aborted(format!("{volume}: another call is working on this volume: {progress}; repeat this one later"))
 }
 
 #[tonic::async_trait]
@@ -70,7 +122,7 @@ impl csi::node_server::Node for Service {
         let passphrases = Passphrases::take(&mut request.secrets).map_err(|refusal| refused("stage", &request.volume_id, &refusal))?;
         let want = StageRequest::new(&request, passphrases.as_ref(), self.node.folders())
             .map_err(|refusal| refused("stage", &request.volume_id, &refusal))?;
-        self.work(&want.volume.clone(), move |node| node.stage(&want, passphrases.as_ref())).await?;
+        self.work("stage", &want.volume.clone(), move |node| node.stage(&want, passphrases.as_ref())).await?;
         Ok(Response::new(csi::NodeStageVolumeResponse {}))
     }
 
@@ -80,7 +132,7 @@ impl csi::node_server::Node for Service {
     ) -> Result<Response<csi::NodeUnstageVolumeResponse>, Status> {
         let want = UnstageRequest::new(request.get_ref(), self.node.folders())
             .map_err(|refusal| refused("unstage", &request.get_ref().volume_id, &refusal))?;
-        self.work(&want.volume.clone(), move |node| node.unstage(&want)).await?;
+        self.work("unstage", &want.volume.clone(), move |node| node.unstage(&want)).await?;
         Ok(Response::new(csi::NodeUnstageVolumeResponse {}))
     }
 
@@ -93,7 +145,7 @@ impl csi::node_server::Node for Service {
         request.secrets.values_mut().for_each(zeroize::Zeroize::zeroize);
         let want =
             PublishRequest::new(&request, self.node.folders()).map_err(|refusal| refused("publish", &request.volume_id, &refusal))?;
-        self.work(&want.volume.clone(), move |node| node.publish(&want)).await?;
+        self.work("publish", &want.volume.clone(), move |node| node.publish(&want)).await?;
         Ok(Response::new(csi::NodePublishVolumeResponse {}))
     }
 
@@ -103,7 +155,7 @@ impl csi::node_server::Node for Service {
     ) -> Result<Response<csi::NodeUnpublishVolumeResponse>, Status> {
         let want = UnpublishRequest::new(request.get_ref(), self.node.folders())
             .map_err(|refusal| refused("unpublish", &request.get_ref().volume_id, &refusal))?;
-        self.work(&want.volume.clone(), move |node| node.unpublish(&want)).await?;
+        self.work("unpublish", &want.volume.clone(), move |node| node.unpublish(&want)).await?;
         Ok(Response::new(csi::NodeUnpublishVolumeResponse {}))
     }
 
@@ -113,11 +165,10 @@ impl csi::node_server::Node for Service {
     ) -> Result<Response<csi::NodeGetVolumeStatsResponse>, Status> {
         let want = StatsRequest::new(request.get_ref(), self.node.folders())
             .map_err(|refusal| refused("stats", &request.get_ref().volume_id, &refusal))?;
-        // A look changes nothing, so it waits for nobody.
-        let node = Arc::clone(&self.node);
-        let done = tokio::task::spawn_blocking(move || node.stats(&want));
-        let seen = done.await.map_err(|lost| Status::internal(format!("stats: the call was lost: {lost}")))?;
-        Ok(Response::new(usage(&seen.map_err(|error| status(&error))?)))
+        // A look changes nothing, so it waits for no other call; but for a disk that does not answer no second one waits.
+        let at = format!("{} {}", want.volume.serial, want.path.display());
+        let held = self.looks.hold(&at, "stats").map_err(|progress| taken(&want.volume, &progress))?;
+        Ok(Response::new(told(self.wait(&want.volume.clone(), held, move |node| node.stats(&want)).await?)))
     }
 
     async fn node_expand_volume(
@@ -127,7 +178,7 @@ impl csi::node_server::Node for Service {
         let mut request = request.into_inner();
         let passphrases = Passphrases::take(&mut request.secrets).map_err(|refusal| refused("expand", &request.volume_id, &refusal))?;
         let want = ExpandRequest::new(&request, self.node.folders()).map_err(|refusal| refused("expand", &request.volume_id, &refusal))?;
-        let size_bytes = self.work(&want.volume.clone(), move |node| node.expand(&want, passphrases.as_ref())).await?;
+        let size_bytes = self.work("expand", &want.volume.clone(), move |node| node.expand(&want, passphrases.as_ref())).await?;
         Ok(Response::new(csi::NodeExpandVolumeResponse { capacity_bytes: signed(size_bytes) }))
     }
 
@@ -142,15 +193,19 @@ impl csi::node_server::Node for Service {
                 capability(rpc::Type::GetVolumeStats),
                 capability(rpc::Type::ExpandVolume),
                 capability(rpc::Type::SingleNodeMultiWriter),
+                capability(rpc::Type::VolumeCondition),
             ],
         }))
     }
 
     async fn node_get_info(&self, _: Request<csi::NodeGetInfoRequest>) -> Result<Response<csi::NodeGetInfoResponse>, Status> {
         let configured = Arc::clone(&self.configured);
-        let node = Arc::clone(&self.node);
-        let done = tokio::task::spawn_blocking(move || info::look(&configured, node.sysfs()));
-        let seen = done.await.map_err(|lost| Status::internal(format!("NodeGetInfo: the call was lost: {lost}")))?;
+        let (node, answer) = (Arc::clone(&self.node), Arc::new(Mutex::new(None)));
+        let answered = Arc::clone(&answer);
+        let look = move || *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(info::look(&configured, node.sysfs()));
+        aside(Box::new(look)).await.map_err(|why| Status::internal(format!("NodeGetInfo: the call was lost: {why}")))?;
+        let seen = answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let seen = seen.ok_or_else(|| Status::internal("NodeGetInfo: the call was lost"))?;
         let info = seen.map_err(|unknown| Status::unavailable(unknown.to_string()))?;
         let segments = [(proto::TOPOLOGY_REGION.to_string(), info.region), (proto::TOPOLOGY_ZONE.to_string(), info.zone)];
         Ok(Response::new(csi::NodeGetInfoResponse {
@@ -161,7 +216,8 @@ impl csi::node_server::Node for Service {
     }
 }
 
-fn usage(seen: &Usage) -> csi::NodeGetVolumeStatsResponse {
+fn told(stats: Stats) -> csi::NodeGetVolumeStatsResponse {
+    let seen = &stats.usage;
     let of = |unit: Unit, [total, used, available]: [u64; 3]| VolumeUsage {
         available: signed(available),
         total: signed(total),
@@ -170,7 +226,9 @@ fn usage(seen: &Usage) -> csi::NodeGetVolumeStatsResponse {
     };
     let bytes = of(Unit::Bytes, seen.bytes);
     let usage = std::iter::once(bytes).chain(seen.inodes.map(|inodes| of(Unit::Inodes, inodes))).collect();
-    csi::NodeGetVolumeStatsResponse { usage, volume_condition: None }
+    let abnormal = stats.trouble.is_some();
+    let message = stats.trouble.unwrap_or_else(|| "no trouble is seen".into());
+    csi::NodeGetVolumeStatsResponse { usage, volume_condition: Some(csi::VolumeCondition { abnormal, message }) }
 }
 
 /// CSI counts in signed numbers; nothing that we measure needs the last bit.
@@ -226,9 +284,12 @@ fn code(cause: &Cause) -> Code {
             | plan::Refusal::TargetTaken { .. }
             | plan::Refusal::SecondTarget { .. } => Code::FailedPrecondition,
         },
-        Cause::Disk(_) | Cause::StillHeld { .. } | Cause::NotBlankAnyMore { .. } | Cause::Luks(_) | Cause::NoCrypt(_) => {
-            Code::FailedPrecondition
-        }
+        Cause::Disk(_)
+        | Cause::Damaged { .. }
+        | Cause::StillHeld { .. }
+        | Cause::NotBlankAnyMore { .. }
+        | Cause::Luks(_)
+        | Cause::NoCrypt(_) => Code::FailedPrecondition,
         // Nothing is under way: kubelet would take RESOURCE_EXHAUSTED for "perhaps done", and the same call cannot succeed
         // before somebody has given the pod more memory, or mended the header.
         Cause::KeyslotCost(_) => Code::FailedPrecondition,
@@ -252,19 +313,21 @@ fn code(cause: &Cause) -> Code {
     }
 }
 
-/// Volumes that a call works on now, by serial.
+/// What is worked on now: volumes by serial (a handle with a zone and one without, as older releases wrote it on shared storage, may be one
+/// disk), and what each call is at.
 #[derive(Debug, Clone, Default)]
-struct Busy(Arc<Mutex<HashSet<String>>>);
+struct Busy(Arc<Mutex<Vec<(String, Progress)>>>);
 
 impl Busy {
-    fn hold(&self, volume: &Volume) -> Result<Held, Status> {
-        // By the serial: a handle with a zone and one without (older releases wrote it on shared storage) may be one disk.
-        let serial = volume.serial.clone();
-        if self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(serial.clone()) {
-            Ok(Held { busy: self.clone(), serial })
-        } else {
-            Err(Status::aborted(format!("{volume}: another call is working on this volume; repeat this one later")))
+    /// Of another call that holds it: what that is at.
+    fn hold(&self, key: &str, doing: &'static str) -> Result<Held, Progress> {
+        let mut busy = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, progress)) = busy.iter().find(|(held, _)| held == key) {
+            return Err(progress.clone());
         }
+        let progress = Progress::begin(doing);
+        busy.push((key.to_string(), progress.clone()));
+        Ok(Held { busy: self.clone(), key: key.to_string(), progress, late: Arc::default() })
     }
 }
 
@@ -272,12 +335,19 @@ impl Busy {
 #[derive(Debug)]
 struct Held {
     busy: Busy,
-    serial: String,
+    key: String,
+    progress: Progress,
+    /// Its caller has been told that it takes too long.
+    late: Arc<AtomicBool>,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.serial);
+        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(held, _)| *held != self.key);
+        if self.late.load(Ordering::Relaxed) {
+            metrics::LATE.fetch_sub(1, Ordering::Relaxed);
+            proto::info!("{}: a call that took too long has ended: {}, {} s in all", self.key, self.progress, self.progress.seconds());
+        }
     }
 }
 

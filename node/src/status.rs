@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use disk::mark::{Mark, Marked, SECTOR_BYTES};
 
-use crate::sys::block::{Access, Device};
+use crate::sys::block::{self, Access, Device};
 use crate::sys::mountinfo::{self, Mount};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, Dev, blkid};
@@ -117,7 +117,7 @@ fn seen(machine: &Machine, disk: Disk, mounts: &[Mount], claims: &[Claim]) -> Re
     let by_place = |claim: &&Claim| disk.serial.is_none() && mounts.iter().any(|mount| mount.point == claim.path);
     let volume = claims.iter().find(by_serial).or_else(|| claims.iter().find(by_place)).map(|claim| claim.volume.clone());
     let names = std::iter::once(&disk.name).chain(mappings.iter().map(|mapping| &mapping.device));
-    let ext4_errors = names.filter_map(|name| number(&machine.sysfs.join("fs/ext4").join(name).join("errors_count"))).sum();
+    let ext4_errors = names.map(|name| block::ext4_errors(&machine.sysfs, name)).sum();
     let holds = holds(machine, &disk);
     Ok(Seen { holds, mappings, mounts, ext4_errors, volume, disk })
 }
@@ -214,10 +214,6 @@ fn member(json: &str, key: &str) -> Option<String> {
 
 fn text(path: &Path) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|text| text.trim().to_string()).filter(|text| !text.is_empty())
-}
-
-fn number(path: &Path) -> Option<u64> {
-    text(path)?.parse().ok()
 }
 
 #[cfg(test)]

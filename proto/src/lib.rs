@@ -70,6 +70,8 @@ pub mod volume_context {
     pub const BLOCK_SIZE: &str = "blockSize";
     /// mkfs inode size in bytes.
     pub const INODE_SIZE: &str = "inodeSize";
+    /// `on` or `ignore`: the drive's own option. `ignore`: nothing is given back, and the node does not trim either.
+    pub const DISCARD: &str = "discard";
     /// `1`: the class says SSD; the node adds `noatime`.
     pub const SSD: &str = "ssd";
     /// `argon2id` (the default) or `pbkdf2`: how a new LUKS keyslot's key is derived from the passphrase.

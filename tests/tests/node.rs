@@ -11,8 +11,12 @@ mod ciphertext;
 mod crash;
 #[path = "node/dm.rs"]
 mod dm;
+#[path = "node/hang.rs"]
+mod hang;
 #[path = "node/harness.rs"]
 mod harness;
+#[path = "node/health.rs"]
+mod health;
 #[path = "node/kernels.rs"]
 mod kernels;
 #[path = "node/keys.rs"]
@@ -37,6 +41,8 @@ mod plug;
 mod surfaces;
 #[path = "node/together.rs"]
 mod together;
+#[path = "node/trim.rs"]
+mod trim;
 #[path = "node/xfs.rs"]
 mod xfs;
 #[path = "node/zeros.rs"]

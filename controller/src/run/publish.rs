@@ -54,11 +54,16 @@ impl Controller {
 }
 
 impl Region {
-    async fn publish(self: &Arc<Self>, request: Arc<Publish>, vm: Vm) -> Result<Published, Error> {
-        let (handle, mut vm) = (&request.handle, vm);
-        let _claim = self.claim(handle).await?;
+    async fn publish(self: &Arc<Self>, mut request: Arc<Publish>, mut vm: Vm) -> Result<Published, Error> {
+        let _claim = self.claim(&request.handle).await?;
         let alone = self.sole_writer();
-        self.check_reach(handle, &mut vm).await?;
+        self.check_reach(&request.handle, &mut vm).await?;
+        // What reads as zeros where nothing was written takes no room there either.
+        let plugintype = self.plugintype(&request.handle.storage).await?.unwrap_or_default();
+        if is_zeroed(&plugintype, &request.handle.disk) == Some(true) {
+            Arc::make_mut(&mut request).parameters.give_back_by_default();
+        }
+        let handle = &request.handle;
         if owner_of(&handle.disk) == Some(vm.vmid) {
             proto::warn!(
                 "attach {handle}: by its name it is VM {}'s own disk: a detach sets it aside there as unused, and destroying the VM destroys it",

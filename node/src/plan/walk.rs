@@ -77,6 +77,7 @@ every!(pub(super) every_target -> Target {
     Target::File => [Target::File],
     Target::Shows { .. } => [Target::Shows { read_only: false }, Target::Shows { read_only: true }],
     Target::ShowsGone => [Target::ShowsGone],
+    Target::Stale => [Target::Stale],
     Target::Other(_) => [Target::Other("a symbolic link".into())],
 });
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::look::{Room, ShownAt, grown_as};
 use super::mapping::{self, Medium};
-use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, poll};
+use super::{MAX_TURNS, Node, SIZE_DEADLINE, SIZE_RESCAN_EVERY, failed, poll, progress};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity;
 use crate::kill;
@@ -27,6 +27,7 @@ impl Node {
             let step = plan::next_expand_step(want, &seen).at(DOING, &want.volume, "")?;
             let (Some(step), Some(medium)) = (step, medium) else { return Ok(seen.size_bytes) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
+            progress::at("grow");
             let deed = kill::step(DOING, &step);
             match (step, room) {
                 (ExpandStep::AwaitSize { required_bytes }, _) => {
@@ -54,6 +55,9 @@ impl Node {
     fn look_expand(&self, want: &ExpandRequest, tried: bool) -> Result<(ExpandSeen, Option<Medium>, Option<Room>), Cause> {
         Ok(match self.look_shown(&want.volume, &want.path)? {
             ShownAt::Nothing(what) => (ExpandSeen { shown: Shown::NotOurs(what), size_bytes: 0, short: false }, None, None),
+            ShownAt::Gone(_) => {
+                (ExpandSeen { shown: Shown::NotOurs("its disk is no longer there".into()), size_bytes: 0, short: false }, None, None)
+            }
             ShownAt::Device(medium) => (
                 ExpandSeen { shown: Shown::Device, size_bytes: medium.disk.size_bytes, short: self.is_short(&medium)? },
                 Some(medium),

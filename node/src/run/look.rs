@@ -12,6 +12,7 @@ use super::Node;
 use super::mapping::{self, Medium};
 use crate::error::Cause;
 use crate::identity;
+use crate::label;
 use crate::plan::{self, Growth, Mount, Target};
 use crate::probe;
 use crate::request::{self, Filesystem, Volume};
@@ -40,6 +41,8 @@ pub(super) enum ShownAt {
     Filesystem(Medium, mountinfo::Mount),
     /// Its block device.
     Device(Medium),
+    /// A mount whose disk is no longer there; what it was made from.
+    Gone(String),
 }
 
 /// What is mounted at a staging path.
@@ -115,10 +118,23 @@ impl Node {
         Ok(used)
     }
 
+    /// For the label of a mount.
+    pub(super) fn look_machine(&self) -> Result<label::Machine, Cause> {
+        let (kernel, selinux) = (self.proc.join("sys/kernel/osrelease"), self.sysfs.join("fs/selinux"));
+        Ok(label::Machine {
+            kernel: std::fs::read_to_string(&kernel).map_err(sys::Error::io("read", &kernel))?,
+            has_selinux: selinux.try_exists().map_err(sys::Error::io("stat", &selinux))?,
+            // EINVAL without a security module.
+            own: std::fs::read_to_string(self.proc.join("self/attr/current")).unwrap_or_default(),
+        })
+    }
+
     /// The device nodes that are shown in kubelet's folders; `rdev` says whose a node is.
     pub(super) fn shown_devices(&self, rdev: impl Fn(&Path) -> Result<Option<Dev>, sys::Error>) -> Result<Vec<(Dev, PathBuf)>, sys::Error> {
         let mut shown = Vec::new();
-        for mount in self.mounts()?.into_iter().filter(|mount| is_of_devices(mount) && self.is_inside(&mount.point)) {
+        for mount in
+            self.mounts()?.into_iter().filter(|mount| is_of_devices(mount) && !mount.is_of_removed() && self.is_inside(&mount.point))
+        {
             shown.extend(rdev(&mount.point)?.map(|dev| (dev, mount.point)));
         }
         Ok(shown)
@@ -137,10 +153,9 @@ impl Node {
         let Some(mount) = mountinfo::at(&mounts, real) else { return Ok(unmounted(real)?) };
         let dev = if is_of_devices(mount) { rdev(real)?.unwrap_or(mount.dev) } else { mount.dev };
         Ok(match self.owner(volume, dev, disks)? {
-            Owner::Ours(medium) if !is_it(&medium) => {
-                Target::Other(format!("{} is shown there, which is not what is to be shown", medium.name()))
-            }
-            Owner::Ours(_) => Target::Shows { read_only: mount.read_only },
+            Owner::Ours(medium) if is_it(&medium) => Target::Shows { read_only: mount.read_only },
+            Owner::Ours(_) | Owner::Gone(_) | Owner::Stranger(_) if is_of_devices(mount) && mount.is_of_removed() => Target::Stale,
+            Owner::Ours(medium) => Target::Other(format!("{} is shown there, which is not what is to be shown", medium.name())),
             Owner::Gone(_) => Target::ShowsGone,
             Owner::Stranger(why) => Target::Other(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
         })
@@ -151,7 +166,7 @@ impl Node {
         let mut others = Vec::new();
         for mount in self.mounts()? {
             let inside = self.is_inside(&mount.point) && !mount.point.components().any(|part| part.as_os_str() == SUBPATHS);
-            if !inside || not.contains(&mount.point.as_path()) {
+            if !inside || mount.is_of_removed() || not.contains(&mount.point.as_path()) {
                 continue;
             }
             let shown = (mount.dev == medium.dev() && mount.root == Path::new("/"))
@@ -172,7 +187,8 @@ impl Node {
         Ok(match (self.owner(volume, device.unwrap_or(mount.dev), &scsi::scan(&self.sysfs)?)?, device) {
             (Owner::Ours(medium), None) => ShownAt::Filesystem(medium, mount.clone()),
             (Owner::Ours(medium), Some(_)) => ShownAt::Device(medium),
-            (Owner::Gone(_), _) => ShownAt::Nothing("its disk is no longer there".into()),
+            (Owner::Gone(_), _) => ShownAt::Gone(mount.source.clone()),
+            (Owner::Stranger(_), Some(_)) if mount.is_of_removed() => ShownAt::Gone(mount.source.clone()),
             (Owner::Stranger(why), _) => ShownAt::Nothing(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
         })
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::look::{ShownAt, usable};
 use super::mapping::Medium;
-use super::{MAX_TURNS, Node, failed};
+use super::{MAX_TURNS, Node, failed, progress};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
 use crate::kill;
@@ -29,8 +29,10 @@ impl Node {
                 PublishStep::FindDisk => "find the disk",
                 PublishStep::SetRunning => "set the disk running",
                 PublishStep::MakeFolder | PublishStep::MakeFile => "make the target",
+                PublishStep::Unmount => "unmount",
                 PublishStep::Bind => "bind",
             };
+            progress::at(name);
             let deed = kill::step(DOING, &step);
             self.perform_publish(want, step, medium.as_ref()).at(DOING, &want.volume, name)?;
             deed.done();
@@ -70,7 +72,8 @@ impl Node {
             (PublishSource::Staging(_), Some(staged)) => shown.dev() == staged.dev(),
             (PublishSource::Staging(_), None) => true,
         })?;
-        if let (Source::Device(plan::Disk::Ready { .. }), Some(medium), Target::Absent | Target::File) = (&source, &medium, &target)
+        if let (Source::Device(plan::Disk::Ready { .. }), Some(medium), Target::Absent | Target::File | Target::Stale) =
+            (&source, &medium, &target)
             && medium.mapping.is_none()
             && self.is_own_luks(&medium.disk)?
         {
@@ -91,6 +94,7 @@ impl Node {
             (PublishStep::SetRunning, _) => self.set_running(&medium.ok_or_else(gone)?.disk),
             (PublishStep::MakeFolder, _) => Ok(make_folder(&want.target)?),
             (PublishStep::MakeFile, _) => Ok(make_file(&want.target)?),
+            (PublishStep::Unmount, _) => Ok(mount::take_away(&want.target)?),
             (PublishStep::Bind, PublishSource::Staging(staging)) => {
                 let leads = mount::Leads::Into(medium.ok_or_else(gone)?.dev());
                 Ok(mount::bind(staging, leads, &want.target, want.read_only)?)
@@ -120,6 +124,7 @@ impl Node {
             let seen = looked().at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_unpublish_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
+            progress::at("take the target away");
             let deed = kill::step(DOING, &step);
             let target = &want.target;
             match step {

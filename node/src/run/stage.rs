@@ -9,11 +9,12 @@ use super::expand::grow;
 use super::look::{Room, is_empty_folder, not_named, usable};
 use super::mapping::{self, Medium};
 use super::publish::make_folder;
-use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll};
+use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll, progress};
 use crate::error::{AtStep, Cause, Error};
 use crate::format::{self, Ground};
 use crate::identity::{self, Found};
 use crate::kill;
+use crate::label;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
 use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Zeroed};
@@ -62,6 +63,7 @@ impl Node {
     /// See [`Error`]; repeating the call goes on where it stopped.
     pub fn stage(&self, want: &StageRequest, passphrases: Option<&Passphrases>) -> Result<(), Error> {
         const DOING: &str = "stage";
+        self.spare(&want.volume, !want.trims);
         let mut memory =
             Memory { surface: Surface::Unread, inside: Surface::Unread, mapping_grow_tried: false, grow_tried: false, grow_left: false };
         for _ in 0..MAX_TURNS {
@@ -81,9 +83,11 @@ impl Node {
                 StageStep::Mount(_) => "mount",
                 StageStep::Grow => "grow the filesystem",
             };
+            progress::at(name);
             let deed = kill::step(DOING, &step);
             self.perform_stage(want, step, passphrases, &look, &mut memory).at(DOING, &want.volume, name)?;
             deed.done();
+            progress::at("look");
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
@@ -223,6 +227,10 @@ impl Node {
         let disk = &medium.disk;
         let options = if disk.read_only { options.clone().read_only() } else { options.clone() };
         let options = if by == Filesystem::Xfs { options.any_uuid() } else { options };
+        let options = match label::by_default(&self.look_machine()?, &options) {
+            Some(label) => options.with(label),
+            None => options,
+        };
         make_folder(&want.staging)?;
         // Two volumes may claim one legacy disk (stale attachments). So those are mounted one after the other, each after a
         // look whether another volume has come first.
@@ -236,7 +244,15 @@ impl Node {
         }
         // Held open, so that the name stays this disk's until the mount holds it.
         let _held = self.open_medium(medium, block::Access::Shared)?;
-        mount::filesystem(by.name(), &self.source_of(medium)?, &medium.kernel_name(), &want.staging, &options)?;
+        let device = medium.kernel_name();
+        mount::filesystem(by.name(), &self.source_of(medium)?, &device, &want.staging, &options).map_err(|refused| {
+            let tool = if by == Filesystem::Xfs { "xfs_repair" } else { "e2fsck -f" };
+            let node = if self.name.is_empty() { "NODE" } else { &self.name };
+            match refused.is_about_the_filesystem() {
+                true => Cause::Damaged { refused: Box::new(refused), tool, device: device.as_str().into(), node: node.into() },
+                false => Cause::Mount(refused),
+            }
+        })?;
         proto::info!("stage {}: mounted {} as {} at {}", want.volume, medium.name(), by.name(), want.staging.display());
         Ok(())
     }
@@ -257,6 +273,9 @@ impl Node {
                 left.insert(want.volume.serial.clone(), known);
             }
         }
+        if done.is_ok() {
+            self.forget_health(&want.volume);
+        }
         done
     }
 
@@ -268,6 +287,15 @@ impl Node {
             seen.empty_folder &= !folder_stays;
             let Some(step) = plan::next_unstage_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
+            if let Some(disk) = &known.disk {
+                self.end_trim(disk.dev);
+            }
+            progress::at(match step {
+                UnstageStep::Unmount => "unmount",
+                UnstageStep::Close => "close the LUKS volume",
+                UnstageStep::AwaitRelease => "wait for the disk's release",
+                UnstageStep::RemoveFolder => "remove the folder",
+            });
             let deed = kill::step(DOING, &step);
             match (step, &known.disk) {
                 (UnstageStep::Unmount, _) => {
@@ -301,6 +329,7 @@ impl Node {
                 }
             }
             deed.done();
+            progress::at("look");
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }

@@ -7,7 +7,7 @@ use super::mapping::Medium;
 use super::*;
 use crate::plan::{Mount, Target};
 use crate::request::{
-    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, UnpublishRequest, UnstageRequest, Zeroed,
+    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Zeroed,
 };
 use crate::testing::{FakeDisk, Folder, volume};
 
@@ -41,6 +41,9 @@ impl Bench {
             kdf: Slots::new(1),
             legacy_mounts: Slots::new(1),
             unstaging: Mutex::default(),
+            health: Mutex::default(),
+            trimming: trim::Trimming::default(),
+            name: "worker-1".into(),
             stop: Stop::default(),
         };
         Self { root, node }
@@ -115,6 +118,34 @@ fn what_is_at_a_target() {
     for name in ["full", "link", "foreign"] {
         assert!(matches!(bench.target(name), Target::Other(_)), "{name}");
     }
+}
+
+/// A bind of `/dev/sdb` that outlived the disk: the kernel removed the node, and the number may be another disk's.
+#[test]
+fn a_device_node_whose_disk_went_is_stale_whosever_its_number_is_now() {
+    let bench = Bench::new(&[]);
+    fs::write(bench.path("target"), "").unwrap();
+    let show = |root: &str| {
+        let line = format!("1 1 8:0 {root} {} rw - devtmpfs udev rw\n", bench.path("target").display());
+        fs::write(&bench.node.mountinfo, line).unwrap();
+    };
+    let shown = |path: &str| bench.node.look_shown(&volume(HANDLE), &bench.path(path)).unwrap();
+    show("/sda");
+    assert_eq!(bench.target("target"), Target::ShowsGone, "the node is about to go");
+    show("/sda//deleted");
+    assert_eq!(bench.target("target"), Target::Stale);
+    let stranger = FakeDisk::new(0, 1).serial("csi-fedcba9876543210");
+    bench.plug(&stranger);
+    assert_eq!(bench.target("target"), Target::Stale);
+    assert!(matches!(shown("target"), look::ShownAt::Nothing(_) | look::ShownAt::Gone(_)));
+    let others = bench.node.look_other_targets(&Medium::of(&stranger.0), &[]).unwrap();
+    assert!(others.is_empty(), "it is no target of the disk that has the number now");
+    show("/sda");
+    assert!(matches!(bench.target("target"), Target::Other(_)), "a node that is there shows what it says");
+    // The same disk has come back under its number.
+    bench.plug(&ours());
+    show("/sda//deleted");
+    assert_eq!(bench.target("target"), Target::Shows { read_only: false });
 }
 
 #[test]
@@ -267,6 +298,7 @@ fn legacy_stage(bench: &Bench) -> StageRequest {
         format: Format::Never("a test".into()),
         zeroed: Zeroed::Unknown,
         grow_required: false,
+        trims: true,
     }
 }
 
@@ -391,4 +423,40 @@ fn one_key_is_derived_at_a_time_and_the_others_are_told() {
     drop(bench.node.workers.take_within(std::time::Duration::ZERO).unwrap());
     drop(first);
     drop(bench.node.kdf.take_within(std::time::Duration::ZERO).unwrap());
+}
+
+#[test]
+fn filesystems_of_this_driver_that_are_writable_are_trimmed_each_once() {
+    let bench = Bench::new(&[
+        ("8:0", "staging", "ext4"),
+        ("8:0", "a/mount", "ext4"),
+        ("8:16", "foreign", "xfs"),
+        ("8:32", "spared", "xfs"),
+        ("8:48", "deaf", "ext4"),
+        ("8:64", "btrfs", "btrfs"),
+        ("0:35", "tmpfs", "tmpfs"),
+    ]);
+    let takes = |dev: &str, most: &str| {
+        let queue = bench.node.sysfs.join("dev/block").join(dev).join("queue");
+        fs::create_dir_all(&queue).unwrap();
+        fs::write(queue.join("discard_max_bytes"), most).unwrap();
+    };
+    let spared = volume("r/z/s/vm-9999-pvc-2");
+    bench.plug(&ours());
+    bench.plug(&FakeDisk::new(0, 2).named("sdb", 16).serial("somebody's"));
+    bench.plug(&FakeDisk::new(0, 3).named("sdc", 32).serial(&spared.serial));
+    bench.plug(&FakeDisk::new(0, 4).named("sdd", 48).serial("csi-0000000000000004"));
+    bench.plug(&FakeDisk::new(0, 5).named("sde", 64).serial("csi-0000000000000005"));
+    ["8:0", "8:16", "8:32", "8:64"].iter().for_each(|dev| takes(dev, "1073741824\n"));
+    takes("8:48", "0\n");
+    bench.node.spare(&spared, true);
+    let candidates = || -> Vec<_> {
+        let found = bench.node.trim_candidates().unwrap();
+        found.into_iter().map(|candidate| (candidate.name, candidate.point)).collect()
+    };
+    let first = (volume(HANDLE).serial, bench.path("staging"));
+    assert_eq!(candidates(), std::slice::from_ref(&first));
+    // Staged anew by a class that says nothing.
+    bench.node.spare(&spared, false);
+    assert_eq!(candidates(), [first, (spared.serial, bench.path("spared"))]);
 }

@@ -4,6 +4,7 @@ use proto::csi::node_server::Node as _;
 
 use super::*;
 use crate::request::Folders;
+use crate::run::Usage;
 use crate::testing::volume;
 use crate::{identity, probe, sys};
 
@@ -81,7 +82,7 @@ fn a_second_call_on_a_busy_volume_is_aborted_until_the_first_has_ended() {
         let working = Arc::clone(&begun);
         let call = tokio::spawn(async move {
             there
-                .work(&asked, move |_| {
+                .work("stage", &asked, move |_| {
                     working.notify_one();
                     wait.recv().unwrap();
                     Ok(())
@@ -89,26 +90,31 @@ fn a_second_call_on_a_busy_volume_is_aborted_until_the_first_has_ended() {
                 .await
         });
         begun.notified().await;
-        let status = service.work(&first, |_| Ok(())).await.unwrap_err();
+        let status = service.work("unstage", &first, |_| Ok(())).await.unwrap_err();
         assert_eq!(status.code(), Code::Aborted);
         assert!(status.message().starts_with("r/z/s/vm-9999-pvc-1: another call"), "{status:?}");
         let alias = volume("r//s/vm-9999-pvc-1");
-        assert_eq!(service.work(&alias, |_| Ok(())).await.unwrap_err().code(), Code::Aborted, "the same disk by another handle");
-        assert!(service.work(&second, |_| Ok(())).await.is_ok(), "another volume is free");
+        assert_eq!(service.work("unstage", &alias, |_| Ok(())).await.unwrap_err().code(), Code::Aborted, "the same disk by another handle");
+        assert!(service.work("unstage", &second, |_| Ok(())).await.is_ok(), "another volume is free");
         // The caller goes away; the work goes on and keeps the volume.
         call.abort();
         assert!(call.await.unwrap_err().is_cancelled());
-        assert_eq!(service.work(&first, |_| Ok(())).await.unwrap_err().code(), Code::Aborted);
+        assert_eq!(service.work("unstage", &first, |_| Ok(())).await.unwrap_err().code(), Code::Aborted);
         go.send(()).unwrap();
     });
     // The runtime has waited for the thread.
-    assert!(service.busy.hold(&first).is_ok());
+    assert!(service.busy.hold(&first.serial, "stage").is_ok());
 }
 
 #[test]
 fn usage_counts_are_total_used_available() {
-    let answer = usage(&Usage { bytes: [10, 7, 2], inodes: Some([5, 4, 1]) });
+    let stats = |bytes, inodes| Stats { usage: Usage { bytes, inodes }, trouble: None };
+    let answer = told(stats([10, 7, 2], Some([5, 4, 1])));
     let counts: Vec<_> = answer.usage.iter().map(|usage| (usage.unit, usage.total, usage.used, usage.available)).collect();
     assert_eq!(counts, [(Unit::Bytes.into(), 10, 7, 2), (Unit::Inodes.into(), 5, 4, 1)]);
-    assert_eq!(usage(&Usage { bytes: [u64::MAX, 0, 0], inodes: None }).usage[0].total, i64::MAX);
+    assert_eq!(told(stats([u64::MAX, 0, 0], None)).usage[0].total, i64::MAX);
+    assert!(!answer.volume_condition.unwrap().abnormal);
+    let ill = Stats { trouble: Some("the ext4 on sdb is ill; do something".into()), ..stats([1, 1, 0], None) };
+    let condition = told(ill).volume_condition.unwrap();
+    assert!(condition.abnormal && condition.message == "the ext4 on sdb is ill; do something");
 }

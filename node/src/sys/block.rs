@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
-use rustix::ioctl::{Getter, Setter, ioctl, opcode};
+use rustix::ioctl::{Getter, Setter, Updater, ioctl, opcode};
 
 use super::mount::Leads;
 use super::{Dev, Error};
@@ -145,6 +145,14 @@ impl AsFd for Device {
     }
 }
 
+/// The kernel's count of errors in the mounted ext4 on the device `name` (`sda`, `dm-0`); it is kept in the superblock until a repair. 0 too: it is
+/// no mounted ext4.
+#[must_use]
+pub fn ext4_errors(sysfs: &Path, name: &str) -> u64 {
+    let text = std::fs::read_to_string(sysfs.join("fs/ext4").join(name).join("errors_count"));
+    text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or_default()
+}
+
 /// Grows the ext4 of the device `dev` that is mounted at `point` to `blocks` filesystem blocks.
 ///
 /// Kernel: fs/ext4/ioctl.c, EXT4_IOC_RESIZE_FS, since 3.3. EBUSY: another resize is running. EPERM: CAP_SYS_RESOURCE is
@@ -254,6 +262,36 @@ pub fn xfs_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     unsafe { ioctl(&folder, setter) }.map_err(Error::at("ioctl(XFS_IOC_FSGROWFSDATA)", point))
 }
 
+/// `struct fstrim_range` (include/uapi/linux/fs.h).
+#[repr(C)]
+struct TrimRange {
+    start: u64,
+    len: u64,
+    minlen: u64,
+}
+
+/// `FITRIM`, `_IOWR('X', 121, struct fstrim_range)`: 0xc0185879 on x86 and ARM.
+const FITRIM: rustix::ioctl::Opcode = opcode::read_write::<TrimRange>(b'X', 121);
+
+/// Discards what the filesystem whose root is `folder` (mounted at `point`) does not use between these bytes of it; answers how many
+/// bytes that were, as the filesystem counts them.
+///
+/// Kernel: fs/ext4/ioctl.c, ext4_trim_fs; fs/xfs/xfs_discard.c. EOPNOTSUPP: the device takes no discards. EINVAL: `start` lies behind the end.
+///
+/// # Errors
+/// As above; EROFS, EIO.
+#[allow(unsafe_code, reason = "an ioctl that rustix lacks")]
+pub fn trim(folder: impl AsFd, point: &Path, start: u64, length: u64) -> Result<u64, Error> {
+    let mut range = TrimRange { start, len: length, minlen: 0 };
+    // SAFETY: this opcode is `_IOWR` of exactly this `repr(C)` struct: the kernel reads its 24 bytes and writes them, plain numbers that take
+    // any value, and keeps nothing.
+    let updater = unsafe { Updater::<FITRIM, TrimRange>::new(&mut range) };
+    // SAFETY: `updater` says rightly what the kernel does with its argument (above), which lives until the call returns, and the descriptor is
+    // open since `folder` is.
+    unsafe { ioctl(folder, updater) }.map_err(Error::at("ioctl(FITRIM)", point))?;
+    Ok(range.len)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -274,6 +312,7 @@ mod tests {
         assert_eq!((size_of::<XfsGeometryV1>(), size_of::<XfsGrowData>()), (112, 16));
         assert_eq!(std::mem::offset_of!(XfsGeometryV1, datablocks), 32);
         assert_eq!((XFS_IOC_FSGEOMETRY_V1, XFS_IOC_FSGROWFSDATA), (0x8070_5864, 0x4010_586e));
+        assert_eq!((FITRIM, size_of::<TrimRange>()), (0xc018_5879, 24));
     }
 
     #[test]

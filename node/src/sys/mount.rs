@@ -21,6 +21,9 @@ const MAX_MESSAGES: usize = 16;
 /// Longest single message that the kernel's fs context gives (fs/fs_context.c formats into its own allocation).
 const MAX_MESSAGE_BYTES: usize = 4096;
 
+/// The call that reads the filesystem.
+const CREATE: &str = "fsconfig(FSCONFIG_CMD_CREATE)";
+
 /// The kernel refused to mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
@@ -30,6 +33,15 @@ pub struct Refused {
     pub option: Option<String>,
     /// The context's own messages, else the new lines of the kernel log that name the device.
     pub said: Vec<String>,
+}
+
+impl Refused {
+    /// Whether it is about what is on the disk, and a repair may help; not about an option, a right or the kernel.
+    #[must_use]
+    pub fn is_about_the_filesystem(&self) -> bool {
+        let is_damage = matches!(self.error.errno, Errno::UCLEAN | Errno::BADMSG | Errno::INVAL | Errno::IO | Errno::FBIG | Errno::NODATA);
+        is_damage && self.error.call == CREATE
+    }
 }
 
 impl fmt::Display for Refused {
@@ -72,16 +84,27 @@ impl Options {
 
     /// Adds `ro` as if it had been given.
     #[must_use]
-    pub fn read_only(mut self) -> Self {
-        self.add("ro");
-        self
+    pub fn read_only(self) -> Self {
+        self.with("ro")
     }
 
     /// Adds `nouuid`: a clone of an xfs has the UUID of its source, and both may be mounted on one node.
     #[must_use]
-    pub fn any_uuid(mut self) -> Self {
-        self.add("nouuid");
+    pub fn any_uuid(self) -> Self {
+        self.with("nouuid")
+    }
+
+    /// Adds one more, as if it had been given.
+    #[must_use]
+    pub fn with(mut self, option: &str) -> Self {
+        self.add(option);
         self
+    }
+
+    /// Whether the filesystem (or the kernel's security module) is given this one.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.filesystem.iter().any(|(given, _)| given == key)
     }
 
     fn add(&mut self, option: &str) {
@@ -155,12 +178,24 @@ pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, opti
         .map_err(|errno| refuse("fsconfig", Some(key.clone()), errno))?;
     }
     kill::called("create");
-    fsconfig_create(&context).map_err(|errno| refuse("fsconfig(FSCONFIG_CMD_CREATE)", None, errno))?;
+    fsconfig_create(&context).map_err(|errno| refuse(CREATE, None, errno))?;
     let attributes = MountAttrFlags::from_bits_retain(options.attributes);
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
     kill::inside("mounted");
     attach(&mount, target)?;
     Ok(())
+}
+
+/// The root folder of what is mounted at `point`, open by a mount of its own that is in no place: what is at `point` can be unmounted meanwhile.
+///
+/// # Errors
+/// As the kernel says; ESTALE: something else is at `point` now.
+pub fn unseen(point: &Path, leads: Leads) -> Result<OwnedFd, Error> {
+    use rustix::fs::{Mode, OFlags};
+    let tree =
+        open_tree(CWD, point, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).map_err(Error::at("open_tree", point))?;
+    leads.check(&tree, point)?;
+    rustix::fs::openat(&tree, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(Error::at("open", point))
 }
 
 /// Adds one option to the mounted filesystem of the device `dev` at `point`; its other options and its mounts' stay as they are.

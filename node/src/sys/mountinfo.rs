@@ -1,7 +1,7 @@
 //! `/proc/self/mountinfo`, parsed (proc(5); Documentation/filesystems/proc.rst 3.5).
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -26,10 +26,22 @@ pub struct Mount {
     pub fstype: String,
     /// `/dev/sda`: what the mounter said; a name only.
     pub source: String,
-    /// The filesystem itself is read-only.
+    /// The filesystem itself is read-only. ext4 in trouble is so since Linux 6.12 without saying `ro` (6.15 says `emergency_ro`).
     pub filesystem_read_only: bool,
     /// ext4 does not zero inode tables in the background, and so all of the new ones at once when it grows.
     pub noinit_itable: bool,
+    /// It has shut itself down: every access fails (ext4 says so since Linux 6.15).
+    pub shut_down: bool,
+}
+
+impl Mount {
+    /// Whether what is shown has been removed since: of a bind of a device node, that the device went. The number that the node still
+    /// bears may be another device's by now.
+    #[must_use]
+    pub fn is_of_removed(&self) -> bool {
+        // d_path.c, seq_dentry.
+        self.root.as_os_str().as_bytes().ends_with(b"//deleted")
+    }
 }
 
 /// All mounts of this mount namespace.
@@ -75,8 +87,9 @@ fn line(line: &[u8]) -> Option<Mount> {
         read_only: has(options, b"ro"),
         fstype,
         source,
-        filesystem_read_only: has(filesystem_options, b"ro"),
+        filesystem_read_only: has(filesystem_options, b"ro") || has(filesystem_options, b"emergency_ro"),
         noinit_itable: has(filesystem_options, b"noinit_itable"),
+        shut_down: has(filesystem_options, b"shutdown"),
     })
 }
 
@@ -123,9 +136,13 @@ mod tests {
     fn lines_of_a_real_node() {
         let text = b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,errors=remount-ro\n\
             98 22 8:16 / /var/lib/kubelet/plugins/a\\040b/globalmount ro,noatime shared:7 master:2 - ext4 /dev/sdb rw,noinit_itable\n\
-            99 22 0:5 /sdb /var/lib/kubelet/x rw - devtmpfs udev ro,size=4k\n";
+            99 22 0:5 /sdb /var/lib/kubelet/x rw - devtmpfs udev ro,size=4k\n\
+            97 22 0:5 /sdb//deleted /var/lib/kubelet/y rw - devtmpfs udev rw,size=4k\n\
+            96 22 8:32 / /var/lib/kubelet/z rw - ext4 /dev/sdc rw,emergency_ro,shutdown\n";
         let mounts = parse(text).unwrap();
-        assert_eq!(mounts.len(), 3);
+        assert_eq!(mounts.len(), 5);
+        assert!(mounts[3].is_of_removed() && !mounts[2].is_of_removed());
+        assert!(mounts[4].filesystem_read_only && mounts[4].shut_down && !mounts[3].shut_down);
         assert_eq!(mounts[1].point, Path::new("/var/lib/kubelet/plugins/a b/globalmount"));
         assert_eq!((mounts[1].read_only, mounts[1].filesystem_read_only), (true, false));
         assert_eq!(mounts[1].dev, Dev { major: 8, minor: 16 });

@@ -193,6 +193,16 @@ pub fn holders(sysfs: &Path, name: &str) -> Result<Vec<String>, Error> {
     Ok(names(&sysfs.join("class/block").join(name).join("holders"))?.unwrap_or_default())
 }
 
+/// The kernel's count of commands to the disk that did not end well, harmless ones included (`scsi_complete` in scsi_lib.c); `None`: it is gone.
+///
+/// # Errors
+/// sysfs cannot be read.
+pub fn failed_commands(sysfs: &Path, address: Address) -> Result<Option<u64>, Error> {
+    // `0x1f`
+    let text = text(&device(sysfs, address).join("ioerr_cnt"))?;
+    Ok(text.and_then(|text| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok()))
+}
+
 /// Sector and I/O sizes of the disk.
 ///
 /// # Errors
@@ -207,6 +217,15 @@ pub fn topology(sysfs: &Path, disk: &Disk) -> Result<Topology, Error> {
 /// sysfs cannot be read.
 pub fn topology_of(sysfs: &Path, dev: Dev) -> Result<Topology, Error> {
     topology_below(&sysfs.join("dev/block").join(dev.to_string()))
+}
+
+/// Whether a block device passes discards on: a disk as QEMU makes it, a mapping with `allow_discards`.
+///
+/// # Errors
+/// sysfs cannot be read.
+pub fn takes_discards(sysfs: &Path, dev: Dev) -> Result<bool, Error> {
+    let most = text(&sysfs.join("dev/block").join(dev.to_string()).join("queue/discard_max_bytes"))?;
+    Ok(most.is_some_and(|most| most != "0"))
 }
 
 fn topology_below(block: &Path) -> Result<Topology, Error> {

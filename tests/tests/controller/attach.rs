@@ -425,6 +425,30 @@ async fn shared_bed() -> (crate::bed::Bed, VolumeHandle) {
     (bed, volume)
 }
 
+/// What a pod has deleted is room again on a storage that is thin; a thick one has nothing to give back, unless its class says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn drives_give_room_back_where_that_is_worth_something() {
+    let (bed, thick) = shared_bed().await;
+    let mut lun = 0;
+    for (volume, class, expected) in [
+        (thick.clone(), None, None),
+        ("fsn1//san/vm-9999-b".parse().unwrap(), Some("on"), Some("discard=on")),
+        ("fsn1/pve1/ds/9999/vm-9999-c.raw".parse().unwrap(), None, Some("discard=on")),
+        ("fsn1/pve1/ds/9999/vm-9999-d.raw".parse().unwrap(), Some("ignore"), Some("discard=ignore")),
+    ] {
+        let volume: VolumeHandle = volume;
+        if volume != thick {
+            bed.sim.create_volume("pve1", &volume.volid(), 64 * MIB).unwrap();
+        }
+        let mut request = publish_request(&volume, "node-101/101");
+        request.volume_context.extend(class.map(|class| (proto::volume_context::DISCARD.to_string(), class.to_string())));
+        bed.publish_as(request).await.unwrap();
+        lun += 1;
+        let drive = bed.sim.vm(101).unwrap().config[&format!("scsi{lun}")].clone();
+        assert_eq!(drive.split(',').find(|option| option.starts_with("discard=")), expected, "{drive}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_shared_storage_every_vm_of_the_cluster_counts() {
     let (bed, volume) = shared_bed().await;

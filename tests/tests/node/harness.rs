@@ -8,7 +8,7 @@ use std::time::Duration;
 use proto::VolumeHandle;
 use serde_json::json;
 use testbed::calls::{Calls, NodeVolume};
-use testbed::guest::{self, Guest, GuestOptions, Job, wait};
+use testbed::guest::{self, Guest, GuestOptions, Job, ScsiHardware, wait};
 use testbed::machine::PluggedDrive;
 use testbed::tools;
 
@@ -124,11 +124,27 @@ impl Agent {
         Some(Self { guest, calls, job })
     }
 
+    /// With the agent that the tests can hold, hurry and kill: one SCSI controller for all disks.
+    pub(crate) fn start_with_points(name: &str) -> Option<Self> {
+        let files = vec![(format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), tools::kill_points_binary())];
+        Self::start_on(&GuestOptions { files, scsi_hardware: ScsiHardware::VirtioScsiPci, ..GuestOptions::named(name) })
+    }
+
     /// SIGKILL, and a new one.
     pub(crate) fn restart(&mut self) {
+        self.restart_with(&[]);
+    }
+
+    /// The same, with this environment beside the usual one.
+    pub(crate) fn restart_with(&mut self, env: &[(&str, &str)]) {
         self.guest.signal(self.job, 9).unwrap();
         self.guest.wait(self.job, SEEN_LIMIT).unwrap();
-        self.job = start_node(&self.guest, &[]);
+        self.job = start_node(&self.guest, env);
+    }
+
+    /// What the running agent has written so far.
+    pub(crate) fn log(&self) -> String {
+        self.guest.output(self.job).unwrap().1
     }
 
     /// Plugs the volume's disk at `lun` and makes kubelet's folders for it.

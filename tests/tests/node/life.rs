@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use proto::csi;
-use testbed::calls::block_capability;
+use testbed::calls::{NodeVolume, block_capability};
 use tonic::Code;
 
 use crate::harness::{Agent, Image, MIB, NODE_ID, assert_clean, handle, wait_for_size};
@@ -129,6 +129,38 @@ fn guest_block_volume() {
     agent.put_away(&volume);
     assert_eq!(agent.guest.stat(&target).unwrap(), None);
     agent.detach(2);
+
+    // Its disk goes while it is published, and another volume's gets its number: what the target shows is nobody's.
+    let volume = NodeVolume { capability: block_capability(), ..agent.attach(&handle, &image, 2) };
+    agent.stage(&volume);
+    agent.publish(&volume);
+    let number = |lun| {
+        wait_for_size(&agent.guest, lun, Some(96 * MIB));
+        let disk = agent.guest.disk_at(lun).unwrap().unwrap();
+        agent.guest.read(&format!("/sys/block/{disk}/dev")).unwrap()
+    };
+    let had = number(2);
+    agent.detach(2);
+    let condition = agent.calls.node_get_volume_stats(volume.stats()).unwrap().volume_condition.unwrap();
+    assert!(condition.abnormal && condition.message.contains("no longer there"), "{condition:?}");
+    let other = Image::new(96 * MIB);
+    agent.attach(&crate::harness::handle("block-other"), &other, 3);
+    assert_eq!(number(3), had, "the kernel gives the lowest number that is free");
+    let condition = agent.calls.node_get_volume_stats(volume.stats()).unwrap().volume_condition.unwrap();
+    assert!(condition.abnormal, "{condition:?}");
+    // Shown anew from where it is now; then taken away while its node is another's again.
+    let volume = NodeVolume { capability: block_capability(), ..agent.attach(&handle, &image, 4) };
+    agent.publish(&volume);
+    agent.guest.write_at(&target, 40 * MIB, b"again").unwrap();
+    assert_eq!(image.read_at(40 * MIB, 5), b"again");
+    let had = number(4);
+    agent.detach(4);
+    let third = Image::new(96 * MIB);
+    agent.attach(&crate::harness::handle("block-third"), &third, 5);
+    assert_eq!(number(5), had);
+    agent.put_away(&volume);
+    assert_eq!(agent.guest.stat(&target).unwrap(), None);
+    assert!([other, third].iter().all(|image| image.allocated_bytes() == 0), "another volume's disk was written to");
     agent.guest.power_off().unwrap();
 }
 

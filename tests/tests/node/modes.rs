@@ -38,6 +38,13 @@ fn guest_modes_and_options() {
     refused(agent.calls.node_stage_volume(wrong.stage()), Code::Internal, "Unknown parameter 'no_such_option'");
     let bad = with_flags(&volume, &["data=sideways"]);
     refused(agent.calls.node_stage_volume(bad.stage()), Code::Internal, "data");
+    // A label is the kernel's business too; this one has no SELinux.
+    let labelled = with_flags(&volume, &["context=\"system_u:object_r:ephemeral_t:s0:c1,c2\""]);
+    refused(
+        agent.calls.node_stage_volume(labelled.stage()),
+        Code::Internal,
+        "option \"context\"; the kernel says: ext4: Unknown parameter 'context'",
+    );
     let mut good = with_flags(&volume, &["nodev", "commit=17"]);
     good.volume_context.insert("ssd".into(), "true".into());
     agent.stage(&good);

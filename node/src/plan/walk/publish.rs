@@ -81,6 +81,8 @@ enum On {
         read_only: bool,
     },
     Gone,
+    /// A device node whose disk is gone.
+    Stale,
     /// Another volume's, another disk's, or the ciphertext below an open mapping.
     Stranger,
 }
@@ -88,6 +90,7 @@ every!(every_on -> On {
     On::Nothing => [On::Nothing],
     On::Shown { .. } => [On::Shown { read_only: false }, On::Shown { read_only: true }],
     On::Gone => [On::Gone],
+    On::Stale => [On::Stale],
     On::Stranger => [On::Stranger],
 });
 
@@ -126,13 +129,15 @@ impl World {
         let target = match (self.on, self.under) {
             (On::Shown { read_only }, _) => Target::Shows { read_only },
             (On::Gone, _) => Target::ShowsGone,
+            (On::Stale, _) => Target::Stale,
             (On::Stranger, _) => Target::Other("tmpfs is mounted there".into()),
             (On::Nothing, Under::Absent) => Target::Absent,
             (On::Nothing, Under::Folder) => Target::Folder,
             (On::Nothing, Under::File) => Target::File,
             (On::Nothing, Under::Other) => Target::Other("a symbolic link".into()),
         };
-        let is_looked_into = matches!((&source, &target), (Source::Device(Disk::Ready { .. }), Target::Absent | Target::File));
+        let is_looked_into =
+            matches!((&source, &target), (Source::Device(Disk::Ready { .. }), Target::Absent | Target::File | Target::Stale));
         if is_looked_into && matches!(self.from, From::Device(_, Luks::NotOpen)) {
             source = Source::NotOpen;
         }
@@ -155,8 +160,13 @@ impl Toy for World {
 
     fn perform(mut self, want: &PublishRequest, step: PublishStep) -> Result<Self, &'static str> {
         assert!(!(want.single_target && self.elsewhere), "a second target of a single writer: {self:?}");
-        assert_eq!(self.on, On::Nothing, "{step:?} stacks a mount: {self:?}");
+        let is_unmount = matches!(step, PublishStep::Unmount);
+        let is_in_the_way = self.on != if is_unmount { On::Stale } else { On::Nothing };
+        // The disk is looked for first, whatever the target shows.
+        let is_of_disk = matches!(step, PublishStep::FindDisk | PublishStep::SetRunning) && self.on == On::Stale;
+        assert!(!is_in_the_way || is_of_disk, "{step:?} stacks a mount, or takes one away that is not ours: {self:?}");
         match (step, self.from) {
+            (PublishStep::Unmount, _) => self.on = On::Nothing,
             (PublishStep::FindDisk, From::Device(Drive::Comes, luks)) => self.from = From::Device(Drive::Offline, luks),
             (PublishStep::FindDisk, From::Device(_, _)) => return Err("no disk within 30 s"),
             (PublishStep::SetRunning, From::Device(Drive::Offline, luks)) => self.from = From::Device(Drive::Writable, luks),
@@ -190,7 +200,11 @@ impl Toy for World {
     }
 
     fn happenings(self) -> Vec<Self> {
-        let on = if matches!(self.on, On::Shown { .. }) { On::Gone } else { self.on };
+        let on = match (self.on, self.from) {
+            (On::Shown { .. }, From::Staging(_)) => On::Gone,
+            (On::Shown { .. }, From::Device(..)) => On::Stale,
+            (on, _) => on,
+        };
         let from = match self.from {
             From::Staging(Staged::Ours { .. }) => From::Staging(Staged::Gone),
             From::Staging(other) => From::Staging(other),
@@ -233,7 +247,7 @@ fn publishing_ends_from_everywhere_and_shows_what_was_asked() {
         every_drive().into_iter().flat_map(|drive| every_luks().into_iter().map(move |luks| From::Device(drive, luks))).collect();
     for (source, from) in [(PublishSource::Staging("/s".into()), staging), (PublishSource::Device(disk()), device)] {
         let worlds = worlds(&from);
-        assert_eq!(worlds.len(), from.len() * (4 + 2 * 4) * 2);
+        assert_eq!(worlds.len(), from.len() * (4 + 2 * 5) * 2);
         for want in every_request(&source) {
             let walks = Walks::all(&want, &worlds);
             assert!(walks.done() > worlds.len() / 10, "{} of {} done: {want:?}", walks.done(), worlds.len());
@@ -248,7 +262,7 @@ fn publishing_ends_from_everywhere_and_shows_what_was_asked() {
                     From::Staging(staged) => matches!(staged, Staged::Ours { .. }),
                     From::Device(drive, luks) => !matches!(drive, Drive::Never | Drive::StaysOffline) && luks != Luks::NotOpen,
                 };
-                if world.on == On::Nothing {
+                if matches!(world.on, On::Nothing | On::Stale) {
                     let is_done = matches!(end, End::Done(_));
                     assert_eq!(is_done, is_free && is_there && !is_second, "{end:?} from {world:?} of {want:?}");
                 }
@@ -280,7 +294,7 @@ fn publishing_decides_harmlessly_whatever_is_seen() {
             }
         }
     }
-    assert_eq!(decided, (4 + 4 + 1) * 4 * 7 * 4);
+    assert_eq!(decided, (4 + 4 + 1) * 4 * 8 * 4);
 }
 
 fn assert_harmless(want: &PublishRequest, seen: &PublishSeen) {
@@ -300,6 +314,7 @@ fn assert_harmless(want: &PublishRequest, seen: &PublishSeen) {
         Some(PublishStep::SetRunning) => *source == Source::Device(Disk::Offline) && !is_second,
         Some(PublishStep::MakeFolder) => is_ready && !is_of_device && *target == Target::Absent && !is_second,
         Some(PublishStep::MakeFile) => is_ready && is_of_device && *target == Target::Absent && !is_second,
+        Some(PublishStep::Unmount) => is_ready && *target == Target::Stale && !is_second,
         Some(PublishStep::Bind) => is_ready && *target == (if is_of_device { Target::File } else { Target::Folder }) && !is_second,
     };
     assert!(is_right, "{step:?} at {seen:?} of {want:?}");

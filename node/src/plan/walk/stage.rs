@@ -213,6 +213,7 @@ fn request(access: Access, format: Format, is_encrypted: bool, grow_required: bo
         format,
         zeroed: Zeroed::Yes,
         grow_required,
+        trims: true,
     }
 }
 

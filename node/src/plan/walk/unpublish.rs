@@ -5,13 +5,18 @@ use super::*;
 /// A mount at the target path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum On {
-    Shown { read_only: bool },
+    Shown {
+        read_only: bool,
+    },
     Gone,
+    /// A device node whose disk is gone.
+    Stale,
     Stranger,
 }
 every!(every_on -> On {
     On::Shown { .. } => [On::Shown { read_only: false }, On::Shown { read_only: true }],
     On::Gone => [On::Gone],
+    On::Stale => [On::Stale],
     On::Stranger => [On::Stranger],
 });
 
@@ -54,6 +59,7 @@ impl Toy for World {
         next_unpublish_step(&match (self.top(), self.under) {
             (Some(On::Shown { read_only }), _) => Target::Shows { read_only },
             (Some(On::Gone), _) => Target::ShowsGone,
+            (Some(On::Stale), _) => Target::Stale,
             (Some(On::Stranger), _) => Target::Other("tmpfs is mounted there".into()),
             (None, Under::Absent) => Target::Absent,
             (None, Under::Folder | Under::FullFolder) => Target::Folder,
@@ -64,7 +70,7 @@ impl Toy for World {
 
     fn perform(mut self, (): &(), step: UnpublishStep) -> Result<Self, &'static str> {
         match (step, self.top()) {
-            (UnpublishStep::Unmount, Some(On::Shown { .. } | On::Gone)) => {
+            (UnpublishStep::Unmount, Some(On::Shown { .. } | On::Gone | On::Stale)) => {
                 self.mounts = [self.mounts[0].filter(|_| self.mounts[1].is_some()), None];
             }
             // rmdir(2) refuses by itself: nothing that a pod or somebody else wrote there goes.
@@ -109,7 +115,7 @@ fn unpublishing_ends_from_everywhere_with_nothing_left() {
             worlds.extend(every_on().into_iter().map(|upper| World { mounts: [Some(lower), Some(upper)], under }));
         }
     }
-    assert_eq!(worlds.len(), 5 + 4 * (4 + 16));
+    assert_eq!(worlds.len(), 5 + 4 * (5 + 25));
     let walks = Walks::all(&(), &worlds);
     for world in &worlds {
         let (end, _) = &walks.ends[world];

@@ -1,0 +1,5 @@
+output "config" {
+  description = "config.yaml for the Secret proxmox-csi-plugin."
+  value       = local.config
+  sensitive   = true
+}

@@ -1,0 +1,76 @@
+//! The background trim: what a volume does not use any more goes back to the storage, and no call waits for it.
+
+use serde_json::json;
+use testbed::calls::{NodeVolume, mount_capability};
+use testbed::guest::wait;
+
+use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle};
+use crate::luks::{PASSPHRASE, encrypted};
+
+/// A week of the trimmer's.
+const WEEK: (&str, &str) = ("PROXMOX_CSI_LIMIT_TRIM", "2000");
+
+fn said(agent: &Agent, volume: &NodeVolume, what: &str) -> usize {
+    let begin = format!("trim {}: ", volume.staging);
+    agent.log().lines().filter(|line| line.split_once(&begin).is_some_and(|(_, rest)| rest.contains(what))).count()
+}
+
+fn wait_for(agent: &Agent, what: &str, is_so: impl Fn() -> bool) {
+    let seen = wait::until(SEEN_LIMIT, || Ok::<_, ()>(is_so().then_some(())));
+    assert_eq!(seen, Ok(Some(())), "{what} is not seen within {SEEN_LIMIT:?}; {}", agent.guest.quote());
+}
+
+/// Staged and published, with 64 MiB written and removed again.
+fn emptied(agent: &Agent, volume: &NodeVolume) {
+    agent.stage(volume);
+    agent.publish(volume);
+    let file = format!("/node{}/file", volume.target);
+    agent.guest.fill(&file, 1, 64 * MIB).unwrap();
+    agent.guest.remove(&file).unwrap();
+}
+
+#[test]
+fn guest_trim_gives_back_what_is_free_and_ends_for_an_unstage() {
+    let Some(mut agent) = Agent::start_with_points("trim") else { return };
+    agent.restart_with(&[WEEK]);
+    let attach = |name: &str, lun: u8, size_bytes: u64, fstype: &str| {
+        let image = Image::new(size_bytes);
+        let volume = NodeVolume { capability: mount_capability(fstype), ..agent.attach(&handle(name), &image, lun) };
+        (volume, image)
+    };
+    let (ext4, ext4_image) = attach("trimmed-ext4", 1, 512 * MIB, "ext4");
+    let (xfs, xfs_image) = attach("trimmed-xfs", 2, 512 * MIB, "xfs");
+    let (mut spared, spared_image) = attach("spared", 3, 512 * MIB, "ext4");
+    spared.volume_context.insert(proto::volume_context::DISCARD.into(), "ignore".into());
+    // Its mapping lets no discard through.
+    let (sealed, sealed_image) = attach("sealed", 4, 512 * MIB, "ext4");
+    let sealed = encrypted(sealed, PASSPHRASE);
+    [&spared, &sealed, &ext4, &xfs].iter().for_each(|volume| emptied(&agent, volume));
+    agent.guest.drop_caches().unwrap();
+    for (volume, image) in [(&ext4, &ext4_image), (&xfs, &xfs_image)] {
+        wait_for(&agent, "room given back", || image.allocated_bytes() < 48 * MIB);
+        let trims = said(&agent, volume, " bytes in ");
+        assert!(trims > 0, "{}", agent.log());
+        wait_for(&agent, "another week", || said(&agent, volume, " bytes in ") > trims + 1);
+    }
+    for (volume, image) in [(&spared, &spared_image), (&sealed, &sealed_image)] {
+        assert_eq!(said(&agent, volume, ""), 0, "{}", agent.log());
+        assert!(image.allocated_bytes() >= 64 * MIB, "{} bytes", image.allocated_bytes());
+    }
+
+    // Unstaged while it is trimmed, on a storage that takes four seconds for a piece and a minute for all of it.
+    let (slow, slow_image) = attach("slow", 5, 4096 * MIB, "ext4");
+    agent.throttle(5, json!({ "bps-write": 64 * MIB }));
+    agent.stage(&slow);
+    let before = said(&agent, &slow, "begins");
+    wait_for(&agent, "a trim that begins", || said(&agent, &slow, "begins") > before);
+    agent.calls.node_unstage_volume(slow.unstage()).unwrap();
+    assert_eq!(said(&agent, &slow, "ended early"), 1, "{}", agent.log());
+    agent.detach(5);
+    assert_clean(&slow_image);
+
+    [&spared, &sealed, &ext4, &xfs].iter().for_each(|volume| agent.put_away(volume));
+    agent.detach(1);
+    assert_clean(&ext4_image);
+    agent.guest.power_off().unwrap();
+}
