@@ -57,6 +57,12 @@ impl ControllerService {
         Self { controller, busy: Arc::default() }
     }
 
+    /// Whether no call goes on, also none whose caller has given up.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// CSI: at most one call per volume in flight; the second answers ABORTED and is repeated.
     fn turn(&self, volume: &str) -> Result<Turn, Error> {
         if !self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(volume.into()) {
@@ -73,10 +79,12 @@ impl ControllerService {
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<Response<T>, Status> {
         let turn = self.turn(volume).map_err(status)?;
+        let controller = Arc::clone(&self.controller);
         let task = tokio::spawn(async move {
             let done = deadline::within(timeout.as_deref(), work).await;
             drop(turn);
-            done
+            // Stopped in the middle, perhaps: what was true then need not be true any more.
+            done.and_then(|done| controller.check_acts().map(|()| done))
         });
         match task.await {
             Ok(done) => done.map(Response::new).map_err(status),

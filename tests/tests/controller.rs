@@ -25,6 +25,8 @@ mod expand;
 mod hold;
 #[path = "controller/kube.rs"]
 mod kube;
+#[path = "controller/lease.rs"]
+mod lease;
 #[path = "controller/life.rs"]
 mod life;
 #[path = "controller/race.rs"]

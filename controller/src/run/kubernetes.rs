@@ -12,6 +12,17 @@ use crate::kube::Kube;
 use crate::request::{NodeId, node_id};
 
 impl Region {
+    /// Whether no other controller can have acted until now: the Lease was ours, without a gap, by a renewal that began after
+    /// what was just seen. Asked after a write and its verification; then no other one's claim can have come in between.
+    pub(super) async fn was_alone(&self) -> bool {
+        let Some(lease) = self.kube.as_ref().and_then(|kube| kube.lease()) else { return false };
+        let confirmed = lease.confirm().await;
+        if let Err(why) = &confirmed {
+            proto::warn!("every VM is looked at again: {why}");
+        }
+        confirmed.is_ok()
+    }
+
     /// The Kubernetes nodes that this VM is, by the ids that their agents gave.
     async fn nodes_of(&self, kube: &Arc<Kube>, vmid: u32) -> Result<Vec<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;

@@ -16,7 +16,7 @@ mod publish;
 mod queue;
 mod region;
 mod unpublish;
-mod when;
+pub(crate) mod when;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -34,6 +34,7 @@ use crate::pve::Client;
 use crate::pve::api::{self, Storage};
 use crate::request::Capacity;
 pub use create::Created;
+use doubt::DOUBT_AGE;
 pub use expand::Expanded;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
@@ -170,6 +171,24 @@ impl Controller {
         })
     }
 
+    /// Whether this controller still acts: without a Lease always.
+    ///
+    /// # Errors
+    /// It does not: why.
+    pub fn check_acts(&self) -> Result<(), Error> {
+        let fence = self.kube.as_ref().map(|kube| kube.fence()).unwrap_or_default();
+        fence.check().map_err(|why| Error::unavailable(format!("{why}; the next holder of the Lease looks what became of this call")))
+    }
+
+    /// Whether the outcome of every write is known, so that nothing of ours comes later.
+    #[must_use]
+    pub fn knows_all_outcomes(&self) -> bool {
+        let fence = self.kube.as_ref().map(|kube| kube.fence()).unwrap_or_default();
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut regions = loaded.clusters.iter().flat_map(|clusters| clusters.regions.values());
+        regions.all(|region| region.client().calls_in_flight() == 0) && fence.last_unknown().is_none_or(|at| at.elapsed() >= DOUBT_AGE)
+    }
+
     /// Calls to Proxmox that have begun and not ended, also those whose caller has given up.
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
@@ -258,7 +277,8 @@ fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, b
         Ok((config, files)) => {
             let features = config.features;
             let regions = config.clusters.iter().map(|cluster| {
-                let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path));
+                let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
+                let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
                 let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
                 let known = before.and_then(|before| before.regions.get(&cluster.region));
                 let region = match known.filter(|region| region.client().is_of(&cluster.url)) {

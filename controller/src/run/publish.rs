@@ -74,7 +74,7 @@ impl Region {
         match self.submit(&vm, Wish::Attach(Arc::clone(&request))).await? {
             Done::Attached { lun, drive, vm, is_new } => {
                 // New, or ours and never looked after: its answer was lost, or that look failed.
-                if is_new || self.doubted_vm(&handle.volid()) == Some(vm.vmid) {
+                if (is_new || self.doubted_vm(&handle.volid()) == Some(vm.vmid)) && !self.was_alone().await {
                     self.settle_rivals(handle, &vm).await?;
                 }
                 self.published(&request, &vm, lun, &drive).await
