@@ -131,7 +131,7 @@ pub(super) struct Call {
     /// `/api/v1/nodes/NAME`
     pub(super) path: String,
     pub(super) body: Value,
-    /// For all of it.
+    /// So long it is waited for.
     pub(super) limit: Duration,
 }
 
@@ -216,14 +216,18 @@ impl Api {
     /// # Errors
     /// No answer came: what was sent may be done.
     pub(super) async fn call(self: &Arc<Self>, call: Call) -> Result<Answer, Failure> {
-        let api = Arc::clone(self);
+        let (api, name, limit) = (Arc::clone(self), call.name(), call.limit);
         let flight = Flight::begin(&self.in_flight);
         let sent = Arc::clone(&flight);
         let work = move || {
             let _sent = sent;
             api.call_blocking(&call)
         };
-        tokio::task::spawn_blocking(work).await.unwrap_or_else(|cause| Err(format!("our own call broke off: {cause}")))
+        // Its thread goes on until its own, longer limit: a thread cannot be stopped.
+        match tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await {
+            Ok(done) => done.unwrap_or_else(|cause| Err(format!("our own call broke off: {cause}"))),
+            Err(_) => Err(format!("Kubernetes API: {name}: no answer within {} s", limit.as_secs())),
+        }
     }
 
     fn call_blocking(&self, call: &Call) -> Result<Answer, Failure> {
@@ -240,14 +244,10 @@ impl Api {
         // The fence is about Proxmox; this thread may have called that one before.
         http::begin_call(Fence::default());
         let with_body = |builder: ureq::RequestBuilder<ureq::typestate::WithBody>, kind: &str| {
-            let builder = builder.config().timeout_global(Some(call.limit)).build();
             builder.header("Authorization", bearer.as_str()).header("Content-Type", kind).send(call.body.to_string())
         };
         let answer = match call.method {
-            Method::Get => {
-                let builder = self.agent.get(&url).config().timeout_global(Some(call.limit)).build();
-                builder.header("Authorization", bearer.as_str()).call()
-            }
+            Method::Get => self.agent.get(&url).header("Authorization", bearer.as_str()).call(),
             Method::Post => with_body(self.agent.post(&url), "application/json"),
             Method::Put => with_body(self.agent.put(&url), "application/json"),
         };
