@@ -1,7 +1,7 @@
 //! A small LUKS2 volume with a known key, and the judge of what was made of its headers.
 
 use crate::disk_model::Disk;
-use disk::luks::{Error, Format, Hash, Header, Kdf, Material, NewKeyslot, VolumeKey};
+use disk::luks::{Error, Format, Hash, Header, Kdf, Material, NewKeyslot, VolumeKey, within};
 use sha2::{Digest as _, Sha256};
 use std::sync::LazyLock;
 use zeroize::Zeroizing;
@@ -203,7 +203,7 @@ fn adding(disk: &Disk) {
         header_salts: material.header_salts,
     };
     let opens = |disk: &Disk, header: &Header, number, passphrase: &[u8]| {
-        let key = header.unlock_keyslot(number, passphrase, &mut |offset, buffer| disk.read(offset, buffer));
+        let key = header.unlock_keyslot(number, passphrase, &mut |offset, buffer| disk.read(offset, buffer), within(u64::MAX));
         key.ok().flatten()
     };
     let Ok((number, writes)) = before.add_keyslot(key, &new, noise) else { return };

@@ -38,8 +38,8 @@ pub enum Cause {
     TooSmall(String),
     /// No keyslot opens; a sentence.
     WrongPassphrase(String),
-    /// A keyslot needs more memory than there is; both numbers.
-    KeyslotMemory(String),
+    /// Keyslots need more memory than there is, or more work than a call may take; both numbers.
+    KeyslotCost(String),
     /// The LUKS header cannot be used; what is wrong with it.
     Luks(String),
     /// It could not be read.
@@ -118,7 +118,7 @@ impl fmt::Display for Cause {
             Self::Geometry(why)
             | Self::TooSmall(why)
             | Self::WrongPassphrase(why)
-            | Self::KeyslotMemory(why)
+            | Self::KeyslotCost(why)
             | Self::Luks(why)
             | Self::LuksRead(why) => f.write_str(why),
             Self::Mapping(refused) => refused.fmt(f),
@@ -181,7 +181,9 @@ impl From<luks::Error> for Cause {
         let sentence = from.to_string();
         match from {
             luks::Error::WrongPassphrase { .. } => Self::WrongPassphrase(sentence),
-            luks::Error::KeyslotMemory { .. } | luks::Error::Allocation { .. } => Self::KeyslotMemory(sentence),
+            luks::Error::KeyslotMemory { .. } | luks::Error::KeyslotWork { .. } | luks::Error::Allocation { .. } => {
+                Self::KeyslotCost(sentence)
+            }
             luks::Error::Read { .. } => Self::LuksRead(sentence),
             luks::Error::Range { .. } => Self::Geometry(sentence),
             luks::Error::DeviceTooSmall { .. } => Self::TooSmall(sentence),

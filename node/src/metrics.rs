@@ -16,6 +16,11 @@ pub static FILESYSTEM_ERRORS: Counter = Counter::new(
     "proxmox_csi_node_filesystem_errors_total",
     "Filesystems that the kernel refused to mount or to grow, or that it reports as damaged.",
 );
+/// A secret that was changed, and a volume that does not know it yet.
+pub static ROTATIONS_OUTSTANDING: Counter = Counter::new(
+    "proxmox_csi_node_rotations_outstanding_total",
+    "Encrypted volumes staged though their passphrase could not be replaced (no free keyslot, too little memory, read-only, LUKS1).",
+);
 
 /// Counts what a failed call was about.
 pub fn count(cause: &Cause) {
@@ -42,7 +47,7 @@ pub fn page(is_ready: bool) -> String {
         "1: it knows who it is, and kubelet has registered it (where that is its own task).",
         u8::from(is_ready),
     );
-    for counter in [&IDENTITY_MISMATCHES, &REFUSED_FORMATS, &FILESYSTEM_ERRORS] {
+    for counter in [&IDENTITY_MISMATCHES, &REFUSED_FORMATS, &FILESYSTEM_ERRORS, &ROTATIONS_OUTSTANDING] {
         counter.write(&mut page);
     }
     metrics::calls(&mut page);
@@ -81,7 +86,12 @@ mod tests {
             let sample = line.rsplit_once(' ').is_some_and(|(_, value)| value.parse::<f64>().is_ok());
             assert!(line.starts_with("# HELP ") || line.starts_with("# TYPE ") || sample, "{line}");
         }
-        for name in ["proxmox_csi_node_ready 1\n", "proxmox_csi_node_refused_formats_total ", "process_resident_memory_bytes "] {
+        for name in [
+            "proxmox_csi_node_ready 1\n",
+            "proxmox_csi_node_refused_formats_total ",
+            "proxmox_csi_node_rotations_outstanding_total ",
+            "process_resident_memory_bytes ",
+        ] {
             assert!(page.contains(name), "{page}");
         }
     }

@@ -518,3 +518,5 @@ pub fn next_expand_step(want: &ExpandRequest, seen: &ExpandSeen) -> Result<Optio
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod walk;

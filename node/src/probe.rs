@@ -65,7 +65,7 @@ pub fn probe(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface
         Marked::Damaged => return Ok(Surface::Other("a damaged mark of an unfinished format".into())),
         Marked::No => (),
     }
-    if head.iter().all(|byte| *byte == 0) {
+    if disk::first_nonzero(&head).is_none() {
         read_ahead(device, size_bytes);
     }
     match blkid::probe(std::os::fd::AsFd::as_fd(device), device.path(), size_bytes)? {
@@ -239,7 +239,7 @@ fn first_nonzero(read: &impl Fn(u64, &mut [u8]) -> Result<(), sys::Error>, from:
         let now = usize::try_from(to - at).unwrap_or(usize::MAX).min(buffer.len());
         let chunk = buffer.get_mut(..now).unwrap_or_default();
         read(at, chunk)?;
-        if let Some(index) = chunk.iter().position(|byte| *byte != 0) {
+        if let Some(index) = disk::first_nonzero(chunk) {
             return Ok(Some(at + index as u64));
         }
         at += now as u64;

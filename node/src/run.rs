@@ -9,7 +9,7 @@ mod mapping;
 mod publish;
 mod stage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ use crate::sys::block::{Access, Device};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, mountinfo};
 
-/// More steps than the longest honest way through any plan (13, see plan/tests.rs), with stacked mounts to take away.
+/// More steps than the longest honest way through any plan (13, see plan/walk.rs), with stacked mounts to take away.
 const MAX_TURNS: usize = 20;
 /// kubelet waits two minutes for a node call; a sentence from us within them is better than its "deadline exceeded".
 /// QEMU's hot-plug is seen in the guest after 26 to 450 ms (measured with QEMU 7.2 and 10.0).
@@ -245,16 +245,23 @@ fn poll<T, W, E>(deadline: Duration, mut look: impl FnMut() -> Result<Result<T, 
     }
 }
 
-/// So many at one time, the others wait.
+/// So many at one time, the others wait, and come in their order: who asks again and again keeps nobody out.
 #[derive(Debug)]
 struct Slots {
-    free: Mutex<u32>,
-    freed: Condvar,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Queue {
+    free: u32,
+    next_ticket: u64,
+    waiting: VecDeque<u64>,
 }
 
 impl Slots {
     const fn new(free: u32) -> Self {
-        Self { free: Mutex::new(free), freed: Condvar::new() }
+        Self { queue: Mutex::new(Queue { free, next_ticket: 0, waiting: VecDeque::new() }), changed: Condvar::new() }
     }
 
     fn take(&self) -> Result<Slot<'_>, Cause> {
@@ -262,10 +269,19 @@ impl Slots {
     }
 
     fn take_within(&self, deadline: Duration) -> Result<Slot<'_>, Cause> {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut free, _) = self.freed.wait_timeout_while(free, deadline, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
-        *free = free.checked_sub(1).ok_or(Cause::Crowded { waited: deadline })?;
-        Ok(Slot(self))
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let ticket = queue.next_ticket;
+        queue.next_ticket += 1;
+        queue.waiting.push_back(ticket);
+        let is_due = |queue: &Queue| queue.free > 0 && queue.waiting.front() == Some(&ticket);
+        let waited = self.changed.wait_timeout_while(queue, deadline, |queue| !is_due(queue));
+        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let is_due = is_due(&queue);
+        queue.waiting.retain(|waiting| *waiting != ticket);
+        queue.free -= u32::from(is_due);
+        // Somebody else is the first now.
+        self.changed.notify_all();
+        if is_due { Ok(Slot(self)) } else { Err(Cause::Crowded { waited: deadline }) }
     }
 }
 
@@ -273,8 +289,8 @@ struct Slot<'a>(&'a Slots);
 
 impl Drop for Slot<'_> {
     fn drop(&mut self) {
-        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        self.0.freed.notify_one();
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).free += 1;
+        self.0.changed.notify_all();
     }
 }
 

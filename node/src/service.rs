@@ -230,8 +230,8 @@ fn code(cause: &Cause) -> Code {
             Code::FailedPrecondition
         }
         // Nothing is under way: kubelet would take RESOURCE_EXHAUSTED for "perhaps done", and the same call cannot succeed
-        // before somebody has given the pod more memory.
-        Cause::KeyslotMemory(_) => Code::FailedPrecondition,
+        // before somebody has given the pod more memory, or mended the header.
+        Cause::KeyslotCost(_) => Code::FailedPrecondition,
         // Of NodeExpandVolume kubelet takes this for "never, with these arguments" and asks seldom from then on.
         Cause::Outside { .. } | Cause::Geometry(_) | Cause::WrongPassphrase(_) | Cause::NoKey => Code::InvalidArgument,
         Cause::TooSmall(_) => Code::OutOfRange,

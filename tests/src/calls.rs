@@ -93,6 +93,12 @@ impl Calls {
         Self::lazily(format!("http://127.0.0.1:{port}"))
     }
 
+    /// The end of a call that is not CSI's, within three minutes.
+    pub fn wait<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+        let late = |_| Status::deadline_exceeded(format!("test bed: no answer within {} s", CALL_LIMIT.as_secs()));
+        runtime().block_on(async { tokio::time::timeout(CALL_LIMIT, call).await.map_err(late)? })
+    }
+
     /// For what the blocking calls do not do (several at once).
     #[must_use]
     pub fn channel(&self) -> Channel {

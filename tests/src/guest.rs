@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use guest_init::{CONSOLE_PREFIX, CONTROL_PORT, NODE_PORT, NODE_ROOT, Request};
+use guest_init::{CONSOLE_PREFIX, CONTROL_PORT, NODE_PORT, NODE_ROOT, REGISTRATION_PORT, Request};
 
 pub use bridge::Bridge;
 pub use control::{Ended, Job, Program};
@@ -42,6 +42,46 @@ const NODE_LIMIT: Duration = Duration::from_secs(20);
 const NODE_PROGRAM: &str = "/proxmox-csi-node";
 /// The host's loopback as the guest sees it (QEMU's user network).
 pub const HOST_ADDRESS: &str = "10.0.2.2";
+
+/// What the guest is. aarch64 is QEMU's machine `virt`, always emulated; drives are plugged behind PCIe root ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    X86_64,
+    Aarch64,
+}
+
+impl Architecture {
+    /// That of `$PROXMOX_CSI_GUEST`, which is how `scripts/soak` runs the same tests on another machine; else x86_64.
+    fn wanted() -> Self {
+        match std::env::var("PROXMOX_CSI_GUEST").as_deref() {
+            Ok("aarch64") => Self::Aarch64,
+            Ok(_) | Err(_) => Self::X86_64,
+        }
+    }
+
+    fn emulator(self) -> &'static str {
+        match self {
+            Self::X86_64 => "qemu-system-x86_64",
+            Self::Aarch64 => "qemu-system-aarch64",
+        }
+    }
+
+    /// Rust's target of what runs in the guest.
+    fn target(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64-unknown-linux-musl",
+            Self::Aarch64 => "aarch64-unknown-linux-musl",
+        }
+    }
+
+    /// Behind the series in the name of the kernel's folder.
+    fn kernel_suffix(self) -> &'static str {
+        match self {
+            Self::X86_64 => "",
+            Self::Aarch64 => "-arm64",
+        }
+    }
+}
 
 /// The VM's `scsihw`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -71,6 +111,7 @@ pub enum Profile {
 pub struct GuestOptions {
     /// In messages and log names.
     pub name: String,
+    pub architecture: Architecture,
     pub memory_mib: u32,
     pub scsi_hardware: ScsiHardware,
     /// Series of Debian's cloud kernel.
@@ -88,6 +129,7 @@ impl Default for GuestOptions {
         let scsi_hardware = ScsiHardware::default();
         Self {
             name: "guest".into(),
+            architecture: Architecture::wanted(),
             memory_mib: 256,
             scsi_hardware,
             kernel,
@@ -107,7 +149,7 @@ impl GuestOptions {
     /// Puts the release binary of the node agent where [`Guest::start_node`] finds it.
     #[must_use]
     pub fn with_node(mut self) -> Self {
-        self.files.push((format!("{NODE_ROOT}{NODE_PROGRAM}"), tools::release_binary("proxmox-csi-node")));
+        self.files.push((format!("{NODE_ROOT}{NODE_PROGRAM}"), tools::release_binary_for("proxmox-csi-node", self.architecture.target())));
         self
     }
 }
@@ -115,9 +157,10 @@ impl GuestOptions {
 /// Why guests cannot run here, if so; a test says SKIPPED with it.
 #[must_use]
 pub fn unavailable() -> Option<String> {
-    let missing = ["qemu-system-x86_64", "setpriv"].into_iter().find(|name| tools::program(name).is_none());
-    let kernel = GuestOptions::default().kernel;
-    let no_kernel = || initramfs::Kernel::find(&kernel).err().map(|error| format!("no guest kernel: {error:#}"));
+    let options = GuestOptions::default();
+    let missing = [options.architecture.emulator(), "setpriv"].into_iter().find(|name| tools::program(name).is_none());
+    let no_kernel =
+        || initramfs::Kernel::find(&options.kernel, options.architecture).err().map(|error| format!("no guest kernel: {error:#}"));
     missing.map(|name| format!("{name} is missing")).or_else(no_kernel)
 }
 
@@ -125,12 +168,14 @@ pub fn unavailable() -> Option<String> {
 #[derive(Debug)]
 pub struct Guest {
     name: String,
+    architecture: Architecture,
     folder: PathBuf,
     console: Console,
     process: Process,
     qemu: Arc<plug::Qemu>,
     control_port: u16,
     node_port: u16,
+    registration_port: u16,
 }
 
 impl Guest {
@@ -146,24 +191,38 @@ impl Guest {
 
     fn boot_in(folder: &Path, options: &GuestOptions) -> Result<Self> {
         let name = options.name.clone();
-        let kernel = initramfs::Kernel::find(&options.kernel)?;
+        let kernel = initramfs::Kernel::find(&options.kernel, options.architecture)?;
         let (archive, monitor) = (folder.join("initramfs"), folder.join("qmp.sock"));
         initramfs::write(&archive, &kernel, options.profile, &options.files)?;
         let console = Console::default();
-        let process =
-            command_line::start(command_line::arguments(options, &kernel, &archive, &monitor), &folder.join("console.log"), &console)?;
+        let process = command_line::start(
+            options.architecture,
+            command_line::arguments(options, &kernel, &archive, &monitor),
+            &folder.join("console.log"),
+            &console,
+        )?;
         let explain = |what: &str| format!("guest {name}: {what}; {}", console.tail());
         let qemu = wait::until(MONITOR_LIMIT, || {
             console.alive()?;
-            Ok::<_, anyhow::Error>(plug::Qemu::connect(&monitor, options.scsi_hardware).ok())
+            Ok::<_, anyhow::Error>(plug::Qemu::connect(&monitor, options.scsi_hardware, options.architecture).ok())
         });
         let qemu = qemu.with_context(|| explain("QEMU did not start"))?.with_context(|| explain("QEMU's monitor does not answer"))?;
         let forwarded = |port| qemu.monitor().forwarded_port(port).map_err(anyhow::Error::msg).with_context(|| explain("port forwarding"));
-        let (control_port, node_port) = (forwarded(CONTROL_PORT)?, forwarded(NODE_PORT)?);
+        let (control_port, node_port, registration_port) = (forwarded(CONTROL_PORT)?, forwarded(NODE_PORT)?, forwarded(REGISTRATION_PORT)?);
         console.wait_for(&format!("{CONSOLE_PREFIX}ready"), BOOT_LIMIT).with_context(|| format!("guest {name} did not boot"))?;
         // Its memory has it now.
         let _ = std::fs::remove_file(&archive);
-        let guest = Self { name, folder: folder.to_owned(), console, process, qemu: Arc::new(qemu), control_port, node_port };
+        let guest = Self {
+            name,
+            architecture: options.architecture,
+            folder: folder.to_owned(),
+            console,
+            process,
+            qemu: Arc::new(qemu),
+            control_port,
+            node_port,
+            registration_port,
+        };
         guest.call(Request::Ping, &[])?;
         Ok(guest)
     }
@@ -217,10 +276,22 @@ impl Guest {
         Ok(job)
     }
 
+    /// Whether what is installed here can be run there.
+    #[must_use]
+    pub fn runs_this_hosts_programs(&self) -> bool {
+        self.architecture == Architecture::X86_64
+    }
+
     /// The port of this host that leads to the node's CSI socket.
     #[must_use]
     pub fn node_port(&self) -> u16 {
         self.node_port
+    }
+
+    /// The port of this host that leads to what the node offers to kubelet.
+    #[must_use]
+    pub fn registration_port(&self) -> u16 {
+        self.registration_port
     }
 
     /// Calls to the node's CSI socket.

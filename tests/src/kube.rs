@@ -230,7 +230,7 @@ async fn talk(mut stream: TcpStream, state: &Mutex<State>, turns: Option<&Turns>
             None => None,
             Some(turns) => {
                 let path = request.target.split('?').next().unwrap_or_default();
-                let Some(working) = turns.arrive(door, &format!("{} {path}", request.method)).await else { return Ok(()) };
+                let Some(working) = turns.arrive(door, &format!("{} {path}", request.method), u64::MAX).await else { return Ok(()) };
                 Some(working)
             }
         };

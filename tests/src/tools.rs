@@ -21,6 +21,17 @@ pub fn release_binary(name: &str) -> PathBuf {
     folder.join(name)
 }
 
+/// The same for one of Rust's targets: the folders lie side by side.
+#[must_use]
+pub fn release_binary_for(name: &str, target: &str) -> PathBuf {
+    let x86_64 = release_binary(name);
+    if target.starts_with("x86_64") {
+        return x86_64;
+    }
+    let all = x86_64.ancestors().nth(3).map(PathBuf::from).unwrap_or_default();
+    all.join(target).join("release").join(name)
+}
+
 /// The node agent that dies at named points: in `$PROXMOX_CSI_KILL_BIN`, else where `scripts/build --kill-points` puts it.
 #[must_use]
 pub fn kill_points_binary() -> PathBuf {

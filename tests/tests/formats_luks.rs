@@ -4,7 +4,7 @@
 use aes::Aes256;
 use aes::cipher::KeyInit as _;
 use disk::Write;
-use disk::luks::{Argon2Cost, Error, Format, Hash, Header, Kdf, Material, NewKeyslot, Version, VolumeKey, sector_size};
+use disk::luks::{Argon2Cost, Error, Format, Hash, Header, Kdf, Material, NewKeyslot, Version, VolumeKey, sector_size, within};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -151,7 +151,7 @@ impl Image {
     }
 
     fn unlock(&self, passphrase: &[u8]) -> Result<(u8, VolumeKey), Error> {
-        self.header().unlock(passphrase, MEMORY_KIB, &mut |at, buffer| self.file.read_exact_at(buffer, at))
+        self.header().unlock(passphrase, &mut |at, buffer| self.file.read_exact_at(buffer, at), within(MEMORY_KIB))
     }
 
     /// Cryptsetup and we get the same key out of it, with this passphrase and no other.
@@ -303,7 +303,8 @@ fn judge_several_keyslots_and_priorities() {
         let header = image.header();
         assert_eq!(header.keyslots.iter().map(|slot| slot.number).collect::<Vec<_>>(), [4, 1, 3, 5, 0]);
         assert!(matches!(image.unlock(PASSPHRASE), Err(Error::WrongPassphrase { tried: 4, .. })));
-        let asked = header.unlock_keyslot(0, PASSPHRASE, &mut |at, buffer| image.file.read_exact_at(buffer, at)).unwrap();
+        let asked =
+            header.unlock_keyslot(0, PASSPHRASE, &mut |at, buffer| image.file.read_exact_at(buffer, at), within(MEMORY_KIB)).unwrap();
         assert!(asked.is_some_and(|found| found == key));
     }
 }
@@ -405,7 +406,8 @@ fn judge_the_reference_drivers_volume_opens() {
     let Kdf::Argon2id(found) = header.keyslots[0].kdf else { panic!("{:?}", header.keyslots[0].kdf) };
     println!("argon2id, t={}, {} MiB, {} lanes", found.time, found.memory_kib / 1024, found.lanes);
     image.same_key("the reference driver's");
-    let refused = header.unlock(PASSPHRASE, u64::from(found.memory_kib) - 1, &mut |at, buffer| image.file.read_exact_at(buffer, at));
+    let refused =
+        header.unlock(PASSPHRASE, &mut |at, buffer| image.file.read_exact_at(buffer, at), within(u64::from(found.memory_kib) - 1));
     assert!(matches!(refused, Err(Error::KeyslotMemory { .. })));
     if std::env::var_os("PROXMOX_CSI_LONG").is_some() {
         let (image, key) = bench.ours("image", 4096, argon2id(4, 1 << 20, 4));
@@ -582,7 +584,7 @@ fn judge_what_we_do_not_do_is_said() {
     assert!(read.is_err_and(|why| why.to_string().contains("cryptsetup reencrypt")), "a re-encryption under way was taken for a volume");
     let image = bench.theirs("image", "--type luks2 --pbkdf argon2id --pbkdf-force-iterations 4 --pbkdf-memory 65536");
     assert_eq!(image.header().keyslot_memory_kib(0), Some(65_536));
-    let refused = image.header().unlock(PASSPHRASE, 65_535, &mut |at, buffer| image.file.read_exact_at(buffer, at));
+    let refused = image.header().unlock(PASSPHRASE, &mut |at, buffer| image.file.read_exact_at(buffer, at), within(65_535));
     let Err(why @ Error::KeyslotMemory { .. }) = refused else { panic!("opened beyond the limit") };
     assert!(why.to_string().contains("needs 64 MiB") && why.to_string().contains("leaves 63 MiB"), "{why}");
 }

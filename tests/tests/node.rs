@@ -15,6 +15,8 @@ mod dm;
 mod harness;
 #[path = "node/kernels.rs"]
 mod kernels;
+#[path = "node/keys.rs"]
+mod keys;
 #[path = "node/kill.rs"]
 mod kill;
 #[path = "node/life.rs"]

@@ -1,7 +1,7 @@
 //! What is read: which volume Kubernetes has attached where, what its nodes are to us, and which are out of service. Asked only
 //! when a Proxmox node is off, or when two VMs have one volume.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ pub struct CsiNode {
 pub(super) struct Attachment {
     node: String,
     volume: Attached,
+    is_attached: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -62,17 +63,21 @@ impl Kube {
         Ok(nodes)
     }
 
-    /// The handles of our volumes that Kubernetes has attached to a node, or is attaching to or detaching from it.
+    /// The handles of our volumes that Kubernetes has attached to a node, or is attaching to or detaching from it, and whether
+    /// they are attached by its own books.
     ///
     /// # Errors
     /// The call that failed: nothing can be said then.
-    pub async fn attached_to(self: &Arc<Self>, node: &str) -> Result<BTreeSet<String>, Failure> {
+    pub async fn attached_to(self: &Arc<Self>, node: &str) -> Result<BTreeMap<String, bool>, Failure> {
         let attachments = self.attachments().await?;
-        let mut handles = BTreeSet::new();
+        let mut handles = BTreeMap::new();
         for attachment in attachments.iter().filter(|attachment| attachment.node == node) {
-            match &attachment.volume {
-                Attached::Handle(handle) => drop(handles.insert(handle.clone())),
-                Attached::Pv(pv) => handles.extend(self.handle_of(pv).await?),
+            let handle = match &attachment.volume {
+                Attached::Handle(handle) => Some(handle.clone()),
+                Attached::Pv(pv) => self.handle_of(pv).await?,
+            };
+            if let Some(handle) = handle {
+                *handles.entry(handle).or_default() |= attachment.is_attached;
             }
         }
         Ok(handles)
@@ -101,8 +106,9 @@ impl Kube {
             }
             let pv = text(&entry, "/spec/source/persistentVolumeName").map(Attached::Pv);
             let inline = || text(&entry, "/spec/source/inlineVolumeSpec/csi/volumeHandle").map(Attached::Handle);
+            let is_attached = entry.pointer("/status/attached").and_then(Value::as_bool).unwrap_or_default();
             match (text(&entry, "/spec/nodeName"), pv.or_else(inline)) {
-                (Some(node), Some(volume)) => all.push(Attachment { node, volume }),
+                (Some(node), Some(volume)) => all.push(Attachment { node, volume, is_attached }),
                 _ => return Err(format!("GET {path}: an attachment without its node or volume")),
             }
         }

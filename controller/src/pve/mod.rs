@@ -14,7 +14,7 @@ pub(crate) mod known;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -77,7 +77,12 @@ pub struct Client {
     hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
     in_flight: Arc<AtomicUsize>,
     fence: Fence,
+    /// Calls so far: each has its number on the wire, so that two that say the same are told apart.
+    calls: AtomicU64,
 }
+
+/// What a call's number travels as.
+const NUMBER_HEADER: &str = "X-Request-Id";
 
 /// A call that has not ended: it lasts as long as its last clone.
 #[derive(Debug)]
@@ -133,6 +138,7 @@ impl Client {
             hosts: Mutex::default(),
             in_flight: Arc::default(),
             fence: Fence::default(),
+            calls: AtomicU64::default(),
         }
     }
 
@@ -170,9 +176,10 @@ impl Client {
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
         let flight = Flight::begin(&self.in_flight);
         let sent = Arc::clone(&flight);
+        let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let work = move || {
             let _sent = sent;
-            client.call_blocking(&request)
+            client.call_blocking(&request, &number.to_string())
         };
         let answer = match tokio::task::spawn_blocking(work).await {
             Ok(answer) => answer,
@@ -223,14 +230,15 @@ impl Client {
         }
     }
 
-    fn call_blocking(&self, request: &Request) -> Result<Value, Error> {
-        let first = self.attempt(request);
+    /// A repetition keeps its number.
+    fn call_blocking(&self, request: &Request, number: &str) -> Result<Value, Error> {
+        let first = self.attempt(request, number);
         match &first {
             Err(Error { cause: Cause::NoAnswer(why), .. }) if request.method == Method::Get && !why.contains("timeout") => {
-                self.attempt(request)
+                self.attempt(request, number)
             }
             // 401 means not done, so even a write may be repeated under a new ticket.
-            Err(Error { cause: Cause::Answer { status: 401, .. }, .. }) if self.forget_ticket() => self.attempt(request),
+            Err(Error { cause: Cause::Answer { status: 401, .. }, .. }) if self.forget_ticket() => self.attempt(request, number),
             _ => first,
         }
     }
@@ -243,13 +251,14 @@ impl Client {
         }
     }
 
-    fn attempt(&self, request: &Request) -> Result<Value, Error> {
+    fn attempt(&self, request: &Request, number: &str) -> Result<Value, Error> {
+        let number = (NUMBER_HEADER, number);
         match &self.auth {
-            Auth::Token(header) => self.send(request, &[("Authorization", header.as_str())]),
+            Auth::Token(header) => self.send(request, &[number, ("Authorization", header.as_str())]),
             Auth::Password { username, password, ticket } => {
                 let ticket = self.ticket(username, password, ticket)?;
                 let cookie = Zeroizing::new(format!("PVEAuthCookie={}", api::percent_encoded(&ticket.cookie, "")));
-                self.send(request, &[("Cookie", cookie.as_str()), ("CSRFPreventionToken", ticket.csrf.as_str())])
+                self.send(request, &[number, ("Cookie", cookie.as_str()), ("CSRFPreventionToken", ticket.csrf.as_str())])
             }
         }
     }

@@ -4,6 +4,7 @@
 //! task of its own (see `service`), so that a client that goes away leaves nothing half noted.
 
 mod batch;
+mod claim;
 mod cluster;
 mod create;
 mod delete;

@@ -55,6 +55,7 @@ impl Controller {
 impl Region {
     async fn publish(self: &Arc<Self>, request: Arc<Publish>, vm: Vm) -> Result<Published, Error> {
         let (handle, mut vm) = (&request.handle, vm);
+        let _claim = self.claim(&handle.volid())?;
         self.check_reach(handle, &mut vm).await?;
         if owner_of(&handle.disk) == Some(vm.vmid) {
             proto::warn!(
@@ -62,10 +63,11 @@ impl Region {
                 vm.vmid
             );
         }
-        self.notice_leftovers_in(&vm).await?;
+        self.remove_leftovers_in(handle, &vm).await?;
         self.remove_leftovers(handle, &vm).await?;
         if let Err(error) = self.check_nobody_else(handle, vm.vmid).await {
             if !self.notice_leftovers_of(handle, &vm).await? {
+                self.remove_leftover_of(handle, &vm).await?;
                 return Err(error);
             }
             self.remove_leftovers(handle, &vm).await?;
@@ -74,7 +76,8 @@ impl Region {
         match self.submit(&vm, Wish::Attach(Arc::clone(&request))).await? {
             Done::Attached { lun, drive, vm, is_new } => {
                 // New, or ours and never looked after: its answer was lost, or that look failed.
-                if (is_new || self.doubted_vm(&handle.volid()) == Some(vm.vmid)) && !self.was_alone().await {
+                let is_fresh = is_new || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
+                if is_fresh && !self.was_alone().await {
                     self.settle_rivals(handle, &vm).await?;
                 }
                 self.published(&request, &vm, lun, &drive).await

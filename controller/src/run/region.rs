@@ -11,6 +11,7 @@ use proto::VolumeHandle;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
+use super::claim::Claims;
 use super::doubt::Doubt;
 use super::queue::Queue;
 use crate::attach;
@@ -100,7 +101,8 @@ pub(crate) struct Region {
     pub(super) kube: Option<Arc<Kube>>,
     resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
-    vms: Mutex<HashMap<u32, Arc<VmSlot>>>,
+    /// In order: who waits for several of them waits in the same order every time.
+    vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
     pub(super) containers: Mutex<HashMap<u32, ContainerSlot>>,
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
@@ -115,6 +117,7 @@ pub(crate) struct Region {
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
     sizes: Mutex<HashMap<String, u64>>,
+    pub(super) claims: Claims,
     /// When we began to know.
     pub(super) begun: Instant,
     /// Limits parallel reading.
@@ -150,6 +153,7 @@ impl Region {
             leftovers: Mutex::default(),
             most_hosts: Mutex::default(),
             sizes: Mutex::default(),
+            claims: Claims::default(),
             begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
         }

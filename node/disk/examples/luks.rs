@@ -10,7 +10,7 @@
 //!
 //! All bytes of the passphrase's file are the passphrase, a newline at its end included, as with `cryptsetup --key-file`.
 
-use disk::luks::{Argon2Cost, Format, Hash, Header, Kdf, Material, VolumeKey, sector_size};
+use disk::luks::{Argon2Cost, Format, Hash, Header, Kdf, Material, VolumeKey, sector_size, within};
 use disk::{Mark, Write, mark};
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -151,7 +151,7 @@ fn check(target: &str, options: &mut Options) -> Result<Deed, Failure> {
             (Some(passphrase), None) => {
                 let mut read = |offset: u64, buffer: &mut [u8]| file.read_exact_at(buffer, offset);
                 let header = Header::read(size, &mut read)?;
-                let (number, key) = header.unlock(&passphrase, MEMORY_LIMIT_KIB, &mut read)?;
+                let (number, key) = header.unlock(&passphrase, &mut read, within(MEMORY_LIMIT_KIB))?;
                 println!("Key slot {number} unlocked.");
                 key
             }

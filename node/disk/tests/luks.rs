@@ -6,7 +6,7 @@
     reason = "a test: small numbers, and a panic is the verdict"
 )]
 
-use disk::luks::{Argon2Cost, Error, Format, Hash, Header, Kdf, Material, NewKeyslot, Noise, Version, VolumeKey};
+use disk::luks::{Argon2Cost, Error, Format, Hash, Header, Kdf, Keyslot, Material, NewKeyslot, Noise, Version, VolumeKey, within};
 use disk::mark::{Mark, Marked};
 use disk::{Write, mark};
 use proptest::prelude::*;
@@ -111,7 +111,7 @@ impl<'a> Disk<'a> {
     }
 
     fn unlock(&self, passphrase: &[u8]) -> Result<(u8, VolumeKey), Error> {
-        self.header()?.unlock(passphrase, NO_MEMORY, &mut |offset, buffer| self.read(offset, buffer))
+        self.header()?.unlock(passphrase, &mut |offset, buffer| self.read(offset, buffer), within(NO_MEMORY))
     }
 
     /// This disk after some more writes.
@@ -195,7 +195,7 @@ fn a_keyslot_that_needs_more_memory_than_there_is_is_not_tried() {
     assert_eq!(header.keyslot_memory_kib(0), Some(32_768));
     let Err(why) = disk.unlock(b"p") else { panic!("opened with no memory") };
     assert!(why.to_string().contains("needs 32 MiB") && why.to_string().contains("leaves 0 MiB"), "{why}");
-    let (_, key) = header.unlock(b"p", 32_768, &mut |offset, buffer| disk.read(offset, buffer)).unwrap();
+    let (_, key) = header.unlock(b"p", &mut |offset, buffer| disk.read(offset, buffer), within(32_768)).unwrap();
     assert!(key == material.volume_key);
 }
 
@@ -232,6 +232,37 @@ fn the_probe_ranges_of_a_new_volume_read_as_zeros() {
         assert_eq!(*offset, (16 << 20) + range.start);
         assert_eq!(*bytes == there, expected, "{range:?}");
     }
+}
+
+/// The zeros of a new volume are where a probe of its size looks; one that has grown meanwhile is known by its mark.
+#[test]
+fn a_new_volume_can_begin_with_the_mark_of_an_unfinished_format() {
+    for (seed, ranges) in [(1, std::slice::from_ref(&(0..1 << 19))), (2, &[0..512, 4096..8192][..])] {
+        let material = Material::draw(random(seed)).unwrap();
+        let plan = format(seed).plan_marked(b"p", &material, ranges, Some(&our_mark()), noise(1)).unwrap();
+        let plan: Vec<Write> = mark::Format::new(plan, &Mark::new("csi-fedcba9876543210").unwrap()).collect();
+        let disk = Disk::of(&plan);
+        let (header, (_, key)) = (disk.header().unwrap(), disk.unlock(b"p").unwrap());
+        // What the first sector would be if it began with zeros is not there; deciphered by hand it is the mark.
+        let unit = u64::from(header.segment.sector_size);
+        let mut there = vec![0; unit as usize];
+        disk.read(16 << 20, &mut there).unwrap();
+        let zeros: Vec<Write> = header.encrypted_zeros(&key, std::slice::from_ref(&(0..unit))).unwrap().collect();
+        assert!(matches!(&zeros[..], [Write::Data { bytes, .. }] if *bytes != there));
+        let plain = decrypted(&key, &there);
+        assert_eq!(our_mark().judge(&plain), Marked::Ours, "sectors of {unit} bytes");
+        assert!(plain[512..].iter().all(|byte| *byte == 0));
+    }
+}
+
+/// The mapping's first encryption sector, by AES-XTS with the tweak 0.
+fn decrypted(key: &VolumeKey, sector: &[u8]) -> Vec<u8> {
+    use aes::cipher::KeyInit as _;
+    let (first, second) = key.bytes().split_at(32);
+    let xts = xts_mode::Xts128::new(aes::Aes256::new_from_slice(first).unwrap(), aes::Aes256::new_from_slice(second).unwrap());
+    let mut plain = sector.to_vec();
+    xts.decrypt_sector(&mut plain, [0; 16].into());
+    plain
 }
 
 /// On a disk that held another volume: before the mark the old one opens; under the mark nobody asks; after it only the new one opens.
@@ -377,6 +408,90 @@ fn all_32_keyslots_and_no_more() {
     assert!(matches!(Disk::of(&writes).unlock(b"31"), Ok((31, _))));
 }
 
+/// A disk that does not answer must not hold up those that do: what is read is read before, what is computed while the place is held.
+#[test]
+fn a_keyslot_is_read_before_its_place_is_asked_for() {
+    use std::cell::RefCell;
+    struct Place<'a>(&'a RefCell<Vec<String>>);
+    impl Drop for Place<'_> {
+        fn drop(&mut self) {
+            self.0.borrow_mut().push("left".into());
+        }
+    }
+    let (mut writes, key) = new_volume(1, b"old");
+    let (_, add) = Disk::of(&writes).header().unwrap().add_keyslot(&key, &new_keyslot(11, b"new"), noise(5)).unwrap();
+    writes.extend(add);
+    let disk = Disk::of(&writes);
+    let header = disk.header().unwrap();
+    let events = RefCell::new(Vec::new());
+    let mut read = |offset: u64, buffer: &mut [u8]| {
+        events.borrow_mut().push(format!("read {offset}"));
+        disk.read(offset, buffer)
+    };
+    let admit = |slot: &Keyslot| {
+        events.borrow_mut().push(format!("asked for {}", slot.number));
+        Ok::<_, Error>(Ok(Place(&events)))
+    };
+    let (number, _) = header.unlock(b"new", &mut read, admit).unwrap();
+    assert_eq!(number, 1);
+    assert_eq!(events.take(), ["read 32768", "asked for 0", "left", "read 290816", "asked for 1", "left"]);
+    assert!(header.unlock_keyslot(0, b"old", &mut read, admit).unwrap().is_some());
+    assert_eq!(events.take(), ["read 32768", "asked for 0", "left"]);
+    // One that is refused is told if no other opens; or the refusal is the end of it.
+    let refuse_0 =
+        |slot: &Keyslot| if slot.number == 0 { within(0)(slot).map(|_| Err(Error::Allocation { needs_kib: 7 })) } else { Ok(Ok(())) };
+    assert_eq!(header.unlock(b"new", &mut read, refuse_0).map(|(number, _)| number).unwrap(), 1);
+    assert!(matches!(header.unlock(b"old", &mut read, refuse_0), Err(Error::Allocation { needs_kib: 7 })));
+    events.take();
+    let stop = |_: &Keyslot| Err::<Result<(), Error>, _>(Error::Allocation { needs_kib: 8 });
+    assert!(matches!(header.unlock(b"new", &mut read, stop), Err(Error::Allocation { needs_kib: 8 })));
+    assert_eq!(events.take(), ["read 32768"]);
+}
+
+/// As a stranger writes it, who needs no passphrase for that: each keyslot is within what is read at all.
+#[test]
+fn a_header_of_32_dear_keyslots_costs_no_more_than_the_budget() {
+    let (mut writes, key) = new_volume(1, b"0");
+    for n in 1..32u8 {
+        let (_, add) = Disk::of(&writes).header().unwrap().add_keyslot(&key, &new_keyslot(n.into(), &[n]), noise(n)).unwrap();
+        writes.extend(add);
+    }
+    let with = |from: &str, to: &str, times: usize| {
+        let mut image = vec![0; 16 << 20];
+        Disk::of(&writes).read(0, &mut image).unwrap();
+        for at in [4096, 16_384 + 4096] {
+            let area = &mut image[at..at + 12_288];
+            let text = String::from_utf8(area.iter().copied().take_while(|byte| *byte != 0).collect()).unwrap();
+            let text = text.replacen(from, to, times);
+            area.fill(0);
+            area[..text.len()].copy_from_slice(text.as_bytes());
+        }
+        with_checksum(&mut image);
+        image.resize(SIZE as usize, 0);
+        image
+    };
+    let open = |image: &[u8], passphrase: &[u8]| {
+        let read = &mut |offset: u64, buffer: &mut [u8]| {
+            buffer.copy_from_slice(&image[offset as usize..][..buffer.len()]);
+            Ok(())
+        };
+        Header::read(SIZE, read).unwrap().unlock(passphrase, read, within(NO_MEMORY)).map(|(number, _)| number)
+    };
+    // All but the last: it is cheap, so it comes first.
+    let rounds = r#""hash":"sha256","iterations":1000,"salt""#;
+    let image = with(
+        &format!(r#""kdf":{{"type":"pbkdf2",{rounds}"#),
+        r#""kdf":{"type":"pbkdf2","hash":"sha256","iterations":268435456,"salt""#,
+        31,
+    );
+    assert_eq!(open(&image, &[31]).unwrap(), 31);
+    // Each by itself more than one passphrase may cost: nothing is computed.
+    let dear = r#""key_size":512},"kdf":{"type":"pbkdf2","hash":"sha256","iterations":268435456,"salt""#;
+    let image = with(&format!(r#""key_size":64}},"kdf":{{"type":"pbkdf2",{rounds}"#), dear, 32);
+    let why = open(&image, b"0").unwrap_err();
+    assert!(matches!(why, Error::KeyslotWork { tried: 0, left_out: 32, .. }) && why.to_string().contains("of its 32 keyslots"), "{why}");
+}
+
 #[test]
 fn a_strangers_key_makes_no_keyslot() {
     let (writes, _) = new_volume(1, b"p");
@@ -460,7 +575,7 @@ fn poke(image: &[u8]) -> Result<(), Error> {
     let header = Header::read(image.len() as u64, &mut read)?;
     let _ = (header.segment.mapping_sectors(SIZE), header.heal(&[0; 64]), header.remove_keyslot(0, &[[0; 64]; 2], |_, _: &mut [u8]| ()));
     let _ = header.add_keyslot(&VolumeKey::new(&[0; 64]), &new_keyslot(1, b"q"), |_, _: &mut [u8]| ());
-    header.unlock(b"p", NO_MEMORY, &mut read).map(|_| ())
+    header.unlock(b"p", &mut read, within(NO_MEMORY)).map(|_| ())
 }
 
 fn with_checksum(image: &mut [u8]) {

@@ -95,6 +95,7 @@ fn by_the_rules(want: &Want, disk: &Disk, mounted: bool) -> Kind {
     ready
 }
 
+/// W03: slots and their WWNs are given out again at once, so a slot alone names no volume.
 #[test]
 fn our_serial_beats_the_slot() {
     // The slot's old disk, without a serial, is still there; ours has come at the same LUN on another controller.

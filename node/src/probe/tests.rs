@@ -228,6 +228,7 @@ fn a_damaged_mark_and_other_signatures_are_not_blank() {
     assert!(other(Image::with(SIZE, 0, &swap).probe(Zeroed::No)).contains("swap"));
 }
 
+/// W13, W14: an error is not "nothing there".
 #[test]
 fn what_cannot_be_read_is_no_blank() {
     let failing = |at: u64| {

@@ -318,6 +318,7 @@ proptest! {
     }
 }
 
+/// W16: nor is its raw block device.
 #[test]
 fn an_encrypted_volume_is_never_staged_in_plain() {
     for access_type in [AccessType::Mount(MountVolume::default()), AccessType::Block(BlockVolume {})] {

@@ -20,7 +20,7 @@ use crate::sys::block::{Access, Device};
 use crate::sys::dm::{self, CryptTable};
 use crate::sys::random;
 use crate::sys::scsi::{self, Disk};
-use crate::{format, identity, kill, probe};
+use crate::{format, identity, kill, metrics, probe};
 
 /// dm-crypt's sectors.
 const SECTOR_BYTES: u64 = 512;
@@ -41,6 +41,8 @@ impl Node {
             uuid: format::luks_uuid(&want.volume),
             kdf: encryption.kdf,
         };
+        // The disk may have grown before there is a filesystem: then the zeros are no longer where a probe looks, and the mark is.
+        let inside = if matches!(want.access, Shown::Filesystem(_)) { Some(probe::mark(&want.volume)?) } else { None };
         let inside_bytes = luks.segment().mapping_sectors(disk.size_bytes)? * SECTOR_BYTES;
         if let (MayFormat::May(options), Shown::Filesystem(_)) = (&want.format, &want.access) {
             // What does not fit inside is refused before the disk is touched.
@@ -50,8 +52,8 @@ impl Node {
         let material = Material::draw(random::fill)?;
         let blank: Vec<Range<u64>> = probe::looked_at(inside_bytes);
         let writes = {
-            let _alone = self.derive_alone(encryption.kdf.memory_kib())?;
-            luks.plan(passphrases.current(), &material, &blank, noise()?)?
+            let _alone = self.derive_alone(None, encryption.kdf.memory_kib())?;
+            luks.plan_marked(passphrases.current(), &material, &blank, inside.as_ref(), noise()?)?
         };
         let derived_ms = begun.elapsed().as_millis();
         let _one_of_few = self.workers.take()?;
@@ -110,7 +112,8 @@ impl Node {
     }
 
     /// The volume key, by the current passphrase. By the previous one, where only that opens: then the current one gets a
-    /// keyslot. Where both are given, keyslots of the previous one go, once the current one has been seen to open.
+    /// keyslot. Where both are given, keyslots of the previous one go, once the current one has been seen to open. What of that cannot be
+    /// done is left to the next stage: the volume is open all the same.
     fn unlock_and_rotate(
         &self,
         volume: &Volume,
@@ -131,7 +134,7 @@ impl Node {
                 }
                 return Ok(key);
             }
-            (Err(refused @ (Cause::WrongPassphrase(_) | Cause::KeyslotMemory(_))), Some(_)) => refused,
+            (Err(refused @ (Cause::WrongPassphrase(_) | Cause::KeyslotCost(_))), Some(_)) => refused,
             (Err(cause), _) => return Err(cause),
         };
         let Some(previous) = passphrases.previous() else { return Err(refused) };
@@ -141,26 +144,44 @@ impl Node {
             other => other,
         })?;
         if disk.read_only || header.version == luks::Version::Luks1 {
-            proto::warn!(
-                "{volume}: keyslot {old} opens with the previous passphrase only, and stays: the disk is read-only, or its header LUKS1"
+            outstanding(
+                volume,
+                &format!("keyslot {old} opens with the previous passphrase only: the disk is read-only, or its header LUKS1"),
             );
             return Ok(key);
         }
-        let number = self.add_keyslot(encryption, device, header, passphrases.current(), &key)?;
+        let (number, writes) = match self.plan_keyslot(encryption, header, passphrases.current(), &key) {
+            Ok(planned) => planned,
+            // Nothing is written yet.
+            Err(why @ (Cause::KeyslotCost(_) | Cause::Luks(_) | Cause::Geometry(_))) => {
+                outstanding(volume, &format!("keyslot {old} opens with the previous passphrase only, and the new one gets none: {why}"));
+                return Ok(key);
+            }
+            Err(why) => return Err(why),
+        };
+        kill::inside("add-keyslot");
+        format::execute(device, writes, &self.stop)?;
+        kill::inside("keyslot-added");
+        *header = read_header(device)?;
+        match self.try_keyslot(header, device, number, passphrases.current())? {
+            Some(opened) if opened == key => (),
+            Some(_) | None => {
+                return Err(Cause::Luks(format!("the new keyslot {number} does not open; the previous passphrase still does")));
+            }
+        }
         proto::info!("{volume}: the new passphrase has keyslot {number}");
         self.remove_previous(volume, device, header, number, previous)?;
         Ok(key)
     }
 
-    /// Gives the passphrase a keyslot, and opens the volume by it before it answers its number.
-    fn add_keyslot(
+    /// Another keyslot for the passphrase: its number, and what makes it.
+    fn plan_keyslot(
         &self,
         encryption: &Encryption,
-        device: &Device,
-        header: &mut Header,
+        header: &Header,
         passphrase: &[u8],
         key: &VolumeKey,
-    ) -> Result<u8, Cause> {
+    ) -> Result<(u8, Vec<Write>), Cause> {
         let drawn = Material::draw(random::fill)?;
         let new = NewKeyslot {
             passphrase,
@@ -169,30 +190,25 @@ impl Node {
             stripes: drawn.stripes,
             header_salts: drawn.header_salts,
         };
-        let (number, writes) = {
-            let _alone = self.derive_alone(encryption.kdf.memory_kib())?;
-            header.add_keyslot(key, &new, noise()?)?
-        };
-        kill::inside("add-keyslot");
-        format::execute(device, writes, &self.stop)?;
-        kill::inside("keyslot-added");
-        *header = read_header(device)?;
-        match self.try_keyslot(header, device, number, passphrase)? {
-            Some(opened) if opened == *key => Ok(number),
-            Some(_) | None => Err(Cause::Luks(format!("the new keyslot {number} does not open; the previous passphrase still does"))),
-        }
+        let _alone = self.derive_alone(None, encryption.kdf.memory_kib())?;
+        Ok(header.add_keyslot(key, &new, noise()?)?)
     }
 
     /// Removes the keyslots that the previous passphrase opens; `keep` has just opened with the current one.
     fn remove_previous(&self, volume: &Volume, device: &Device, header: &mut Header, keep: u8, previous: &[u8]) -> Result<(), Cause> {
-        let others: Vec<u8> = header.keyslots.iter().map(|slot: &Keyslot| slot.number).filter(|number| *number != keep).collect();
+        let affordable = header.affordable();
+        let (others, dear): (Vec<u8>, Vec<u8>) =
+            header.keyslots.iter().map(|slot| slot.number).filter(|number| *number != keep).partition(|number| affordable.contains(number));
+        if !dear.is_empty() {
+            outstanding(volume, &format!("trying keyslots {dear:?} with the previous passphrase, too, would take more than a call may"));
+        }
         for number in others {
             match self.try_keyslot(header, device, number, previous) {
                 Ok(Some(_)) => (),
                 Ok(None) => continue,
                 // What cannot be tried may be anybody's.
-                Err(cause @ (Cause::KeyslotMemory(_) | Cause::Luks(_))) => {
-                    proto::warn!("{volume}: keyslot {number} could not be tried with the previous passphrase, and stays: {cause}");
+                Err(cause @ (Cause::KeyslotCost(_) | Cause::Luks(_))) => {
+                    outstanding(volume, &format!("keyslot {number} could not be tried with the previous passphrase, and stays: {cause}"));
                     continue;
                 }
                 Err(cause) => return Err(cause),
@@ -212,34 +228,38 @@ impl Node {
     }
 
     fn unlock(&self, header: &Header, device: &Device, passphrase: &[u8]) -> Result<(u8, VolumeKey), Cause> {
-        let _alone = self.kdf.take().map_err(busy)?;
-        let room = self.memory()?;
-        header.unlock(passphrase, room.free_kib, &mut |offset, buffer| read(device, offset, buffer)).map_err(|error| {
-            match Cause::from(error) {
-                Cause::KeyslotMemory(why) => Cause::KeyslotMemory(format!("{why}; {room}")),
-                cause => cause,
-            }
-        })
+        header.unlock(passphrase, &mut |offset, buffer| read(device, offset, buffer), |slot| self.admit(slot))
     }
 
     fn try_keyslot(&self, header: &Header, device: &Device, number: u8, passphrase: &[u8]) -> Result<Option<VolumeKey>, Cause> {
-        let _alone = self.derive_alone(header.keyslot_memory_kib(number).unwrap_or_default())?;
-        Ok(header.unlock_keyslot(number, passphrase, &mut |offset, buffer| read(device, offset, buffer))?)
+        header.unlock_keyslot(number, passphrase, &mut |offset, buffer| read(device, offset, buffer), |slot| self.admit(slot))
     }
 
-    /// The place of the one key derivation, where there is memory for it.
-    pub(super) fn derive_alone(&self, needs_kib: u64) -> Result<Slot<'_>, Cause> {
+    /// The place of the one key derivation for one keyslot, whose bytes have been read. The inner error: there is no memory for this one.
+    fn admit(&self, slot: &Keyslot) -> Result<Result<Slot<'_>, Cause>, Cause> {
+        match self.derive_alone(Some(slot.number), slot.kdf.memory_kib()) {
+            Err(why @ Cause::KeyslotCost(_)) => Ok(Err(why)),
+            taken => taken.map(Ok),
+        }
+    }
+
+    /// The place of the one key derivation, where there is memory for it. No disk is read or written by who holds it.
+    pub(super) fn derive_alone(&self, keyslot: Option<u8>, needs_kib: u64) -> Result<Slot<'_>, Cause> {
         let alone = self.kdf.take().map_err(busy)?;
         let room = self.memory()?;
         if needs_kib <= room.free_kib {
             return Ok(alone);
         }
-        Err(Cause::KeyslotMemory(format!(
-            "the keyslot needs {} MiB of memory, the pod's limit leaves {} MiB: raise the node container's memory limit, or choose less with \
-             luksKdfMemory, or luksKdf pbkdf2; {room}",
-            needs_kib.div_ceil(1024),
-            room.free_kib / 1024
-        )))
+        let why = match keyslot {
+            Some(keyslot) => luks::Error::KeyslotMemory { keyslot, needs_kib, limit_kib: room.free_kib }.to_string(),
+            None => format!(
+                "the new keyslot needs {} MiB of memory, the pod's limit leaves {} MiB: raise the node container's memory limit, or choose less \
+                 with luksKdfMemory, or luksKdf pbkdf2",
+                needs_kib.div_ceil(1024),
+                room.free_kib / 1024
+            ),
+        };
+        Err(Cause::KeyslotCost(format!("{why}; {room}")))
     }
 
     /// Lets the mapping have all of its disk, while it is in use. The key is the live one where the kernel gives it out again,
@@ -291,6 +311,12 @@ fn noise() -> Result<impl luks::Noise, Cause> {
     let mut key = Zeroizing::new([0; NOISE_KEY_BYTES]);
     random::fill(key.as_mut_slice())?;
     Ok(Material::noise(&key)?)
+}
+
+/// The volume is open, by a passphrase that is to go: that is said, and counted, until it is done.
+fn outstanding(volume: &Volume, why: &str) {
+    metrics::ROTATIONS_OUTSTANDING.add();
+    proto::warn!("{volume}: the replacement of its passphrase is outstanding, and tried again by the next stage: {why}");
 }
 
 /// All places being taken has another reason here.

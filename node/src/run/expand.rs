@@ -21,9 +21,9 @@ impl Node {
     /// See [`Error`]; repeating the call goes on where it stopped.
     pub fn expand(&self, want: &ExpandRequest, passphrases: Option<&Passphrases>) -> Result<u64, Error> {
         const DOING: &str = "expand";
-        let mut tried = false;
+        let mut tried = None;
         for _ in 0..MAX_TURNS {
-            let (seen, medium, room) = self.look_expand(want, tried).at(DOING, &want.volume, "look")?;
+            let (seen, medium, room) = self.look_expand(want, tried.is_some()).at(DOING, &want.volume, "look")?;
             let step = plan::next_expand_step(want, &seen).at(DOING, &want.volume, "")?;
             let (Some(step), Some(medium)) = (step, medium) else { return Ok(seen.size_bytes) };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
@@ -35,13 +35,14 @@ impl Node {
                 (ExpandStep::GrowMapping, _) => {
                     self.grow_mapping(&want.volume, &medium, passphrases).at(DOING, &want.volume, "grow the mapping")?;
                 }
-                (ExpandStep::Grow, Some(room)) if tried => {
+                // Not so where the disk has grown once more meanwhile.
+                (ExpandStep::Grow, Some(room)) if tried == Some(room.wanted_blocks) => {
                     return Err(failed(DOING, &want.volume, "grow the filesystem", room.not_grown()));
                 }
                 (ExpandStep::Grow, Some(room)) => {
                     let point = self.writable_point(&medium, &want.path).at(DOING, &want.volume, "look")?;
                     grow(&point, medium.dev(), room).at(DOING, &want.volume, "grow the filesystem")?;
-                    tried = true;
+                    tried = Some(room.wanted_blocks);
                 }
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
             }

@@ -70,6 +70,7 @@ fn ours() -> FakeDisk {
     FakeDisk::new(0, 1).serial(&volume(HANDLE).serial)
 }
 
+/// W15: what is mounted at the staging path is the volume's only if its disk is.
 #[test]
 fn whose_a_staging_mount_is() {
     assert_eq!(Bench::new(&[]).staging(), Mount::None);
@@ -152,6 +153,45 @@ fn unpublish_removes_what_publish_made_and_nothing_else() {
     assert_eq!(fs::read(bench.path("full")).unwrap(), b"data");
 }
 
+/// W11: `findmnt --target` finds a filesystem above any path that exists; the pod would have written to the node's own disk.
+#[test]
+fn a_staging_path_that_is_no_mountpoint_is_not_published() {
+    // All of kubelet's folder is a mount, as on most nodes: of another device, or of this volume's very disk.
+    for above in ["259:1", "8:0"] {
+        let bench = Bench::new(&[(above, "", "xfs")]);
+        bench.plug(&ours());
+        fs::create_dir(bench.path("staging")).unwrap();
+        let want = PublishRequest {
+            volume: volume(HANDLE),
+            target: bench.path("target"),
+            source: PublishSource::Staging(bench.path("staging")),
+            read_only: false,
+            single_target: false,
+        };
+        for _ in 0..2 {
+            assert_eq!(*bench.node.publish(&want).unwrap_err().cause, Cause::Refused(crate::plan::Refusal::NotStaged), "{above}");
+        }
+        assert!(fs::symlink_metadata(bench.path("target")).is_err(), "nothing was made at the target");
+    }
+}
+
+/// W12: an unstage of a path that is no mountpoint trimmed the host's filesystem, closed its mapping and set its disk offline.
+#[test]
+fn an_unstage_of_a_plain_folder_touches_no_disk() {
+    // kubelet's folder is on a SCSI disk of the node's own, which is called as a volume's could be.
+    let bench = Bench::new(&[("8:16", "", "ext4")]);
+    let node_disk = FakeDisk::new(0, 0).named("sdb", 16).plug(&bench.node.sysfs);
+    fs::create_dir(bench.path("staging")).unwrap();
+    let want = UnstageRequest { volume: volume(HANDLE), staging: bench.path("staging") };
+    for _ in 0..2 {
+        bench.node.unstage(&want).unwrap();
+    }
+    assert!(fs::symlink_metadata(bench.path("staging")).is_err());
+    assert_eq!(fs::read(node_disk.join("state")).unwrap(), b"running\n");
+    assert_eq!(fs::read(node_disk.join("rescan")).unwrap(), b"");
+}
+
+/// W12: what is mounted there is not the volume's: it stays, and so does what is in an unmounted folder.
 #[test]
 fn unstage_leaves_a_foreign_mount_and_a_filled_folder() {
     let bench = Bench::new(&[("0:35", "foreign", "tmpfs")]);
@@ -274,6 +314,32 @@ fn a_place_that_stays_taken_is_waited_for_no_longer_than_said() {
 }
 
 #[test]
+fn places_are_given_in_the_order_in_which_they_were_asked_for() {
+    let (slots, order) = (Slots::new(1), Mutex::new(Vec::new()));
+    let waiting = |count: usize| {
+        while slots.queue.lock().unwrap().waiting.len() != count {
+            std::thread::yield_now()
+        }
+    };
+    std::thread::scope(|scope| {
+        let held = slots.take().unwrap();
+        for number in 0..4 {
+            let (slots, order) = (&slots, &order);
+            scope.spawn(move || {
+                let _place = slots.take().unwrap();
+                order.lock().unwrap().push(number);
+            });
+            waiting(number + 1);
+        }
+        drop(held);
+        // One who has just had it comes after those who wait.
+        let _again = slots.take().unwrap();
+        order.lock().unwrap().push(9);
+    });
+    assert_eq!(*order.lock().unwrap(), [0, 1, 2, 3, 9]);
+}
+
+#[test]
 fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
     let bench = Bench::new(&[("8:0", "shown", "btrfs")]);
     bench.plug(&ours());
@@ -305,14 +371,14 @@ fn a_keyslot_that_needs_more_memory_than_there_is_is_a_sentence_with_both_number
     fs::create_dir_all(&group).unwrap();
     fs::write(group.join("memory.max"), format!("{}\n", 192 << 20)).unwrap();
     fs::write(group.join("memory.current"), format!("{}\n", 12 << 20)).unwrap();
-    drop(bench.node.derive_alone(64 << 10).unwrap());
-    let Some(Cause::KeyslotMemory(why)) = bench.node.derive_alone(1 << 20).err() else { panic!() };
+    drop(bench.node.derive_alone(None, 64 << 10).unwrap());
+    let Some(Cause::KeyslotCost(why)) = bench.node.derive_alone(Some(3), 1 << 20).err() else { panic!() };
     assert!(
-        why.contains("needs 1024 MiB") && why.contains("leaves 180 MiB") && why.contains("192 MiB") | why.contains("196608 KiB"),
+        why.contains("keyslot 3 needs 1024 MiB") && why.contains("leaves 180 MiB") && why.contains("192 MiB") | why.contains("196608 KiB"),
         "{why}"
     );
     // The place is free again.
-    drop(bench.node.derive_alone(0).unwrap());
+    drop(bench.node.derive_alone(None, 0).unwrap());
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Device-mapper by its ioctls: dm-crypt mappings listed, made, grown and removed.
 //!
 //! Interface: include/uapi/linux/dm-ioctl.h and drivers/md/dm-ioctl.c. A mapping that cannot be finished is taken away again
-//! (create or undo). A key is in the kernel's keyrings only while its mapping is there: it is given after DEV_CREATE and
-//! taken back before DEV_REMOVE, so that what a sudden end leaves is found by the mapping.
+//! (create or undo). A key is given to the kernel's keyrings after DEV_CREATE, so that what a sudden end leaves is found by the
+//! mapping, and taken back after DEV_REMOVE: a mapping that cannot be removed can still be grown. What a sudden end leaves there,
+//! the next start finds ([`forget_keys_of_gone`]).
 
 mod call;
 mod message;
@@ -34,6 +35,8 @@ const UDEV_COOKIE: u32 = 0x0040_0000;
 const UNDO_TRIES: u32 = 40;
 /// Between two of them.
 const UNDO_EVERY: Duration = Duration::from_millis(25);
+/// Stands for a table that is longer than any that could be ours.
+pub const LONG_TABLE: &str = "(a table longer than 1 MiB)";
 /// The target's name, and its module's: dm-crypt.
 const CRYPT: &str = "crypt";
 
@@ -54,7 +57,8 @@ pub struct Mapping {
     pub read_only: bool,
     /// A table is loaded that a resume would put in force.
     pub has_other_table: bool,
-    /// Its table in force. Empty: there is none yet, it was left half made.
+    /// Its table in force. Empty: there is none yet, it was left half made. One that is too long to be read, which no table of
+    /// dm-crypt alone is, is a single target of the kind [`LONG_TABLE`].
     pub targets: Vec<Target>,
 }
 
@@ -274,12 +278,12 @@ pub fn resume(devices: &Path, mapping: &Mapping) -> Result<(), Error> {
 /// # Errors
 /// EBUSY: something still holds it. Ask again when [`Mapping::open_count`] is 0.
 pub fn remove(devices: &Path, mapping: &Mapping) -> Result<(), Error> {
-    // Where keyrings are refused, there is no key of ours.
-    let _ = keyring::forget(&mapping.uuid);
-    kill::inside("key-forgotten");
     let (control, subject) = (node::control(devices)?, devices.join("mapper").join(&mapping.name));
     It::of(&control, devices, &subject, mapping).remove()?;
     kill::inside("removed");
+    // Where keyrings are refused, there is no key of ours.
+    let _ = keyring::forget(&mapping.uuid);
+    kill::inside("key-forgotten");
     node::forget(devices, &mapping.name, mapping.dev)
 }
 

@@ -17,6 +17,10 @@ pub const NODE_PORT: u16 = 10000;
 pub const NODE_ROOT: &str = "/node";
 /// The node agent's CSI socket, as PID 1 sees it; `/csi/csi.sock` inside [`NODE_ROOT`].
 pub const NODE_SOCKET: &str = "/node/csi/csi.sock";
+/// TCP port in the guest that leads to [`REGISTRATION_SOCKET`].
+pub const REGISTRATION_PORT: u16 = 10001;
+/// What the agent offers to kubelet in its `plugins_registry`, as PID 1 sees it.
+pub const REGISTRATION_SOCKET: &str = "/node/var/lib/kubelet/plugins_registry/csi.proxmox.sinextra.dev-reg.sock";
 /// The kernel modules in the order to load them, one file a line.
 pub const MODULES: &str = "/modules/order";
 /// Begins each line of PID 1 on the console.

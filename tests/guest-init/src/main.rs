@@ -18,7 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use guest_init::{CONSOLE_PREFIX, CONTROL_PORT, FAILURE, MODULES, NODE_PORT, NODE_ROOT, NODE_SOCKET};
+use guest_init::{
+    CONSOLE_PREFIX, CONTROL_PORT, FAILURE, MODULES, NODE_PORT, NODE_ROOT, NODE_SOCKET, REGISTRATION_PORT, REGISTRATION_SOCKET,
+};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::system::RebootCommand;
 
@@ -60,8 +62,10 @@ fn set_up_and_serve() -> Result<std::convert::Infallible> {
     mounts()?;
     modules()?;
     network::up("eth0", Ipv4Addr::new(10, 0, 2, 15), 24, Ipv4Addr::new(10, 0, 2, 2))?;
-    let node = TcpListener::bind((Ipv4Addr::UNSPECIFIED, NODE_PORT)).context("listen for the node's socket")?;
-    std::thread::Builder::new().spawn(move || forward(&node)).context("start the forwarding thread")?;
+    for (port, socket) in [(NODE_PORT, NODE_SOCKET), (REGISTRATION_PORT, REGISTRATION_SOCKET)] {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).with_context(|| format!("listen for {socket}"))?;
+        std::thread::Builder::new().spawn(move || forward(&listener, socket)).context("start the forwarding thread")?;
+    }
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, CONTROL_PORT)).context("listen for the harness")?;
     println!("{CONSOLE_PREFIX}ready");
     let jobs = Arc::new(jobs::Jobs::default());
@@ -100,12 +104,12 @@ fn modules() -> Result<()> {
     Ok(())
 }
 
-/// Carries each connection to the node's socket. While the node is not there, the caller sees its connection closed.
-fn forward(listener: &TcpListener) {
+/// Carries each connection to the node's socket. While that is not there, the caller sees its connection closed.
+fn forward(listener: &TcpListener, socket: &str) {
     for stream in listener.incoming().flatten() {
-        let Ok(node) = UnixStream::connect(NODE_SOCKET) else { continue };
+        let Ok(node) = UnixStream::connect(socket) else { continue };
         if let Err(error) = splice(stream, node) {
-            println!("{CONSOLE_PREFIX}forward to {NODE_SOCKET}: {error}");
+            println!("{CONSOLE_PREFIX}forward to {socket}: {error}");
         }
     }
 }

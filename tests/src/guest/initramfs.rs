@@ -8,17 +8,17 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail, ensure};
 use guest_init::MODULES;
 
-use super::Profile;
+use super::{Architecture, Profile};
 use crate::tools;
 
 /// Enough for disks, network and filesystems; what they need in turn is read from the modules. ext4 itself is built in.
 /// `crc32c_intel`: without it, libcrc32c takes the slow generic one.
 const WANTED_MODULES: [&str; 6] = ["virtio_pci", "virtio_net", "virtio_scsi", "sd_mod", "crc32c_intel", "xfs"];
-/// dm-crypt with the ciphers of LUKS. `ecb` and `xts` are asked for by name, which no dependency shows.
-const ENCRYPTION_MODULES: [&str; 4] = ["ecb", "xts", "aesni_intel", "dm_crypt"];
+/// dm-crypt with the ciphers of LUKS. `ecb` and `xts` are asked for by name, which no dependency shows. AES by the processor's own
+/// instructions is called by its architecture.
+const ENCRYPTION_MODULES: [&str; 5] = ["ecb", "xts", "aesni_intel", "aes_ce_blk", "dm_crypt"];
 /// The kernel's ciphers for programs, AF_ALG.
 const USER_CRYPTO_MODULES: [&str; 2] = ["af_alg", "algif_skcipher"];
-const TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// A cloud kernel as `scripts/tools` unpacks it.
 #[derive(Debug)]
@@ -27,11 +27,12 @@ pub(super) struct Kernel {
     /// Module name (with `_`) → file, relative to [`Kernel::folder`].
     modules: BTreeMap<String, PathBuf>,
     folder: PathBuf,
+    architecture: Architecture,
 }
 
 impl Kernel {
-    pub(super) fn find(series: &str) -> Result<Self> {
-        let root = tools::cache().join(format!("kernel-{series}"));
+    pub(super) fn find(series: &str, architecture: Architecture) -> Result<Self> {
+        let root = tools::cache().join(format!("kernel-{series}{}", architecture.kernel_suffix()));
         let only = |folder: PathBuf, prefix: &str| -> Result<PathBuf> {
             let entries = std::fs::read_dir(&folder).with_context(|| format!("{}: run scripts/tools demo", folder.display()))?;
             let found = entries.filter_map(|entry| Some(entry.ok()?.path())).find(|path| name(path).starts_with(prefix));
@@ -41,7 +42,7 @@ impl Kernel {
         let folder = only(root.join("lib/modules"), series)?;
         let order = std::fs::read_to_string(folder.join("modules.order")).context("read modules.order")?;
         let modules = order.lines().map(|line| (name(Path::new(line)).trim_end_matches(".ko").replace('-', "_"), line.into())).collect();
-        Ok(Self { image, modules, folder })
+        Ok(Self { image, modules, folder, architecture })
     }
 
     /// The wanted modules and what they depend on, in loading order: file name in the guest and bytes.
@@ -89,32 +90,36 @@ fn depends(module: &[u8]) -> Option<Vec<String>> {
     Some(names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect())
 }
 
-/// PID 1, built once per process; `$PROXMOX_CSI_GUEST_INIT` names one built before.
-fn guest_init() -> Result<PathBuf> {
-    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    if let Some(path) = std::env::var_os("PROXMOX_CSI_GUEST_INIT") {
-        return Ok(path.into());
-    }
-    BUILT.get_or_init(|| build_guest_init().map_err(|error| format!("{error:#}"))).clone().map_err(anyhow::Error::msg)
+/// PID 1, built once per process; `$PROXMOX_CSI_GUEST_INIT` names one built before, for x86_64.
+fn guest_init(architecture: Architecture) -> Result<PathBuf> {
+    static BUILT: [OnceLock<Result<PathBuf, String>>; 2] = [OnceLock::new(), OnceLock::new()];
+    let [x86_64, aarch64] = &BUILT;
+    let built = match (architecture, std::env::var_os("PROXMOX_CSI_GUEST_INIT")) {
+        (Architecture::X86_64, Some(path)) => return Ok(path.into()),
+        (Architecture::X86_64, None) => x86_64,
+        (Architecture::Aarch64, _) => aarch64,
+    };
+    let build = || build_guest_init(architecture.target()).map_err(|error| format!("{error:#}"));
+    built.get_or_init(build).clone().map_err(anyhow::Error::msg)
 }
 
-fn build_guest_init() -> Result<PathBuf> {
+fn build_guest_init(triple: &str) -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let output = Command::new("cargo")
-        .args(["build", "--quiet", "--release", "--target", TARGET, "-p", "proxmox-csi-guest-init", "--bin", "guest-init"])
+        .args(["build", "--quiet", "--release", "--target", triple, "-p", "proxmox-csi-guest-init", "--bin", "guest-init"])
         .current_dir(&root)
         .output()
         .context("start cargo for the guest's PID 1")?;
     if !output.status.success() {
         bail!("cargo build of the guest's PID 1: {}", String::from_utf8_lossy(&output.stderr).trim_end());
     }
-    Ok(target.join(TARGET).join("release/guest-init"))
+    Ok(target.join(triple).join("release/guest-init"))
 }
 
 /// Writes the archive. `files` are (path in the guest, file here); each keeps whether it is executable.
 pub(super) fn write(to: &Path, kernel: &Kernel, profile: Profile, files: &[(String, PathBuf)]) -> Result<()> {
-    let init = guest_init()?;
+    let init = guest_init(kernel.architecture)?;
     let mut archive = Cpio::default();
     // The kernel opens it for PID 1's input and output before anything is mounted.
     archive.entry("dev/console", 0o020_600, (5, 1), &[]);

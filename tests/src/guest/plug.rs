@@ -9,9 +9,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::ScsiHardware;
 use super::qmp::Qmp;
-use super::wait;
+use super::{Architecture, ScsiHardware, wait};
 use crate::machine::{Machine, PluggedDrive};
 
 /// Proxmox looks 6 times, once a second, for a device to come or a disk to go.
@@ -24,11 +23,12 @@ const CONTROLLER_LIMIT: Duration = Duration::from_secs(16);
 pub(super) struct Qemu {
     qmp: Mutex<Qmp>,
     scsi_hardware: ScsiHardware,
+    architecture: Architecture,
 }
 
 impl Qemu {
-    pub(super) fn connect(socket: &Path, scsi_hardware: ScsiHardware) -> Result<Self, String> {
-        Ok(Self { qmp: Mutex::new(Qmp::connect(socket)?), scsi_hardware })
+    pub(super) fn connect(socket: &Path, scsi_hardware: ScsiHardware, architecture: Architecture) -> Result<Self, String> {
+        Ok(Self { qmp: Mutex::new(Qmp::connect(socket)?), scsi_hardware, architecture })
     }
 
     pub(super) fn monitor(&self) -> MutexGuard<'_, Qmp> {
@@ -49,7 +49,11 @@ impl Qemu {
             } else {
                 String::new()
             };
-            qmp.human(&format!("device_add driver=virtio-scsi-pci,id={id},bus=pci.3,addr={:#x}{thread}", u16::from(index) + 1))?;
+            let place = match self.architecture {
+                Architecture::X86_64 => format!("bus=pci.3,addr={:#x}", u16::from(index) + 1),
+                Architecture::Aarch64 => format!("bus=port{index}"),
+            };
+            qmp.human(&format!("device_add driver=virtio-scsi-pci,id={id},{place}{thread}"))?;
             let seen = wait::until(DEVICE_LIMIT, || has_pci_device(qmp, &id).map(|there| there.then_some(())))?;
             seen.ok_or_else(|| format!("error on hotplug device '{id}'"))?;
         }

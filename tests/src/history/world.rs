@@ -414,10 +414,11 @@ impl World {
     /// # Errors
     /// As [`World::calm`].
     pub async fn admit(&mut self, waiting: &Waiting) -> Result<()> {
+        // No two steps are at the same moment. What only waited for this moment goes first: it and the one let in would race.
+        self.pass(TICK).await?;
         self.note(format!("{} {} {}", waiting.door, if waiting.answer { "<-" } else { "->" }, waiting.request));
         self.sim.admit(waiting);
-        // No two steps are at the same moment.
-        self.pass(TICK).await
+        self.calm().await
     }
 
     /// Simulated time passes.

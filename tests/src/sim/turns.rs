@@ -18,13 +18,21 @@ pub struct Waiting {
     pub door: String,
     /// `POST /nodes/pve1/qemu/101/config digest=…&scsi1=…`
     pub request: String,
-    /// From 1; the same for those that wait at once and cannot be told apart.
+    /// From 1; the same for those that wait at once and say the same: of these the client's earlier call goes first.
     pub nth: u32,
+}
+
+#[derive(Debug)]
+struct Turn {
+    what: Waiting,
+    /// The client's own number of the call. Who comes first is chance: threads of the client race.
+    number: u64,
+    go: oneshot::Sender<()>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    waiting: Vec<(Waiting, oneshot::Sender<()>)>,
+    waiting: Vec<Turn>,
     working: usize,
     /// Requests that were let in, by door and text.
     seen: BTreeMap<(String, String), u32>,
@@ -43,6 +51,7 @@ pub(crate) struct Working {
     turns: Turns,
     door: String,
     request: String,
+    number: u64,
 }
 
 impl Turns {
@@ -51,7 +60,7 @@ impl Turns {
     }
 
     /// Waits to be let in; `None`: the door is shut.
-    pub(crate) async fn arrive(&self, door: &str, request: &str) -> Option<Working> {
+    pub(crate) async fn arrive(&self, door: &str, request: &str, number: u64) -> Option<Working> {
         let turn = {
             let mut state = self.state();
             if state.shut.contains(door) {
@@ -60,16 +69,16 @@ impl Turns {
             let (door, request) = (door.to_owned(), request.to_owned());
             let nth = state.seen.get(&(door.clone(), request.clone())).copied().unwrap_or_default() + 1;
             let (go, turn) = oneshot::channel();
-            state.waiting.push((Waiting { answer: false, door, request, nth }, go));
+            state.waiting.push(Turn { what: Waiting { answer: false, door, request, nth }, number, go });
             turn
         };
         turn.await.ok()?;
-        Some(Working { turns: self.clone(), door: door.to_owned(), request: request.to_owned() })
+        Some(Working { turns: self.clone(), door: door.to_owned(), request: request.to_owned(), number })
     }
 
     /// Who waits, in an order that does not depend on who came first.
     pub(crate) fn waiting(&self) -> Vec<Waiting> {
-        let mut waiting: Vec<Waiting> = self.state().waiting.iter().map(|(waiting, _)| waiting.clone()).collect();
+        let mut waiting: Vec<Waiting> = self.state().waiting.iter().map(|turn| turn.what.clone()).collect();
         waiting.sort();
         waiting
     }
@@ -87,8 +96,9 @@ impl Turns {
     /// Lets one in; false: none such waits.
     pub(crate) fn admit(&self, wanted: &Waiting, at: &str) -> bool {
         let mut state = self.state();
-        let Some(place) = state.waiting.iter().position(|(waiting, _)| waiting == wanted) else { return false };
-        let (waiting, go) = state.waiting.swap_remove(place);
+        let alike = state.waiting.iter().enumerate().filter(|(_, turn)| turn.what == *wanted);
+        let Some((place, _)) = alike.min_by_key(|(_, turn)| turn.number) else { return false };
+        let Turn { what: waiting, go, .. } = state.waiting.swap_remove(place);
         if !waiting.answer {
             state.log.push(format!("{at} {}: {}", waiting.door, waiting.request));
             *state.seen.entry((waiting.door, waiting.request)).or_default() += 1;
@@ -104,7 +114,7 @@ impl Turns {
     pub(crate) fn shut(&self, door: &str) {
         let mut state = self.state();
         state.shut.insert(door.to_owned());
-        state.waiting.retain(|(waiting, _)| waiting.door != door);
+        state.waiting.retain(|turn| turn.what.door != door);
     }
 
     pub(crate) fn log(&self) -> Vec<String> {
@@ -123,7 +133,7 @@ impl Working {
             let key = (self.door.clone(), self.request.clone());
             let nth = state.seen.get(&key).copied().unwrap_or_default();
             let (go, turn) = oneshot::channel();
-            state.waiting.push((Waiting { answer: true, door: key.0, request: key.1, nth }, go));
+            state.waiting.push(Turn { what: Waiting { answer: true, door: key.0, request: key.1, nth }, number: self.number, go });
             state.working = state.working.saturating_sub(1);
             turn
         };

@@ -100,7 +100,8 @@ pub fn memory() -> Result<String> {
     controller.calls().controller_publish_volume(publish).map_err(|status| anyhow!("publish: {status:?}"))?;
     row(&mut text, &format!("{} volumes and {VMS} VMs known", (VMS - 1) * VOLUMES_PER_VM), controller.resident_kib()?, 20)?;
     sim.reset_counters();
-    runtime().block_on(tokio::time::sleep(IDLE));
+    // The timer belongs to the runtime: made inside it.
+    runtime().block_on(async { tokio::time::sleep(IDLE).await });
     row(&mut text, "the same, idle since", controller.resident_kib()?, 20)?;
     let requests = sim.requests().len();
     writeln!(text, "\nRequests in {} s of idleness: {requests}.", IDLE.as_secs())?;

@@ -95,3 +95,81 @@ async fn kubernetes_that_does_not_answer_is_no_evidence() {
     }
     assert!(bed.traces(101, &free).is_empty());
 }
+
+/// The volume moved while pve2 was off; the host is back with the drive in VM 201, and the controller was restarted, with neither
+/// taint nor `fencedNodes` to tell of it. Kubernetes says which of the two has it.
+async fn back_again() -> (Bed, VolumeHandle, Kubernetes, ControllerService) {
+    let (bed, held, _) = dead_host().await;
+    let kubernetes = with_an_attachment(&held).await;
+    let by = controller(&kubernetes, &bed);
+    kubernetes.taint("node-201", true);
+    unpublish_by(&by, &held, "node-201/201").await.unwrap();
+    kubernetes.detached("pv-a", "node-201");
+    kubernetes.attachment("pv-a", "node-102", false);
+    publish_by(&by, &held, "node-102/102").await.unwrap();
+    kubernetes.attachment("pv-a", "node-102", true);
+    kubernetes.taint("node-201", false);
+    bed.sim.set_node_unreachable("pve2", None);
+    assert_eq!((bed.traces(201, &held).len(), bed.traces(102, &held).len()), (2, 2));
+    let fresh = controller(&kubernetes, &bed);
+    (bed, held, kubernetes, fresh)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_restart_a_leftover_is_derived_from_what_kubernetes_has_attached() {
+    for call in ["its publish again", "another volume to the old VM", "its publish to the old VM", "its unpublish"] {
+        let (bed, held, kubernetes, by) = back_again().await;
+        let other: VolumeHandle = "fsn1//san/vm-9999-b".parse().unwrap();
+        match call {
+            "its publish again" => drop(publish_by(&by, &held, "node-102/102").await.unwrap()),
+            "another volume to the old VM" => {
+                // The first call after a start has read everything that two VMs could have.
+                publish_by(&by, &other, "node-101/101").await.unwrap();
+                unpublish_by(&by, &other, "node-101/101").await.unwrap();
+                publish_by(&by, &other, "node-201/201").await.unwrap();
+                assert_eq!(bed.traces(201, &other).len(), 2);
+            }
+            "its publish to the old VM" => {
+                kubernetes.attachment("pv-a", "node-201", false);
+                let refused = publish_by(&by, &held, "node-201/201").await;
+                assert_refused(refused, Code::FailedPrecondition, &["VM 102 on pve1 has it configured"]);
+            }
+            _ => {
+                // Something was asked before, so that it is known who has what.
+                publish_by(&by, &other, "node-101/101").await.unwrap();
+                unpublish_by(&by, &held, "node-102/102").await.unwrap();
+                kubernetes.detached("pv-a", "node-102");
+                publish_by(&by, &held, "node-101/101").await.unwrap();
+            }
+        }
+        assert!(bed.traces(201, &held).is_empty(), "{call}: {:?}", bed.traces(201, &held));
+        let holder = if call == "its unpublish" { 101 } else { 102 };
+        assert_eq!(bed.traces(holder, &held).len(), 2, "{call}: nothing is lost");
+    }
+}
+
+/// What is no leftover for certain is left to a person: never is the only holder's taken, nor one that Kubernetes has attached,
+/// nor a drive that is not ours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_may_be_in_use_is_no_leftover() {
+    for case in ["the only holder", "attached by Kubernetes", "not ours", "Kubernetes does not answer"] {
+        let (bed, held, kubernetes, by) = back_again().await;
+        let mut target = 102;
+        match case {
+            "the only holder" => {
+                bed.sim.detach_by_hand(102, "scsi1");
+                target = 101;
+            }
+            "attached by Kubernetes" => kubernetes.attachment("pv-a", "node-201", true),
+            "not ours" => {
+                bed.sim.detach_by_hand(201, "scsi1");
+                bed.sim.attach_by_hand(201, "scsi7", &held.volid()).unwrap();
+            }
+            _ => kubernetes.breaks("GET /apis/storage.k8s.io/v1/volumeattachments", Some(500)),
+        }
+        let refused = publish_by(&by, &held, &format!("node-{target}/{target}")).await;
+        let code = refused.as_ref().unwrap_err().code();
+        assert!(matches!(code, Code::FailedPrecondition | Code::Unavailable), "{case}: {refused:?}");
+        assert_eq!(bed.traces(201, &held).len(), 2, "{case}");
+    }
+}

@@ -137,7 +137,7 @@ async fn one_pair(seed: u64) {
     race.until("the hand-over", HANDOVER_LIMIT, |race| race.world.serves(1)).await;
     race.rival = Some(race.world.call(1, &Rpc::Publish { volume, vm: other }).unwrap());
     // It goes on when the rival has its answer, or in the middle of that.
-    let early = of_name(seed, "early") % 2 == 0;
+    let early = of_name(seed, "early").is_multiple_of(2);
     for _ in 0..if early { of_name(seed, "cont") % 30 } else { 0 } {
         race.step().await;
     }

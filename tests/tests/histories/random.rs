@@ -17,7 +17,7 @@ fn seeds() -> std::ops::Range<u64> {
 #[test]
 fn the_same_seed_gives_the_same_log() {
     proto::log::set_level("error").unwrap();
-    for seed in 1..=6 {
+    for seed in 1..=12 {
         let run = |seed| match check(&History::new(seed)) {
             Ok(log) => log,
             Err(failure) => failure.log,

@@ -1,11 +1,18 @@
-//! The agent itself: what it gave up, and what it says of the machine.
+//! The agent itself: what it gave up, how kubelet gets to know it, and what it says of the machine.
 
 use std::time::Duration;
 
-use testbed::guest::{Ended, Guest, Program};
+use proto::csi::NodeGetInfoRequest;
+use proto::pluginregistration::registration_client::RegistrationClient;
+use proto::pluginregistration::{InfoRequest, RegistrationStatus};
+use testbed::calls::Calls;
+use testbed::guest::{Ended, Guest, GuestOptions, Program, wait};
 use testbed::machine::PluggedDrive;
 
-use crate::harness::{Agent, Image, MIB, handle, wait_for_size};
+use crate::harness::{Agent, Image, MIB, NODE_ID, SEEN_LIMIT, boot, handle, start_node, wait_for_size};
+
+/// kubelet's, as the agent's pod has it mounted.
+const PLUGINS_REGISTRY: &str = "/var/lib/kubelet/plugins_registry";
 
 /// A subcommand looks once and ends; under TCG on a loaded machine that takes a second.
 const SUBCOMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -24,7 +31,12 @@ fn exec(guest: &Guest, args: &[&str]) -> Ended {
 
 #[test]
 fn guest_agent_is_confined() {
-    let Some(agent) = Agent::start("confined") else { return };
+    let Some(guest) = boot(&GuestOptions::named("confined").with_node()) else { return };
+    guest.make_folder(&format!("/node{PLUGINS_REGISTRY}")).unwrap();
+    let socket = "/csi/csi.sock";
+    let job = start_node(&guest, &[("PLUGIN_REGISTRATION_PATH", PLUGINS_REGISTRY), ("KUBELET_REGISTRATION_PATH", socket)]);
+    let agent = Agent { calls: guest.node().unwrap(), guest, job };
+    kubelet_registers(&agent, socket);
     let status = agent.guest.read(&format!("/proc/{}/status", agent.job.pid)).unwrap();
     let value = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_string();
     // SYS_ADMIN 21, SYS_RESOURCE 24, DAC_READ_SEARCH 2, SYSLOG 34, MKNOD 27.
@@ -47,6 +59,32 @@ fn guest_agent_is_confined() {
     let (_, log) = agent.guest.output(agent.job).unwrap();
     assert!(!log.contains("could not be"), "{log}");
     agent.guest.power_off().unwrap();
+}
+
+/// kubelet's part, as pkg/kubelet/pluginmanager does it: GetInfo on the socket in its folder, NodeGetInfo on the endpoint that it was
+/// told, NotifyRegistrationStatus. From inside the confinement, which allows unix sockets alone.
+fn kubelet_registers(agent: &Agent, socket: &str) {
+    let offered = wait::until(SEEN_LIMIT, || {
+        let names = agent.guest.list(&format!("/node{PLUGINS_REGISTRY}"))?;
+        Ok::<_, anyhow::Error>(names.contains(&format!("{}-reg.sock", proto::DRIVER_NAME)).then_some(()))
+    });
+    assert!(offered.unwrap().is_some(), "nothing is offered to kubelet; {}", agent.guest.quote());
+    let kubelet = Calls::port(agent.guest.registration_port()).unwrap();
+    let mut registration = RegistrationClient::new(kubelet.channel());
+    let info = kubelet.wait(registration.get_info(InfoRequest {})).unwrap().into_inner();
+    assert_eq!((info.r#type.as_str(), info.name.as_str(), info.endpoint.as_str()), ("CSIPlugin", proto::DRIVER_NAME, socket));
+    assert_eq!(info.supported_versions, ["1.0.0"]);
+    let who = agent.calls.node_get_info(NodeGetInfoRequest {}).unwrap();
+    assert_eq!((who.node_id.as_str(), who.max_volumes_per_node), (NODE_ID, 29));
+    let registered = RegistrationStatus { plugin_registered: true, error: String::new() };
+    kubelet.wait(registration.notify_registration_status(registered)).unwrap();
+    let (_, log) = agent.guest.output(agent.job).unwrap();
+    assert!(log.contains("kubelet has not answered yet"), "{log}");
+    let is_ready = wait::until(SEEN_LIMIT, || {
+        let (_, log) = agent.guest.output(agent.job)?;
+        Ok::<_, anyhow::Error>(log.lines().any(|line| line.trim_end().ends_with("ready") && !line.contains("not ready")).then_some(()))
+    });
+    assert!(is_ready.unwrap().is_some(), "kubelet's word was not heard; {}", agent.guest.quote());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use aes::{Aes256, Block};
-use disk::luks::Header;
+use disk::luks::{Header, within};
 use testbed::tools;
 
 use crate::harness::Image;
@@ -39,7 +39,7 @@ pub(crate) fn decrypted(image: &Image, passphrase: &str) -> Image {
         Ok(())
     };
     let header = Header::read(image.size_bytes(), &mut read).unwrap();
-    let (_, key) = header.unlock(passphrase.as_bytes(), u64::MAX, &mut read).unwrap_or_else(|why| panic!("{why}"));
+    let (_, key) = header.unlock(passphrase.as_bytes(), &mut read, within(u64::MAX)).unwrap_or_else(|why| panic!("{why}"));
     assert_eq!((header.segment.cipher.as_str(), key.bytes().len()), ("aes-xts-plain64", 64));
     let half = |at: usize| Aes256::new_from_slice(&key.bytes()[at..at + 32]).unwrap();
     let (data, tweaks) = (half(0), half(32));

@@ -78,7 +78,7 @@ fn walks(name: &str, kernel: &str, profile: Profile, with_argon2id: bool) {
     agent.guest.power_off().unwrap();
 }
 
-/// argon2id on 6.1 is in `luks.rs`.
+/// argon2id on 6.1 is in `keys.rs`.
 #[test]
 fn guest_encrypted_on_a_node_like_talos() {
     walks("talos", "6.1", Profile::Talos, false);

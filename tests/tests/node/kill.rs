@@ -13,7 +13,7 @@ use testbed::tools;
 use tonic::Status;
 
 use crate::ciphertext::{assert_cryptsetup_opens, decrypted};
-use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, start_node};
+use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, start_node, wait_for_size};
 use crate::luks::{PASSPHRASE, encrypted, keyslots, mappings, volume_key};
 use crate::xfs::assert_clean_xfs;
 
@@ -265,8 +265,8 @@ const LUKS: Kind = Kind {
         "inside:stage:Open:key-held",
         "inside:stage:Open:loaded",
         "inside:expand:GrowMapping:loaded",
-        "inside:unstage:Close:key-forgotten",
         "inside:unstage:Close:removed",
+        "inside:unstage:Close:key-forgotten",
     ],
     ..EXT4
 };
@@ -353,6 +353,52 @@ fn guest_rotation_killed_at_every_point() {
             break;
         }
         assert!(lives <= MAX_LIVES, "points that no life comes to: {points:?}");
+    }
+    mortal.agent.guest.power_off().unwrap();
+}
+
+/// A LUKS volume is made, and the agent dies before there is a filesystem in it; then the controller grows the disk, and it is staged
+/// anew: what a probe of its new size looks at was never written.
+#[test]
+fn guest_a_volume_that_grew_before_its_filesystem_was_made() {
+    let Some(mut mortal) = Mortal::boot(&Kind { name: "grown-before", ..LUKS }) else { return };
+    let kinds = [
+        ("after:stage:Encrypt", "ext4", 64 * MIB, 96 * MIB, assert_clean as fn(&Image)),
+        ("after:stage:Encrypt", "xfs", 316 * MIB, 416 * MIB, XFS.judge),
+        // The mapping stays, and is smaller than its disk.
+        ("after:stage:Open", "ext4", 64 * MIB, 96 * MIB, assert_clean),
+    ];
+    for (number, (point, fstype, size_bytes, grown_bytes, judge)) in kinds.into_iter().enumerate() {
+        let image = Image::new(size_bytes);
+        let mut volume = mortal.volume(number, &image);
+        volume.capability = mount_capability(fstype);
+        let plug = |mortal: &Mortal<'_>| {
+            let drive = image.drive(LUN, volume.publish_context.get(SERIAL).map(String::as_str));
+            mortal.agent.guest.machine().plug(&drive).unwrap();
+            wait_for_size(&mortal.agent.guest, LUN, Some(image.size_bytes()));
+        };
+        plug(&mortal);
+        mortal.is_plugged = true;
+        mortal.restart(Some(point));
+        assert!(mortal.attempt("stage", &volume, &image).is_none(), "it does not die at {point}");
+        assert_eq!(image.read_at(0, 6), b"LUKS\xba\xbe");
+        if mappings(&mortal.agent).is_empty() {
+            mortal.agent.detach(LUN);
+            image.resize(grown_bytes);
+            plug(&mortal);
+        } else {
+            image.resize(grown_bytes);
+            mortal.agent.guest.machine().resize(LUN, grown_bytes).unwrap();
+            wait_for_size(&mortal.agent.guest, LUN, Some(grown_bytes));
+        }
+        mortal.restart(None);
+        mortal.agent.stage(&volume);
+        mortal.agent.publish(&volume);
+        let seen = mortal.agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
+        assert!(seen.blocks * seen.block_bytes > size_bytes, "{point}, {fstype}: {seen:?}");
+        mortal.agent.put_away(&volume);
+        mortal.agent.detach(LUN);
+        assert_clean_inside(&image, judge);
     }
     mortal.agent.guest.power_off().unwrap();
 }

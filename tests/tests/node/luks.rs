@@ -1,14 +1,14 @@
 //! Encrypted volumes: made, opened, grown, closed; their passphrases; and what is never shown of them.
 //!
-//! PBKDF2 with 1,000 rounds, as argon2id takes 20 s on an emulated machine; one test makes a volume by default.
+//! PBKDF2 with 1,000 rounds, as argon2id takes 20 s on an emulated machine; `keys.rs` makes a volume by default.
 
 use std::path::Path;
 use std::time::Duration;
 
-use disk::luks::{Header, VolumeKey};
+use disk::luks::{Header, VolumeKey, within};
 use proto::{VolumeHandle, secrets, volume_context};
 use testbed::calls::{NodeVolume, block_capability, mount_capability};
-use testbed::guest::{GuestOptions, Program, with_libraries};
+use testbed::guest::{Program, with_libraries};
 use testbed::machine::PluggedDrive;
 use testbed::tools;
 use tonic::Code;
@@ -50,7 +50,7 @@ pub(crate) fn volume_key(image: &Image, passphrase: &str) -> Option<VolumeKey> {
         Ok(())
     };
     let header = Header::read(image.size_bytes(), &mut read).unwrap();
-    header.unlock(passphrase.as_bytes(), u64::MAX, &mut read).ok().map(|(_, key)| key)
+    header.unlock(passphrase.as_bytes(), &mut read, within(u64::MAX)).ok().map(|(_, key)| key)
 }
 
 /// Numbers of the keyslots.
@@ -80,6 +80,10 @@ pub(crate) fn assert_nothing_is_told(agent: &Agent, passphrases: &[&str], keys: 
 
 /// Runs a judge of this host in the guest, on an open mapping.
 pub(crate) fn judge(agent: &Agent, program: &str, args: &[&str]) -> Option<(Option<i32>, String)> {
+    if !agent.guest.runs_this_hosts_programs() {
+        eprintln!("what is inside the mapping is not judged: {program} is not of the guest's architecture");
+        return None;
+    }
     let Some(path) = tools::program(program) else {
         tools::skipped(&format!("{program} is missing: what is inside the mapping is not judged"));
         return None;
@@ -170,6 +174,7 @@ fn life(fstype: &str, size_bytes: u64, judged_by: &str) {
     agent.guest.power_off().unwrap();
 }
 
+/// W31: grown while it was away, it is opened first, then grown through all layers. W32: no mapping is left behind, nor in the way.
 #[test]
 fn guest_life_of_an_encrypted_ext4() {
     life("ext4", 64 * MIB, "e2fsck");
@@ -326,6 +331,7 @@ fn guest_a_passphrase_is_replaced() {
     agent.guest.power_off().unwrap();
 }
 
+/// W16: a raw block volume is encrypted, or refused. W46: its mapping follows the disk, whose size the agent looks up.
 #[test]
 fn guest_an_encrypted_block_volume() {
     let Some(agent) = Agent::start("luks-block") else { return };
@@ -364,22 +370,5 @@ fn guest_an_encrypted_block_volume() {
     assert_eq!(agent.guest.read_at(&target, 20 * MIB, MARKER.len() as u64).unwrap(), MARKER);
     agent.put_away(&volume);
     agent.detach(2);
-    agent.guest.power_off().unwrap();
-}
-
-/// argon2id with 64 MiB: no word about it in the class.
-#[test]
-fn guest_an_encrypted_volume_by_default() {
-    let Some(agent) = Agent::start_on(&GuestOptions { memory_mib: 384, ..GuestOptions::named("luks-argon2id").with_node() }) else {
-        return;
-    };
-    let (handle, image) = (handle("luks-argon2id"), Image::new(48 * MIB));
-    let mut volume = agent.attach(&handle, &image, 1);
-    volume.secrets.insert(secrets::PASSPHRASE.into(), PASSPHRASE.into());
-    agent.stage(&volume);
-    agent.put_away(&volume);
-    let metadata = String::from_utf8_lossy(&image.read_at(4096, 1024)).into_owned();
-    assert!(metadata.contains(r#""type":"argon2id","time":4,"memory":65536,"cpus":1"#), "{metadata}");
-    agent.detach(1);
     agent.guest.power_off().unwrap();
 }

@@ -117,6 +117,7 @@ fn probed_places(size_bytes: u64) -> BTreeMap<String, u64> {
     places
 }
 
+/// W13, W14: with and without encryption.
 #[test]
 fn guest_a_read_error_in_any_probed_place_is_no_blank() {
     let mut options = GuestOptions::named("eio").with_node();
@@ -129,7 +130,11 @@ fn guest_a_read_error_in_any_probed_place_is_no_blank() {
         let (handle, image) = (handle(&format!("eio-{lun}")), Image::new(size_bytes));
         let fault = Fault { io: FaultyIo::Read, sector: Some(at / 512), errno: 5 };
         agent.guest.plug_faulty(&image.drive(lun, Some(&handle.serial())), &[fault]).unwrap();
-        disks.push((name, agent.volume(&handle, &image, lun), image));
+        let mut volume = agent.volume(&handle, &image, lun);
+        if lun % 2 == 0 {
+            volume.secrets.insert(proto::secrets::PASSPHRASE.into(), "never used".into());
+        }
+        disks.push((name, volume, image));
     }
     let volumes: Vec<_> = disks.iter().map(|(name, volume, _)| (name.clone(), volume.clone())).collect();
     let answers = stage_all(&agent, &volumes);
@@ -179,6 +184,7 @@ fn guest_a_write_error_leaves_an_unfinished_format_that_the_next_stage_finishes(
 }
 
 /// Slowed down by QEMU, so that the disk goes while it is read.
+/// W14: a device that fails, and then works.
 #[test]
 fn guest_a_disk_that_vanishes_or_shrinks_while_it_is_probed_is_no_blank() {
     let Some(agent) = Agent::start("vanish") else { return };

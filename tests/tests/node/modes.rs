@@ -25,6 +25,7 @@ fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, word: &str
     println!("{}", status.message());
 }
 
+/// W44: what is shown is compared with what is asked for.
 #[test]
 fn guest_modes_and_options() {
     let Some(agent) = Agent::start("modes") else { return };
@@ -81,6 +82,8 @@ fn guest_modes_and_options() {
     agent.guest.power_off().unwrap();
 }
 
+/// W11: a folder that is not staged is not published. W12, W15: a stranger's mount is left alone, another volume's too. W30: an
+/// offline disk is taken up. W33: the filesystem follows its disk at any stage, whoever grew it when.
 #[test]
 fn guest_what_stands_in_the_way() {
     let Some(agent) = Agent::start("obstacles") else { return };
@@ -95,12 +98,22 @@ fn guest_what_stands_in_the_way() {
     assert_eq!(agent.mounted_at(&volume.staging), ["tmpfs"]);
     agent.guest.unmount(&staging).unwrap();
 
+    // A folder is no staged volume.
+    refused(agent.calls.node_publish_volume(volume.publish()), Code::FailedPrecondition, "not staged");
+    assert_eq!(agent.guest.stat(&target).unwrap(), None);
+
     // Offline, as the reference driver leaves a disk that it unstaged.
     wait_for_size(&agent.guest, 1, Some(64 * MIB));
     let disk = agent.guest.disk_at(1).unwrap().unwrap();
     agent.guest.write(&format!("/sys/block/{disk}/device/state"), b"offline\n").unwrap();
     agent.stage(&volume);
     assert_eq!(agent.guest.read(&format!("/sys/block/{disk}/device/state")).unwrap().trim(), "running");
+
+    // Another volume's stage finds this one's mount in its way.
+    let mut next = agent.volume(&crate::harness::handle("next"), &image, 2);
+    next.staging.clone_from(&volume.staging);
+    refused(agent.calls.node_stage_volume(next.stage()), Code::FailedPrecondition, "not this volume's disk");
+    assert_eq!(agent.mounted_at(&volume.staging), ["ext4"]);
 
     agent.guest.make_folder(&target).unwrap();
     agent.guest.mount("none", &target, "tmpfs", false).unwrap();

@@ -15,6 +15,7 @@ fn assert_refused(agent: &Agent, volume: &NodeVolume, image: &Image) -> String {
     status.message().to_string()
 }
 
+/// W03: the slot is right, the WWN is right, the disk is another volume's.
 #[test]
 fn guest_disk_of_another_volume() {
     let Some(agent) = Agent::start("foreign") else { return };
@@ -72,6 +73,7 @@ fn guest_stage_while_the_disk_is_just_coming() {
     agent.guest.power_off().unwrap();
 }
 
+/// W13: what is there is never overwritten, whatever it is.
 #[test]
 fn guest_disks_that_are_not_blank() {
     let Some(agent) = Agent::start("not-blank") else { return };

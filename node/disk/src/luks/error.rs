@@ -42,6 +42,17 @@ pub enum Error {
         /// What the caller allows.
         limit_kib: u64,
     },
+    /// No keyslot that was tried opens, and trying all would cost more than one passphrase may. Nothing but the tried ones was computed.
+    KeyslotWork {
+        /// Keyslots tried.
+        tried: usize,
+        /// Keyslots not tried.
+        left_out: usize,
+        /// Work of all of them, in KiB that Argon2 fills.
+        all_kib: u64,
+        /// What one passphrase may cost.
+        limit_kib: u64,
+    },
     /// The allocator refused.
     Allocation {
         /// What was asked for.
@@ -97,6 +108,15 @@ impl fmt::Display for Error {
                 needs_kib.div_ceil(1024),
                 limit_kib / 1024,
                 needs_kib.saturating_sub(*limit_kib).div_ceil(1024)
+            ),
+            Self::KeyslotWork { tried, left_out, all_kib, limit_kib } => write!(
+                f,
+                "{tried} of its {} keyslots were tried and do not open with this passphrase; all of them would take as long as {} GiB of Argon2's memory \
+                 passes, one call may take {} GiB (some minutes of a core): remove those that nobody needs (`cryptsetup luksKillSlot`), or prefer the right \
+                 one (`cryptsetup config --priority prefer`)",
+                tried + left_out,
+                all_kib.div_ceil(1 << 20),
+                limit_kib >> 20
             ),
             Self::Allocation { needs_kib } => {
                 write!(f, "{} MiB of memory for the keyslot were refused by the kernel", needs_kib.div_ceil(1024))

@@ -7,7 +7,7 @@ use super::keyslot::{Hash, Kdf, af_split};
 use super::metadata::{Digest, Segment};
 use super::open::{chunked, encrypted_zeros};
 use super::{BLOCK, Error, KEY_SIZE, SECTOR, SECTOR_BYTES, STRIPES, VolumeKey, zeroed};
-use crate::Write;
+use crate::{Mark, Write};
 use base64ct::{Base64, Encoding as _};
 use std::ops::Range;
 use zeroize::Zeroizing;
@@ -110,6 +110,19 @@ impl Format {
         passphrase: &[u8],
         material: &Material,
         blank: &[Range<u64>],
+        noise: N,
+    ) -> Result<impl Iterator<Item = Write> + use<N>, Error> {
+        self.plan_marked(passphrase, material, blank, None, noise)
+    }
+
+    /// The same for a volume that is to get a filesystem: where a blank range has the mapping's beginning, there stands the mark of an
+    /// unfinished format. Zeros are where a probe of this very size looks; the mark is found whatever size the volume has by then.
+    pub fn plan_marked<N: Noise>(
+        &self,
+        passphrase: &[u8],
+        material: &Material,
+        blank: &[Range<u64>],
+        mark: Option<&Mark>,
         mut noise: N,
     ) -> Result<impl Iterator<Item = Write> + use<N>, Error> {
         let header = self.header(material)?;
@@ -139,7 +152,7 @@ impl Format {
             data(range.start, bytes)
         });
         let end = [Write::Flush, data(HDR_SIZE, secondary), Write::Flush, data(0, primary), Write::Flush];
-        let blank = encrypted_zeros(&segment, &material.volume_key, blank)?;
+        let blank = encrypted_zeros(&segment, &material.volume_key, blank, mark)?;
         Ok(begin.into_iter().chain(blank).chain([data(KEYSLOTS_OFFSET, area)]).chain(rest).chain(end))
     }
 

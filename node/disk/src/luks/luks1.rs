@@ -4,7 +4,7 @@ use super::header::{field, text};
 use super::keyslot::{Hash, Kdf};
 use super::metadata::{Digest, Keyslot, Segment, check_segment};
 use super::open::{Header, Version, begins_with};
-use super::{BLOCK, BLOCK_BYTES, Error, ReadAt, SECTOR};
+use super::{BLOCK, BLOCK_BYTES, Error, ReadAt, SECTOR, work};
 
 const CIPHER_NAME: usize = 8;
 const CIPHER_MODE: usize = 40;
@@ -76,5 +76,6 @@ fn parse(raw: &[u8]) -> Result<Header, Error> {
             Err(why) => skipped.push(format!("keyslot {index}: {why}")),
         }
     }
+    work::sort(&mut keyslots);
     Ok(Header { version: Version::Luks1, uuid, segment, keyslots, skipped, digest, luks2: None })
 }

@@ -2,7 +2,7 @@
 
 use super::json::Value;
 use super::keyslot::{Hash, Kdf};
-use super::{Argon2Cost, Error, SECTOR};
+use super::{Argon2Cost, Error, SECTOR, work};
 use base64ct::{Base64, Encoding as _};
 
 /// LUKS2 numbers its keyslots 0 to 31.
@@ -178,7 +178,7 @@ pub(super) fn parse(json: &Value, first_byte: u64) -> Result<Parsed, Error> {
             Err(why) => skipped.push(format!("keyslot {number}: {why}")),
         }
     }
-    keyslots.sort_by_key(|slot| (std::cmp::Reverse(slot.priority), slot.number));
+    work::sort(&mut keyslots);
     Ok(Parsed { segment, digest, digest_name: digest_name.clone(), keyslots, skipped })
 }
 

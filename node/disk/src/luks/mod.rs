@@ -17,12 +17,13 @@ mod luks1;
 mod metadata;
 mod open;
 mod rotate;
+mod work;
 
 pub use error::Error;
 pub use format::{Format, Material, Noise, sector_size};
 pub use keyslot::{Argon2Cost, Hash, Kdf};
 pub use metadata::{Keyslot, Segment};
-pub use open::{Header, Version};
+pub use open::{Header, Version, within};
 pub use rotate::NewKeyslot;
 
 use crate::Write;

@@ -5,7 +5,7 @@ use super::header::{Copy, LEGAL_SIZES, MAGIC_PRIMARY, Place, field};
 use super::keyslot::af_merge;
 use super::metadata::{self, Digest, Keyslot, Segment};
 use super::{CHUNK, Error, ReadAt, SECTOR, SECTOR_BYTES, VolumeKey, luks1, writes, zeroed};
-use crate::Write;
+use crate::{Mark, Write};
 use std::ops::Range;
 use zeroize::Zeroizing;
 
@@ -137,40 +137,59 @@ impl Header {
         self.keyslots.iter().find(|slot| slot.number == number).map(|slot| slot.kdf.memory_kib())
     }
 
-    /// Tries the keyslots in order; answers the number of the one that opened, and the volume key.
+    /// Tries the keyslots in order; answers the number of the one that opened, and the volume key. All of them together cost no more
+    /// than some minutes of a core: what would go beyond that is not tried, and told if nothing else opens.
     ///
-    /// Keyslots that need more than `memory_limit_kib` are not tried: if nothing else opens, the error says what they need.
-    pub fn unlock(&self, passphrase: &[u8], memory_limit_kib: u64, read: &mut ReadAt<'_>) -> Result<(u8, VolumeKey), Error> {
-        let (mut tried, mut too_large) = (0, None);
-        let mut skipped = self.skipped.clone();
-        for slot in self.keyslots.iter().filter(|slot| slot.priority > 0) {
-            let needs_kib = slot.kdf.memory_kib();
-            if needs_kib > memory_limit_kib {
-                too_large.get_or_insert(Error::KeyslotMemory { keyslot: slot.number, needs_kib, limit_kib: memory_limit_kib });
-                continue;
-            }
-            match self.try_keyslot(slot, passphrase, read) {
+    /// A keyslot is read before `admit` is asked for it, and its key derived while what that answers is held: a disk that does not
+    /// answer holds nobody else up. Asked for a keyslot, `admit` may refuse it (the inner error: others are tried, and the first such
+    /// error is told if none opens) or end it all.
+    pub fn unlock<P, E: From<Error>>(
+        &self,
+        passphrase: &[u8],
+        read: &mut ReadAt<'_>,
+        mut admit: impl FnMut(&Keyslot) -> Result<Result<P, E>, E>,
+    ) -> Result<(u8, VolumeKey), E> {
+        let attempts = self.attempts();
+        let (mut tried, mut refused, mut skipped) = (0, None, self.skipped.clone());
+        for slot in attempts.keyslots {
+            let opened = match slot.read_area(read) {
+                Ok(area) => match admit(slot)? {
+                    Ok(_place) => self.open_area(slot, passphrase, area),
+                    Err(why) => {
+                        refused.get_or_insert(why);
+                        continue;
+                    }
+                },
+                Err(why) => Err(why),
+            };
+            match opened {
                 Ok(Some(key)) => return Ok((slot.number, key)),
                 Ok(None) => tried += 1,
                 // Another keyslot may still open; what stopped this one is told if none does.
                 Err(why @ (Error::Unsupported(_) | Error::Read { .. })) => skipped.push(format!("keyslot {}: {why}", slot.number)),
-                Err(why) => return Err(why),
+                Err(why) => return Err(why.into()),
             }
         }
-        Err(too_large.unwrap_or(Error::WrongPassphrase { tried, skipped }))
+        let wrong = || attempts.refusal.unwrap_or(Error::WrongPassphrase { tried, skipped }).into();
+        Err(refused.unwrap_or_else(wrong))
     }
 
-    /// Tries one keyslot; `None` if the passphrase is not its. Takes what [`Self::keyslot_memory_kib`] says.
-    pub fn unlock_keyslot(&self, number: u8, passphrase: &[u8], read: &mut ReadAt<'_>) -> Result<Option<VolumeKey>, Error> {
+    /// Tries one keyslot, as [`Self::unlock`] does; `None` if the passphrase is not its.
+    pub fn unlock_keyslot<P, E: From<Error>>(
+        &self,
+        number: u8,
+        passphrase: &[u8],
+        read: &mut ReadAt<'_>,
+        mut admit: impl FnMut(&Keyslot) -> Result<Result<P, E>, E>,
+    ) -> Result<Option<VolumeKey>, E> {
         let slot = self.keyslots.iter().find(|slot| slot.number == number);
-        self.try_keyslot(slot.ok_or_else(|| Error::Metadata(format!("no keyslot {number}")))?, passphrase, read)
+        let slot = slot.ok_or_else(|| Error::Metadata(format!("no keyslot {number}")))?;
+        let area = slot.read_area(read)?;
+        let _place = admit(slot)??;
+        Ok(self.open_area(slot, passphrase, area)?)
     }
 
-    fn try_keyslot(&self, slot: &Keyslot, passphrase: &[u8], read: &mut ReadAt<'_>) -> Result<Option<VolumeKey>, Error> {
-        let length = slot.split_size().next_multiple_of(SECTOR_BYTES);
-        let mut area = Zeroizing::new(vec![0; length]);
-        let offset_bytes = slot.area_offset_bytes;
-        read(offset_bytes, &mut area).map_err(|source| Error::Read { offset_bytes, length, source })?;
+    fn open_area(&self, slot: &Keyslot, passphrase: &[u8], mut area: Zeroizing<Vec<u8>>) -> Result<Option<VolumeKey>, Error> {
         let derived = slot.kdf.derive(passphrase, &slot.salt, slot.area_key_size)?;
         SectorCipher::new(&slot.area_cipher, &derived)?.decrypt(0, SECTOR_BYTES, &mut area);
         let split = area.get(..slot.split_size()).unwrap_or_default();
@@ -200,15 +219,36 @@ impl Header {
 
     /// Writes to the device that make `ranges` of the mapping (bytes, widened to whole encryption sectors) read as zeros.
     pub fn encrypted_zeros(&self, key: &VolumeKey, ranges: &[Range<u64>]) -> Result<impl Iterator<Item = Write> + use<>, Error> {
-        encrypted_zeros(&self.segment, key, ranges)
+        encrypted_zeros(&self.segment, key, ranges, None)
     }
 }
 
-/// As [`Header::encrypted_zeros`], before there is a header.
+impl Keyslot {
+    /// What is in its area, of the split key's length.
+    fn read_area(&self, read: &mut ReadAt<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
+        let length = self.split_size().next_multiple_of(SECTOR_BYTES);
+        let mut area = Zeroizing::new(vec![0; length]);
+        let offset_bytes = self.area_offset_bytes;
+        read(offset_bytes, &mut area).map_err(|source| Error::Read { offset_bytes, length, source })?;
+        Ok(area)
+    }
+}
+
+/// Admits keyslots that take no more memory than that: for [`Header::unlock`] where nobody else derives keys.
+pub fn within(limit_kib: u64) -> impl FnMut(&Keyslot) -> Result<Result<(), Error>, Error> {
+    move |slot| {
+        let needs_kib = slot.kdf.memory_kib();
+        let refused = Error::KeyslotMemory { keyslot: slot.number, needs_kib, limit_kib };
+        Ok(if needs_kib <= limit_kib { Ok(()) } else { Err(refused) })
+    }
+}
+
+/// As [`Header::encrypted_zeros`], before there is a header; at the mapping's beginning, where a range has it, with a mark.
 pub(super) fn encrypted_zeros(
     segment: &Segment,
     key: &VolumeKey,
     ranges: &[Range<u64>],
+    mark: Option<&Mark>,
 ) -> Result<impl Iterator<Item = Write> + use<>, Error> {
     let cipher = SectorCipher::new(&segment.cipher, key.bytes())?;
     let unit = u64::from(segment.sector_size);
@@ -217,8 +257,12 @@ pub(super) fn encrypted_zeros(
     let ranges: Vec<Range<u64>> =
         ranges.iter().map(|range| range.start / unit * unit..range.end.div_ceil(unit).saturating_mul(unit)).collect();
     let chunks = ranges.into_iter().flat_map(|range| chunked(&range));
+    let mark = mark.map(|mark| *mark.sector());
     Ok(chunks.map(move |chunk| {
         let mut bytes = zeroed(chunk.end - chunk.start);
+        if let (0, Some(mark), Some(to)) = (chunk.start, &mark, bytes.get_mut(..SECTOR_BYTES)) {
+            to.copy_from_slice(mark);
+        }
         cipher.encrypt(tweak.wrapping_add(chunk.start / SECTOR), sector_size, &mut bytes);
         Write::Data { offset: offset + chunk.start, bytes }
     }))

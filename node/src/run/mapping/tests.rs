@@ -68,6 +68,7 @@ fn crypt(mapping: &mut dm::Mapping) -> &mut Crypt {
     mapping.targets[0].crypt.as_mut().unwrap()
 }
 
+/// W32: what is open already is taken over only where it is what would be opened. W45: with discards where the class says so.
 #[test]
 fn only_a_table_that_we_would_make_is_adopted() {
     let header = header(512);

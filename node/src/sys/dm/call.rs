@@ -8,22 +8,27 @@ use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
 
 use super::message::{self, Message, RawTarget, Which};
-use super::{CRYPT, Crypt, Mapping, Target};
+use super::{CRYPT, Crypt, LONG_TABLE, Mapping, Target};
 use crate::sys::Error;
 
 /// `_IOWR(0xfd, nr, struct dm_ioctl)`; the same on x86_64 and aarch64.
 const DM_IOCTL: u32 = 0xc138_fd00;
 /// An answer's first room: a crypt table with its key takes 400 bytes, a listed device some 100.
 pub(super) const ANSWER_BYTES: usize = 16 << 10;
-/// Its last: 10,000 mappings.
+/// Its last: 10,000 mappings; as many targets of one mapping.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
 
 pub(super) fn status(control: &File, which: Which<'_>, subject: &Path) -> Result<Option<Mapping>, Error> {
-    let answer = match ask(control, Nr::TableStatus, which, message::STATUS_TABLE | message::SECURE_DATA, subject) {
+    let answer = match ask_much(control, Nr::TableStatus, which, message::STATUS_TABLE | message::SECURE_DATA, subject) {
         Err(error) if error.errno == Errno::NXIO => return Ok(None),
         answer => answer?,
     };
-    let header = answer.header();
+    let (header, targets) = match answer {
+        Ok(answer) => (answer.header(), answer.targets().into_iter().map(target).collect()),
+        // Neither ours nor in our way: one target of dm-crypt takes less than the first room. What is below it, the kernel does not give
+        // to us as long as that one has it.
+        Err(begun) => (begun.header(), vec![Target { start_sectors: 0, length_sectors: 0, kind: LONG_TABLE.into(), crypt: None }]),
+    };
     let is = |flag| header.flags & flag != 0;
     Ok(Some(Mapping {
         dev: header.dev,
@@ -31,7 +36,7 @@ pub(super) fn status(control: &File, which: Which<'_>, subject: &Path) -> Result
         is_suspended: is(message::SUSPEND),
         read_only: is(message::READONLY),
         has_other_table: is(message::INACTIVE_PRESENT),
-        targets: answer.targets().into_iter().map(target).collect(),
+        targets,
         name: header.name,
         uuid: header.uuid,
     }))
@@ -52,18 +57,24 @@ pub(super) fn target(raw: RawTarget) -> Target {
     Target { start_sectors: raw.start_sectors, length_sectors: raw.length_sectors, kind: raw.kind, crypt }
 }
 
-/// A call with an answer, in a buffer that grows until the answer fits.
+/// A call with an answer. EFBIG: it is longer than is read.
 pub(super) fn ask(control: &File, nr: Nr, which: Which<'_>, flags: u32, subject: &Path) -> Result<Message, Error> {
+    let too_long = |_| Error { call: nr.call(), subject: subject.into(), errno: Errno::FBIG };
+    ask_much(control, nr, which, flags, subject)?.map_err(too_long)
+}
+
+/// In a buffer that grows until the answer fits. The inner error: what there is room for of a longer one; its header holds.
+fn ask_much(control: &File, nr: Nr, which: Which<'_>, flags: u32, subject: &Path) -> Result<Result<Message, Message>, Error> {
     let mut room = ANSWER_BYTES;
     loop {
         let mut message = message(which, flags, 0, room, nr.call(), subject)?;
         call(control, nr, subject, &mut message)?;
         if message.header().flags & message::BUFFER_FULL == 0 {
-            return Ok(message);
+            return Ok(Ok(message));
         }
         room *= 4;
         if room > MAX_ANSWER_BYTES {
-            return Err(Error { call: nr.call(), subject: subject.into(), errno: Errno::FBIG });
+            return Ok(Err(message));
         }
     }
 }

@@ -275,3 +275,60 @@ fn kernel_a_read_only_mapping_refuses_writes() {
     remove(devices(), &made).unwrap();
     assert_nothing_left();
 }
+
+/// The kernel's key is needed for as long as the mapping is there.
+#[test]
+#[ignore = "needs device-mapper: the guest test runs it"]
+fn kernel_a_mapping_that_could_not_be_removed_can_still_be_grown() {
+    let _clean = Clean::begin();
+    let made = make(4096);
+    let open = std::fs::File::open(node(devices(), &made).unwrap().real).unwrap();
+    for _ in 0..2 {
+        assert_eq!(remove(devices(), &made).unwrap_err().errno, Errno::BUSY);
+        assert_eq!(keyring::left().unwrap(), [UUID]);
+    }
+    resize(devices(), &made, 8192).unwrap();
+    assert_eq!(now().unwrap().length_sectors(), 8192);
+    drop(open);
+    remove(devices(), &made).unwrap();
+    assert_nothing_left();
+}
+
+/// 30,000 targets, which the kernel lists in 48 bytes each.
+#[test]
+#[ignore = "needs device-mapper: the guest test runs it"]
+fn kernel_a_table_too_long_to_be_read_is_somebody_elses() {
+    const TARGETS: u32 = 30_000;
+    const TARGET_BYTES: usize = 48;
+    let _clean = Clean::begin();
+    let control = node::control(devices()).unwrap();
+    let subject = devices().join("mapper/long");
+    let mut message = Message::new(Which::New { name: "long", uuid: "" }, 0, 0, 0).unwrap();
+    call(&control, Nr::DevCreate, &subject, &mut message).unwrap();
+    let mut loading = Message::new(Which::Name("long"), 0, 0, TARGETS as usize * TARGET_BYTES).unwrap();
+    let (header, specs) = loading.bytes_mut().split_at_mut(message::HEADER_BYTES);
+    // target_count; then sector_start, length, next (from here) and target_type of each.
+    header[20..24].copy_from_slice(&TARGETS.to_ne_bytes());
+    for (start, spec) in (0_u64..).zip(specs.chunks_mut(TARGET_BYTES)) {
+        spec[..8].copy_from_slice(&start.to_ne_bytes());
+        spec[8..16].copy_from_slice(&1_u64.to_ne_bytes());
+        spec[20..24].copy_from_slice(&48_u32.to_ne_bytes());
+        spec[24..29].copy_from_slice(b"error");
+    }
+    call(&control, Nr::TableLoad, &subject, &mut loading).unwrap();
+    let mut message = Message::new(Which::Name("long"), 0, UDEV_COOKIE, 0).unwrap();
+    call(&control, Nr::DevSuspend, &subject, &mut message).unwrap();
+
+    let long = mapping(devices(), "long").unwrap().unwrap();
+    let kinds: Vec<&str> = long.targets.iter().map(|target| target.kind.as_str()).collect();
+    assert_eq!((long.name.as_str(), kinds, long.is_half_made()), ("long", vec![LONG_TABLE], false));
+    assert_eq!(long.crypt(), None);
+    // Ours beside it is found.
+    let made = make(4096);
+    let there = mappings(devices()).unwrap();
+    assert!(there.len() == 2 && there.contains(&made) && there.contains(&long), "{there:?}");
+    for mapping in [&made, &long] {
+        remove(devices(), mapping).unwrap();
+    }
+    assert_nothing_left();
+}
