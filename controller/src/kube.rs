@@ -5,6 +5,7 @@
 //! `events` tells people what needs them.
 
 mod client;
+pub mod events;
 pub mod lease;
 mod reads;
 
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 use crate::fence::Fence;
 pub use client::Access;
 use client::Api;
+use events::Events;
 pub use lease::Lease;
 use reads::Attachment;
 pub use reads::CsiNode;
@@ -30,6 +32,7 @@ pub type Failure = String;
 pub struct Kube {
     api: Arc<Api>,
     lease: Option<Arc<Lease>>,
+    events: Events,
     attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
     nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
     /// PV → volume handle, which never changes.
@@ -49,7 +52,7 @@ impl Kube {
     /// There are no certificates to trust.
     pub fn new(access: Access) -> Result<Self, Failure> {
         let (attachments, nodes, handles) = (AsyncMutex::default(), AsyncMutex::default(), Mutex::default());
-        Ok(Self { api: Arc::new(Api::new(access)?), lease: None, attachments, nodes, handles })
+        Ok(Self { api: Arc::new(Api::new(access)?), lease: None, events: Events::default(), attachments, nodes, handles })
     }
 
     /// The same, for one who holds the Lease, or waits for it: see [`Lease::acquire`].

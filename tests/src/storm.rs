@@ -82,7 +82,13 @@ impl Size {
     }
 
     async fn world(self, scsihw: &str, count: usize, shared: bool) -> Result<World> {
-        let world = World::new(self.cluster(scsihw), 1, self.claims(count, shared)).await?;
+        self.world_with(scsihw, count, shared, false).await
+    }
+
+    /// With Kubernetes and its Lease, where wanted.
+    async fn world_with(self, scsihw: &str, count: usize, shared: bool, lease: bool) -> Result<World> {
+        let (cluster, claims) = (self.cluster(scsihw), self.claims(count, shared));
+        let world = if lease { World::with_lease(cluster, 1, claims).await? } else { World::new(cluster, 1, claims).await? };
         for number in 0..self.images {
             let make = |node: &str, volid: String| world.sim.create_volume(node, &volid, MIB).map_err(anyhow::Error::msg);
             make("pve1", format!("ds:7777/vm-7777-{number}.raw"))?;
@@ -179,27 +185,39 @@ async fn run(world: &mut World, what: &str, calls: &[Rpc], at_once: usize) -> Re
     Ok(row)
 }
 
-/// Create, publish, unpublish and delete so many at once.
-async fn rounds(size: Size, shared: bool, at_once: usize, count: usize, rows: &mut Vec<Row>) -> Result<()> {
-    let mut world = size.world("virtio-scsi-single", count, shared).await?;
-    let place = if shared { "shared" } else { "local" };
+fn place(shared: bool, lease: bool) -> String {
+    format!("{}{}", if shared { "shared" } else { "local" }, if lease { ", Lease" } else { "" })
+}
+
+/// Create, publish, unpublish and delete so many at once. With a Lease it is publish that differs.
+async fn rounds(size: Size, shared: bool, lease: bool, at_once: usize, count: usize, rows: &mut Vec<Row>) -> Result<()> {
+    let mut world = size.world_with("virtio-scsi-single", count, shared, lease).await?;
+    let place = place(shared, lease);
     let vm = |volume: usize| size.vm_for(volume);
     let all = |make: &dyn Fn(usize) -> Rpc| (0..count).map(make).collect::<Vec<_>>();
+    let mut add = |row: Row, goal: Option<(usize, u64)>| {
+        let row = Row { goal: goal.map(|(percent, ms)| (percent, Duration::from_millis(ms))), ..row };
+        say(&row.line());
+        rows.push(row);
+    };
     if !shared {
-        let goal = (at_once == 1).then_some((50, Duration::from_millis(100)));
         let row = run(&mut world, &format!("create, {place}"), &all(&|volume| Rpc::Create { volume }), at_once).await?;
-        rows.push(Row { goal, ..row });
+        add(row, (at_once == 1).then_some((50, 100)));
     }
     let row = run(&mut world, &format!("publish, {place}"), &all(&|volume| Rpc::Publish { volume, vm: vm(volume) }), at_once).await?;
     let goal = match at_once {
-        1 => Some((50, Duration::from_millis(600))),
-        10 => Some((99, Duration::from_millis(800))),
+        1 => Some((50, 600)),
+        10 => Some((99, 800)),
         _ => None,
     };
-    rows.push(Row { goal, ..row });
+    add(row, goal);
+    if lease {
+        return Ok(());
+    }
     let row = run(&mut world, &format!("unpublish, {place}"), &all(&|volume| Rpc::Unpublish { volume, vm: vm(volume) }), at_once).await?;
-    rows.push(Row { goal: (at_once == 10).then_some((99, Duration::from_millis(2500))), ..row });
-    rows.push(run(&mut world, &format!("delete, {place}"), &all(&|volume| Rpc::Delete { volume }), at_once).await?);
+    add(row, (at_once == 10).then_some((99, 2500)));
+    let row = run(&mut world, &format!("delete, {place}"), &all(&|volume| Rpc::Delete { volume }), at_once).await?;
+    add(row, None);
     Ok(())
 }
 
@@ -242,11 +260,11 @@ async fn first(size: Size, shared: bool, dead: bool) -> Result<Row> {
 }
 
 /// Requests and bytes of one call after another.
-async fn cost(size: Size, shared: bool, table: &mut String) -> Result<()> {
-    let mut world = size.world("virtio-scsi-single", 3, shared).await?;
+async fn cost(size: Size, shared: bool, lease: bool, table: &mut String) -> Result<()> {
+    let mut world = size.world_with("virtio-scsi-single", 3, shared, lease).await?;
     // All on one node, and to one VM: the second call of a kind finds everything known.
     world.claims.iter_mut().for_each(|claim| claim.zones = if shared { Vec::new() } else { vec![size.node(0)] });
-    let place = if shared { "shared" } else { "local" };
+    let place = place(shared, lease);
     let vm = |_: usize| Size::vmid(0);
     let create = |volume| (Rpc::Create { volume }, "create");
     let publish = |volume| (Rpc::Publish { volume, vm: vm(volume) }, "publish");
@@ -270,6 +288,10 @@ async fn cost(size: Size, shared: bool, table: &mut String) -> Result<()> {
         let requests = world.sim.requests();
         let polls = requests.iter().filter(|request| request.contains("/tasks/")).count();
         let (own, bytes) = (requests.len() - polls, world.sim.bytes_answered());
+        // With a Lease it is publish that differs.
+        if lease && !what.starts_with("publish") {
+            continue;
+        }
         // Of equal rows the last one is shown: the first is cold.
         let number = known.filter(|(last, _)| *last == what).map_or(1, |(_, number)| number + 1);
         known = Some((what, number));
@@ -301,11 +323,10 @@ fn kilobytes(bytes: u64) -> f64 {
 pub fn times() -> Result<String> {
     let mut text = String::new();
     let mut rows = Vec::new();
-    for shared in [false, true] {
+    for (shared, lease) in [(false, false), (false, true), (true, false), (true, true)] {
         for (at_once, count) in [(1, 12), (10, 60), (100, 120)] {
-            let done = under_paused_time(rounds(SMALL, shared, at_once, count, &mut rows));
+            let done = under_paused_time(rounds(SMALL, shared, lease, at_once, count, &mut rows));
             done.with_context(|| format!("{at_once} at once, shared: {shared}"))?;
-            say(&format!("{at_once} at once"));
         }
     }
     for scsihw in ["virtio-scsi-pci", "virtio-scsi-single"] {
@@ -321,8 +342,8 @@ pub fn times() -> Result<String> {
     rows.iter().try_for_each(|row| writeln!(text, "{}", row.line()))?;
     text.push_str("\n| call | storage | nodes/VMs | requests | polls | answers | goal |\n|---|---|---|---|---|---|---|\n");
     for size in [Size { nodes: 3, vms: 20, images: 1000 }, large] {
-        for shared in [false, true] {
-            under_paused_time(cost(size, shared, &mut text)).with_context(|| format!("costs, {size:?}"))?;
+        for (shared, lease) in [(false, false), (false, true), (true, false), (true, true)] {
+            under_paused_time(cost(size, shared, lease, &mut text)).with_context(|| format!("costs, {size:?}"))?;
         }
     }
     Ok(text)

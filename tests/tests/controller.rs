@@ -19,6 +19,8 @@ mod dead;
 mod defects;
 #[path = "controller/detach.rs"]
 mod detach;
+#[path = "controller/events.rs"]
+mod events;
 #[path = "controller/expand.rs"]
 mod expand;
 #[path = "controller/hold.rs"]

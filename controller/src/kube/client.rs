@@ -112,6 +112,8 @@ pub(super) enum Method {
     Get,
     Post,
     Put,
+    /// A JSON merge patch.
+    Patch,
 }
 
 impl Method {
@@ -120,6 +122,7 @@ impl Method {
             Self::Get => "GET",
             Self::Post => "POST",
             Self::Put => "PUT",
+            Self::Patch => "PATCH",
         }
     }
 }
@@ -250,6 +253,7 @@ impl Api {
             Method::Get => self.agent.get(&url).header("Authorization", bearer.as_str()).call(),
             Method::Post => with_body(self.agent.post(&url), "application/json"),
             Method::Put => with_body(self.agent.put(&url), "application/json"),
+            Method::Patch => with_body(self.agent.patch(&url), "application/merge-patch+json"),
         };
         let mut answer = answer.map_err(|cause| failed(&cause.to_string()))?;
         let status = answer.status().as_u16();

@@ -117,6 +117,18 @@ impl Kube {
         Ok(all)
     }
 
+    /// The PVs of our volumes that are attached somewhere, or are to be.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(super) async fn attached_pvs(self: &Arc<Self>) -> Result<Vec<String>, Failure> {
+        let pv = |attachment: &Attachment| match &attachment.volume {
+            Attached::Pv(pv) => Some(pv.clone()),
+            Attached::Handle(_) => None,
+        };
+        Ok(self.attachments().await?.iter().filter_map(pv).collect())
+    }
+
     /// Nothing where the PV is gone.
     async fn handle_of(self: &Arc<Self>, pv: &str) -> Result<Option<String>, Failure> {
         let known = self.handles.lock().unwrap_or_else(PoisonError::into_inner).get(pv).cloned();
@@ -148,7 +160,7 @@ impl Kube {
     }
 
     /// Nothing for 404.
-    async fn get(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
+    pub(super) async fn get(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
         let call = Call::get(path);
         let name = call.name();
         let answer = self.api.call(call).await?;

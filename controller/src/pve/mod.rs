@@ -33,10 +33,12 @@ pub use error::{Cause, Error, Meaning};
 const TICKET_AGE: Duration = Duration::from_secs(105 * 60);
 /// `/cluster/resources` of a thousand VMs is half a megabyte.
 const MAX_ANSWER_BYTES: u64 = 16 << 20;
-/// A task is asked about after this long first, and ever more seldom: most end within a third of a second.
-const TASK_POLL_FIRST: Duration = Duration::from_millis(30);
-/// The longest pause between two questions.
+/// The shortest pause between two questions about a task: most end within a third of a second.
+const TASK_POLL_SHORTEST: Duration = Duration::from_millis(30);
+/// The longest one.
 const TASK_POLL_LONGEST: Duration = Duration::from_secs(1);
+/// In between: the end is noticed late by this part of what the task took (beyond what it takes at least).
+const TASK_POLL_PART: u32 = 4;
 /// Hot-plug may wait 10 s for the VM's lock and 60 s for QEMU; a task that runs longer is looked at by the next call.
 pub const TASK_DEADLINE: Duration = Duration::from_secs(100);
 
@@ -197,15 +199,16 @@ impl Client {
         self.in_flight.load(Ordering::SeqCst)
     }
 
-    /// Waits for a task to end well. `WARNINGS: n` is well.
+    /// Waits for a task to end well, which it cannot before `earliest`. `WARNINGS: n` is well.
     ///
     /// # Errors
     /// The task's exit status; or that its end was not seen in [`TASK_DEADLINE`], or is not known any more.
-    pub async fn wait(self: &Arc<Self>, upid: &str) -> Result<(), Error> {
+    pub async fn wait(self: &Arc<Self>, upid: &str, earliest: Instant) -> Result<(), Error> {
         let request = api::task_status(upid)?;
         let call = request.name();
         let begun = Instant::now();
-        let (mut pause, mut failures, mut odd_ends) = (TASK_POLL_FIRST, 0, 0);
+        let (mut failures, mut odd_ends) = (0, 0);
+        tokio::time::sleep_until(earliest.min(begun + TASK_DEADLINE)).await;
         loop {
             let unknown = |why: String| {
                 self.fence.note_unknown();
@@ -214,8 +217,8 @@ impl Client {
             if begun.elapsed() > TASK_DEADLINE {
                 return Err(unknown(format!("still running after {} s", TASK_DEADLINE.as_secs())));
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 3 / 2).min(TASK_POLL_LONGEST);
+            let pause = earliest.max(begun).elapsed() / TASK_POLL_PART;
+            tokio::time::sleep(pause.clamp(TASK_POLL_SHORTEST, TASK_POLL_LONGEST)).await;
             match self.call(request.clone()).await.and_then(|data| api::read_task(&call, upid, &data)) {
                 Ok(false) => (),
                 Ok(true) => return Ok(()),

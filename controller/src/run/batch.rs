@@ -395,9 +395,24 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// Our claims are in the config: what each caller will look at, for rivals, is read while QEMU is asked.
+    fn look_ahead(&self, plan: &[(usize, Step)], written: Instant) {
+        // With a Lease nobody will.
+        if self.region.has_lease() {
+            return;
+        }
+        for (index, _) in plan.iter().filter(|(_, step)| matches!(step, Step::Plug(..))) {
+            let Some(handle) = self.works.get(*index).map(|work| work.wish.handle().clone()) else { continue };
+            let (region, vmid) = (Arc::clone(self.region), self.vm.vmid);
+            // Who needs the answer asks for it, and finds it read.
+            tokio::spawn(async move { region.references(&handle, written, Some(vmid), Depth::Config).await.map(drop) });
+        }
+    }
+
     /// Proxmox said OK: what QEMU has says the rest, slot by slot.
     async fn verify(&mut self, plan: Vec<(usize, Step)>, look: &Look) {
-        let (region, vmid) = (self.region, self.vm.vmid);
+        let (region, vmid, written) = (self.region, self.vm.vmid, Instant::now());
+        self.look_ahead(&plan, written);
         let state = match region.state_now(&self.vm.host, vmid).await {
             Ok(state) => state,
             Err(error) => {
@@ -416,7 +431,7 @@ impl<'a> Batch<'a> {
                     Some(plugged) if plugged.contains(&slot(lun)) => {
                         proto::info!("attach {} to VM {vmid}: {}", work.wish.handle(), slot(lun));
                         region.note_held(vmid, &slot(lun), &drive.volid).await;
-                        work.end(Ok(Done::Attached { lun, drive, vm: self.vm.clone(), is_new: true }));
+                        work.end(Ok(Done::Attached { lun, drive, vm: self.vm.clone(), written: Some(written) }));
                     }
                     None => work.fail(words(&Refusal::QemuSilent, vmid)),
                     Some(_) => phantoms.push((index, lun)),
@@ -570,7 +585,7 @@ fn attach_step(work: &mut Work, request: &Publish, next: Result<AttachStep, Refu
             None
         }
         Ok(AttachStep::Attached(lun, drive)) => {
-            work.end(Ok(Done::Attached { lun, drive, vm: vm.clone(), is_new: false }));
+            work.end(Ok(Done::Attached { lun, drive, vm: vm.clone(), written: None }));
             None
         }
         Ok(AttachStep::Revert(key)) => Some(Step::Forget(key)),

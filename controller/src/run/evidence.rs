@@ -124,6 +124,9 @@ impl Reference {
     }
 }
 
+/// Proxmox node → its VMs, or why they cannot be told.
+type StatesByHost = BTreeMap<String, Result<BTreeMap<u32, VmState>, pve::Error>>;
+
 /// Why a VM was not read.
 enum Unread {
     /// It is not on that node.
@@ -188,12 +191,12 @@ impl Region {
         except: Option<u32>,
         depth: Depth,
     ) -> Result<(Vec<Reference>, Option<Error>), Error> {
-        self.check_sees_all_vms().await?;
+        let no_earlier_writes = async { if depth == Depth::Config { Ok(()) } else { self.check_no_earlier_writes(handle).await } };
+        tokio::try_join!(self.check_sees_all_vms(), no_earlier_writes)?;
         let volid = handle.volid();
         let (mut found, mut unread) = (Vec::new(), None);
         let mut reading = JoinSet::new();
         if depth != Depth::Config {
-            self.check_no_earlier_writes(handle).await?;
             for (vmid, host) in self.containers_in_reach(handle, since).await? {
                 let (region, volid) = (Arc::clone(self), volid.clone());
                 reading.spawn(async move { region.references_of_container(vmid, host, &volid, since).await });
@@ -286,28 +289,36 @@ impl Region {
     }
 
     /// VMID → host and state.
-    async fn who_could_hold(&self, handle: &VolumeHandle, since: Instant, depth: Depth) -> Result<BTreeMap<u32, (String, VmState)>, Error> {
+    async fn who_could_hold(
+        self: &Arc<Self>,
+        handle: &VolumeHandle,
+        since: Instant,
+        depth: Depth,
+    ) -> Result<BTreeMap<u32, (String, VmState)>, Error> {
         let mut resources = self.resources(since).await?;
         // What is to be deleted must not be plugged now, whatever was read within the last minute.
         let listed_since = if depth == Depth::Snapshots { Instant::now() } else { since };
+        let hosts = self.hosts_in_reach(handle, &resources).await?;
+        let is_off = |resources: &Resources, host: &String| resources.hosts.get(host).is_some_and(|status| status == "offline");
+        // Where what is plugged does not matter, the cluster's list says it all, and knows the newest VM.
+        let asked: Vec<String> = hosts.iter().filter(|host| depth != Depth::Config && !is_off(&resources, host)).cloned().collect();
+        let mut listed = self.states_of(asked, listed_since).await?;
         let mut all = BTreeMap::new();
-        for host in self.hosts_in_reach(handle, &resources).await? {
-            let is_off = |resources: &Resources| resources.hosts.get(&host).is_some_and(|status| status == "offline");
-            // Where what is plugged does not matter, the cluster's list says it all, and knows the newest VM.
-            if depth != Depth::Config && !is_off(&resources) {
-                let error = match self.states(&host, listed_since).await {
-                    Ok(states) => {
-                        all.extend(states.into_iter().map(|(vmid, state)| (vmid, (host.clone(), state))));
-                        continue;
-                    }
-                    Err(error) => error,
-                };
-                // Gone off since the cluster was read, perhaps.
-                resources = self.resources(Instant::now()).await?;
-                if !is_off(&resources) {
-                    let step = format!("which VMs of Proxmox node {host} hold {} cannot be told", handle.volid());
-                    return Err(Error::from(error).during(&step));
+        for host in hosts {
+            match listed.remove(&host) {
+                Some(Ok(states)) => {
+                    all.extend(states.into_iter().map(|(vmid, state)| (vmid, (host.clone(), state))));
+                    continue;
                 }
+                Some(Err(error)) => {
+                    // Gone off since the cluster was read, perhaps.
+                    resources = self.resources(Instant::now()).await?;
+                    if !is_off(&resources, &host) {
+                        let step = format!("which VMs of Proxmox node {host} hold {} cannot be told", handle.volid());
+                        return Err(Error::from(error).during(&step));
+                    }
+                }
+                None => (),
             }
             all.extend(resources.vms.values().filter(|vm| vm.host == host).map(|vm| (vm.vmid, (host.clone(), VmState::default()))));
         }
@@ -320,6 +331,23 @@ impl Region {
         let named: Vec<u32> = self.ever_naming(&handle.volid()).await.into_iter().filter(|vmid| !all.contains_key(vmid)).collect();
         all.extend(named.iter().filter_map(unseen));
         Ok(all)
+    }
+
+    /// The VMs of several nodes, read at the same time.
+    async fn states_of(self: &Arc<Self>, hosts: Vec<String>, since: Instant) -> Result<StatesByHost, Error> {
+        let mut reading = JoinSet::new();
+        for host in hosts {
+            let region = Arc::clone(self);
+            reading.spawn(async move {
+                let states = region.states(&host, since).await;
+                (host, states)
+            });
+        }
+        let mut read = BTreeMap::new();
+        while let Some(one) = reading.join_next().await {
+            read.extend([one.map_err(|cause| Error::internal(format!("a reading broke off: {cause}")))?]);
+        }
+        Ok(read)
     }
 
     async fn references_of(
@@ -337,7 +365,9 @@ impl Region {
             return self.references_on_dead_host(vmid, &host, off, volid).await.map_err(|error| error.during(&step));
         }
         let read = {
-            let _turn = self.readers.acquire().await;
+            // Who finds it read, or waits until another has read it, takes no place from those who read.
+            let is_read = depth != Depth::Snapshots && self.is_read(vmid, &host, since).await;
+            let _turn = if is_read { None } else { self.readers.acquire().await.ok() };
             self.read(vmid, &host, state, since, depth).await
         };
         match read {

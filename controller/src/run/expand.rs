@@ -150,7 +150,7 @@ impl Region {
     async fn resize(&self, host: &str, vmid: u32, key: &str, bytes: u64, digest: &str) -> Result<(), crate::pve::Error> {
         let answer = self.client().call(api::resize(host, vmid, key, bytes, digest)).await?;
         match api::read_upid(&answer) {
-            Some(upid) => self.client().wait(&upid).await,
+            Some(upid) => self.client().wait(&upid, Instant::now()).await,
             None => Ok(()),
         }
     }

@@ -39,6 +39,11 @@ impl Region {
         Ok(Some(words.map(word).max().unwrap_or(Word::Nothing)))
     }
 
+    /// Whether controllers act one at a time.
+    pub(super) fn has_lease(&self) -> bool {
+        self.kube.as_ref().is_some_and(|kube| kube.lease().is_some())
+    }
+
     /// Whether no other controller can have acted until now: the Lease was ours, without a gap, by a renewal that began after
     /// what was just seen. Asked after a write and its verification; then no other one's claim can have come in between.
     pub(super) async fn was_alone(&self) -> bool {

@@ -180,7 +180,7 @@ impl Region {
             }
             let handle = VolumeHandle { region: self.name.clone(), zone: String::new(), storage: storage.into(), disk: disk.into() };
             // Another call works on it, and will see the same.
-            let Ok(_claim) = self.claim(&drive.volid) else { continue };
+            let Ok(_claim) = self.claim(&handle).await else { continue };
             self.remove_leftover_of(&handle, vm).await?;
         }
         Ok(())

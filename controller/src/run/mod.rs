@@ -181,6 +181,13 @@ impl Controller {
         fence.check().map_err(|why| Error::unavailable(format!("{why}; the next holder of the Lease looks what became of this call")))
     }
 
+    /// Tells people of a refusal that needs one, where there is Kubernetes.
+    pub fn tell(&self, volume: &str, reason: &'static str, error: &Error) {
+        if let Some(kube) = self.kube.as_ref().filter(|_| error.needs_person()) {
+            kube.tell(volume, reason, &error.text);
+        }
+    }
+
     /// Whether the outcome of every write is known, so that nothing of ours comes later.
     #[must_use]
     pub fn knows_all_outcomes(&self) -> bool {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use proto::{VolumeHandle, publish_context};
 use tokio::time::Instant;
+use tonic::Code;
 
 use super::Controller;
 use super::evidence::{Depth, Reach, Reference};
@@ -55,7 +56,7 @@ impl Controller {
 impl Region {
     async fn publish(self: &Arc<Self>, request: Arc<Publish>, vm: Vm) -> Result<Published, Error> {
         let (handle, mut vm) = (&request.handle, vm);
-        let _claim = self.claim(&handle.volid())?;
+        let _claim = self.claim(handle).await?;
         self.check_reach(handle, &mut vm).await?;
         if owner_of(&handle.disk) == Some(vm.vmid) {
             proto::warn!(
@@ -68,21 +69,40 @@ impl Region {
         if let Err(error) = self.check_nobody_else(handle, vm.vmid).await {
             if !self.notice_leftovers_of(handle, &vm).await? {
                 self.remove_leftover_of(handle, &vm).await?;
-                return Err(error);
+                return Err(self.refused(handle, &vm, error).await);
             }
             self.remove_leftovers(handle, &vm).await?;
             self.check_nobody_else(handle, vm.vmid).await?;
         }
         match self.submit(&vm, Wish::Attach(Arc::clone(&request))).await? {
-            Done::Attached { lun, drive, vm, is_new } => {
+            Done::Attached { lun, drive, vm, written } => {
                 // New, or ours and never looked after: its answer was lost, or that look failed.
-                let is_fresh = is_new || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
+                let is_fresh = written.is_some() || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
                 if is_fresh && !self.was_alone().await {
-                    self.settle_rivals(handle, &vm).await?;
+                    self.settle_rivals(handle, &vm, written.unwrap_or_else(Instant::now)).await?;
                 }
                 self.published(&request, &vm, lun, &drive).await
             }
             Done::Detached => Err(Error::internal("an attach was answered as a detach")),
+        }
+    }
+
+    /// Held elsewhere: what an earlier try of ours wrote into this VM and never looked after must not stay beside it.
+    async fn refused(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, error: Error) -> Error {
+        if error.code != Code::FailedPrecondition || self.doubted_vm(&handle.volid()) != Some(vm.vmid) {
+            return error;
+        }
+        proto::warn!("attach {handle}: {}: what an earlier try wrote into VM {} is taken back", error.text, vm.vmid);
+        let taken = match self.detach(handle, vm).await {
+            // Settled only if it cannot come any more.
+            Ok(()) => self.check_no_doubt(&handle.volid()).await,
+            failed => failed,
+        };
+        match taken {
+            Ok(()) => error,
+            Err(why) => {
+                Error { code: error.code, text: format!("{}; and taking back what an earlier try wrote: {}", error.text, why.text) }
+            }
         }
     }
 
@@ -148,12 +168,13 @@ impl Region {
         }
     }
 
-    /// Our claim is in the config. Another controller may have written its own at the same moment: of two, the higher VMID
+    /// Our claim is in the config since `written`. Another controller may have written its own at the same moment: of two, the higher VMID
     /// takes its own out again, and the lower waits for that, and yields too if the other stays.
-    async fn settle_rivals(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) -> Result<(), Error> {
+    async fn settle_rivals(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, written: Instant) -> Result<(), Error> {
         let begun = Instant::now();
+        let mut since = written;
         loop {
-            let references = self.references(handle, Instant::now(), Some(vm.vmid), Depth::Config).await;
+            let references = self.references(handle, since, Some(vm.vmid), Depth::Config).await;
             let rival = match references {
                 Ok(references) => references.into_iter().find(Reference::counts),
                 Err(error) => {
@@ -166,6 +187,7 @@ impl Region {
             let Some(rival) = rival else { return Ok(()) };
             if vm.vmid < rival.vmid && begun.elapsed() < RIVAL_WAIT {
                 tokio::time::sleep(RIVAL_POLL).await;
+                since = Instant::now();
                 continue;
             }
             proto::warn!("attach {handle}: {rival}: our own attachment to VM {} is taken back", vm.vmid);

@@ -59,8 +59,8 @@ impl Wish {
 /// What became of it.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// It is in this slot of this VM; whether we wrote it just now.
-    Attached { lun: u8, drive: Box<Drive>, vm: Vm, is_new: bool },
+    /// It is in this slot of this VM; and when our write was done, if we wrote it just now.
+    Attached { lun: u8, drive: Box<Drive>, vm: Vm, written: Option<Instant> },
     /// No view of the VM has it.
     Detached,
 }

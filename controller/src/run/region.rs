@@ -28,8 +28,10 @@ pub(crate) const STATE_AGE: Duration = Duration::from_secs(5);
 pub(crate) const PARALLEL_READS: usize = 8;
 /// Calls per Proxmox node that may wait for their task inside the server: each holds one of its three API workers.
 const DELAYED_PER_HOST: usize = 2;
-/// Most hot-plugs end in 2.5 s; well below the 30 s of Proxmox's own proxy.
+/// Most attachments and deletions end in half a second; well below the 30 s of Proxmox's own proxy.
 const DELAY_S: u8 = 10;
+/// Proxmox looks whether a disk has left QEMU once a second, and again for its controller where it has one of its own.
+const LEAST_UNPLUG: Duration = Duration::from_millis(900);
 /// Sizes of volumes that are remembered; beyond it all are forgotten.
 const MAX_SIZES: usize = 4096;
 
@@ -54,6 +56,20 @@ pub(crate) struct Known {
     pub(crate) snapshots: Option<Snapshots>,
     /// A write of ours failed since, so that it may say something else now.
     pub(crate) is_stale: bool,
+}
+
+impl Known {
+    /// Whether it says enough of what `host` has since `since`.
+    fn counts(&self, host: &str, since: Instant) -> bool {
+        self.read_at >= since && self.host == host && !self.is_stale
+    }
+
+    /// What Proxmox takes at least for a change: the disks that leave QEMU, one after the other.
+    fn least(&self, change: &Change) -> Duration {
+        let leaving = change.delete.iter().filter(|key| self.held.contains_key(*key)).count();
+        let looks = if self.config.configured("scsihw") == Some("virtio-scsi-single") { 2 } else { 1 };
+        LEAST_UNPLUG * u32::try_from(leaving * looks).unwrap_or(u32::MAX)
+    }
 }
 
 /// What a VM's snapshots keep.
@@ -276,7 +292,7 @@ impl Region {
     pub(crate) async fn config(&self, host: &str, vmid: u32, since: Instant) -> Result<Known, pve::Error> {
         let slot = self.vm(vmid);
         let mut held = slot.known.lock().await;
-        if let Some(known) = held.as_ref().filter(|known| known.read_at >= since && known.host == host && !known.is_stale) {
+        if let Some(known) = held.as_ref().filter(|known| known.counts(host, since)) {
             return Ok(known.clone());
         }
         let (read_at, request) = (Instant::now(), api::pending(host, vmid));
@@ -286,6 +302,11 @@ impl Region {
         let known = Known { host: host.into(), config, read_at, held: kept, snapshots, is_stale: false };
         *held = Some(known.clone());
         Ok(known)
+    }
+
+    /// Whether that needs no call; waits for one that goes on.
+    pub(crate) async fn is_read(&self, vmid: u32, host: &str, since: Instant) -> bool {
+        self.vm(vmid).known.lock().await.as_ref().is_some_and(|known| known.counts(host, since))
     }
 
     /// The snapshots' drives, read again only when the VM's config changed: its digest covers them.
@@ -361,7 +382,8 @@ impl Region {
     /// # Errors
     /// Proxmox's; also the task's.
     pub(crate) async fn change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
-        let done = self.send_change(host, vmid, change, digest).await;
+        let least = self.vm(vmid).known.lock().await.as_ref().map_or(Duration::ZERO, |known| known.least(change));
+        let done = self.send_change(host, vmid, change, digest, least).await;
         if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
             known.config.digest.clear();
             match done {
@@ -372,13 +394,16 @@ impl Region {
         done
     }
 
-    async fn send_change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
-        let permit = self.delayed(host).try_acquire_owned().ok();
+    /// `least`: what it takes at least.
+    async fn send_change(&self, host: &str, vmid: u32, change: &Change, digest: &str, least: Duration) -> Result<(), pve::Error> {
+        let sent = Instant::now();
+        // What takes seconds would keep one of the node's three API workers from all others: it is asked about when it can have ended.
+        let permit = if least.is_zero() { self.delayed(host).try_acquire_owned().ok() } else { None };
         let delay = permit.is_some().then_some(DELAY_S);
         let answer = self.client().call(api::change(host, vmid, change, digest, delay)).await;
         drop(permit);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client().wait(&upid).await,
+            Some(upid) => self.client().wait(&upid, sent + least).await,
             None => Ok(()),
         }
     }
@@ -425,7 +450,7 @@ impl Region {
         let answer = self.client().call(api::free(host, storage, volid, delay)).await;
         drop(permit);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client().wait(&upid).await,
+            Some(upid) => self.client().wait(&upid, Instant::now()).await,
             None => Ok(()),
         }
     }

@@ -191,7 +191,7 @@ pub(crate) async fn create(cluster: &Arc<Cluster>, call: &Call) -> Result {
         storage.activate(&node)?;
         (format, storage.shared)
     };
-    let held = cluster.lock_storage(&id, shared, None).await?;
+    let held = cluster.lock_storage(&node, &id, shared, None).await?;
     let slow = cluster.state().slow_allocation;
     cluster.clock.sleep(cluster.latency.storage + slow).await;
     let name = {
@@ -274,7 +274,7 @@ pub(crate) async fn free(cluster: &Arc<Cluster>, node: &str, volid: &str, log: O
         let (storage, name) = state.volume(volid)?;
         (storage.about.id.clone(), storage.shared, name)
     };
-    let held = cluster.lock_storage(&id, shared, log).await?;
+    let held = cluster.lock_storage(node, &id, shared, log).await?;
     cluster.clock.sleep(cluster.latency.storage).await;
     let in_use = |state: &State| {
         let mut plugged = state.vms.values().filter(|vm| vm.running).flat_map(|vm| vm.plugged.values());

@@ -18,7 +18,7 @@ use super::config::VmConfig;
 use super::describe::{Acl, Description, STANDARD_SECRET, Vm};
 use super::drive::{self, Drive};
 use super::faults::{Fault, Inner};
-use super::state::{Cluster, Latency, Plugged};
+use super::state::{Cluster, Latency, Plugged, local_lock};
 use super::turns::{Door, Turns, Waiting};
 use super::version::Version;
 use super::{hotplug, http, tls};
@@ -510,11 +510,11 @@ impl Simulator {
         });
     }
 
-    /// Somebody holds the storage's lock until this is dropped.
+    /// Somebody holds the storage's lock (a local one's on the entry node) until this is dropped.
     #[must_use]
     pub fn hold_storage_lock(&self, id: &str) -> Option<Held> {
         let shared = self.cluster.state().storage(id).ok()?.shared;
-        let key = if shared { format!("cfs-{id}") } else { format!("/var/lock/pve-manager/pve-storage-{id}") };
+        let key = if shared { format!("cfs-{id}") } else { local_lock(&self.cluster.entry_node, id) };
         self.cluster.clock.try_lock(&key, 1)
     }
 

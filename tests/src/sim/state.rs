@@ -40,9 +40,10 @@ pub struct Latency {
     pub storage: Duration,
     /// A config task, beside what it plugs.
     pub task: Duration,
-    /// A config task that takes disks out, beside what each takes: the first look at the guest comes late. Not for disks with a
-    /// controller of their own, which are waited for twice each.
+    /// A config task that takes disks out, beside what each takes: the first look at the guest comes late.
     pub unplug_task: Duration,
+    /// The same where disks have a controller of their own: they are waited for twice each.
+    pub own_unplug_task: Duration,
     /// Each request takes what was measured of its endpoint, instead of `request`, and a dead node is found dead after 3 s.
     pub by_endpoint: bool,
 }
@@ -58,6 +59,7 @@ impl Latency {
         storage: NO_TIME,
         task: NO_TIME,
         unplug_task: NO_TIME,
+        own_unplug_task: NO_TIME,
         by_endpoint: false,
     };
     /// As measured on the recorded host.
@@ -69,13 +71,14 @@ impl Latency {
         ..Latency::NONE
     };
     /// The model of the storm (the reference driver was run on the same): an attachment is a task of 400 ms and 100 ms more for each
-    /// further disk, a detachment one of 2.2 s and 1.05 s more; with a controller for each disk 2.2 s each.
+    /// further disk, a detachment one of 2.2 s and 1.05 s more; with a controller for each disk 2.2 s and 2.1 s more.
     pub const MODEL: Latency = Latency {
         plug: Duration::from_millis(100),
         unplug: Duration::from_millis(1050),
         storage: Duration::from_millis(60),
         task: Duration::from_millis(300),
-        unplug_task: Duration::from_millis(850),
+        unplug_task: Duration::from_millis(1150),
+        own_unplug_task: Duration::from_millis(100),
         by_endpoint: true,
         ..Latency::NONE
     };
@@ -168,6 +171,11 @@ pub(crate) struct Cluster {
     pub(crate) state: Mutex<State>,
 }
 
+/// The clock's name for a node's lock of a local storage.
+pub(crate) fn local_lock(node: &str, id: &str) -> String {
+    format!("{node} pve-storage-{id}")
+}
+
 impl Cluster {
     pub(crate) fn new(
         description: &Description,
@@ -234,13 +242,15 @@ impl Cluster {
     /// The per-VM flock.
     pub(crate) async fn lock_config(&self, vmid: u32) -> Result<Held, ApiError> {
         let file = format!("/var/lock/qemu-server/lock-{vmid}.conf");
-        self.flock(&file, None).await
+        // A VM is on one node.
+        self.flock(&file, &file, None).await
     }
 
-    /// The lock under which a storage allocates and frees.
-    pub(crate) async fn lock_storage(&self, id: &str, shared: bool, log: Option<&Log>) -> Result<Held, ApiError> {
+    /// The lock under which a storage allocates and frees: of the cluster, or of each node.
+    pub(crate) async fn lock_storage(&self, node: &str, id: &str, shared: bool, log: Option<&Log>) -> Result<Held, ApiError> {
         if !shared {
-            return self.flock(&format!("/var/lock/pve-manager/pve-storage-{id}"), log).await;
+            let file = format!("/var/lock/pve-manager/pve-storage-{id}");
+            return self.flock(&local_lock(node, id), &file, log).await;
         }
         if self.state().without_quorum {
             return Err(ApiError::die(format!("cfs-lock 'storage-{id}' error: no quorum!")));
@@ -259,12 +269,12 @@ impl Cluster {
         Ok(held)
     }
 
-    async fn flock(&self, file: &str, log: Option<&Log>) -> Result<Held, ApiError> {
-        if let Some(held) = self.clock.try_lock(file, 1) {
+    async fn flock(&self, key: &str, file: &str, log: Option<&Log>) -> Result<Held, ApiError> {
+        if let Some(held) = self.clock.try_lock(key, 1) {
             return Ok(held);
         }
         log.inspect(|log| log.print("trying to acquire lock..."));
-        let Some(held) = self.clock.lock(file, 1, Some(FLOCK_WAIT)).await else {
+        let Some(held) = self.clock.lock(key, 1, Some(FLOCK_WAIT)).await else {
             return Err(ApiError::die(format!("can't lock file '{file}' - got timeout")));
         };
         log.inspect(|log| log.append(" OK"));

@@ -360,7 +360,7 @@ impl Work {
                 storage.activate(&self.node)?;
                 (storage.shared, drive.option("format").unwrap_or(storage.default_format()).to_owned())
             };
-            let held = self.cluster.lock_storage(&id, shared, self.log.as_ref()).await?;
+            let held = self.cluster.lock_storage(&self.node, &id, shared, self.log.as_ref()).await?;
             self.cluster.clock.sleep(self.cluster.latency.storage).await;
             let state = self.cluster.state();
             let storage = state.storage(&id)?;
@@ -395,7 +395,11 @@ impl Work {
         let own_controllers = self.config.get("scsihw") == Some("virtio-scsi-single");
         let unplugs = self.config.pending_delete.keys().any(|key| is_drive(key));
         let latency = self.cluster.latency;
-        let task = if unplugs && !own_controllers { latency.task + latency.unplug_task } else { latency.task };
+        let task = match (unplugs, own_controllers) {
+            (true, true) => latency.own_unplug_task,
+            (true, false) => latency.unplug_task,
+            (false, _) => latency.task,
+        };
         self.cluster.clock.sleep(task).await;
         let mut errors = BTreeMap::new();
         if running {

@@ -53,14 +53,14 @@ async fn after_a_restart_volume_attachments_say_what_a_dead_host_holds() {
         &["VM 201 on pve2", "VolumeAttachment to node node-201", "off since", "out-of-service"],
     );
     assert!(bed.traces(102, &held).is_empty());
-    // Nobody asks Kubernetes when all hosts are there.
+    // Nobody asks Kubernetes who holds what when all hosts are there; that people are told of the refusal is another matter.
     bed.sim.set_node_unreachable("pve2", None);
     let by = controller(&kubernetes, &bed);
     let _ = kubernetes.asked();
     let refused = publish_by(&by, &held, "node-102/102").await;
     assert_refused(refused, Code::FailedPrecondition, &["VM 201 on pve2 has it configured as scsi1"]);
     let asked = kubernetes.asked();
-    assert!(asked.is_empty(), "{asked:?}");
+    assert!(!asked.iter().any(|call| call.contains("csinodes")), "{asked:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

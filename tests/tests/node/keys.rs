@@ -141,9 +141,9 @@ fn rotation_waits_for_memory(agent: &Agent) {
 fn stage_in_turn(agent: &Agent, volume: &NodeVolume) {
     for _ in 0..MAX_TRIES {
         match agent.calls.node_stage_volume(volume.stage()) {
+            Ok(_) => return,
             Err(status) if status.message().contains("one at a time is allowed") => println!("{}", status.message()),
             Err(status) => panic!("{status:?}; {}", agent.guest.quote()),
-            Ok(_) => return,
         }
     }
     panic!("{} has not had its turn in {MAX_TRIES} calls; {}", volume.id, agent.guest.quote());
