@@ -33,6 +33,11 @@ scripts/images --binaries "$binaries" --to "$work/images" >"$work/images.txt"
 scripts/images --binaries "$binaries" --to "$work/again" >/dev/null
 diff -r "$work/images" "$work/again" >/dev/null || { echo "airgap: two runs of scripts/images differ"; exit 1; }
 rm -r "$work/again"
+scripts/images --binaries "$binaries" --rootfs amd64 --to "$work/rootfs"
+mkdir "$work/layout"; tar -C "$work/layout" -xf "$work/images/proxmox-csi-node-linux-amd64.oci.tar"
+layer=$(find "$work/layout/blobs/sha256" -type f -size +1M)
+[ "$(tar -tf "$layer" | grep -v '/$' | LC_ALL=C sort)" = "$(cd "$work/rootfs/node" && find . -type f -printf '%P\n' | LC_ALL=C sort)" ] ||
+  { echo "airgap: the Containerfile's files are not the image's"; exit 1; }
 cat "$work/images.txt"; said "images: the same bytes twice"
 
 scripts/bundle --images "$work/images" --to "$work" | sed 's/^SKIPPED/  SKIPPED/'

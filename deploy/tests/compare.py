@@ -278,6 +278,20 @@ def versions():
         check(driver["fsGroupPolicy"] == "File", f"1.{minor}: fsGroupPolicy")
 
 
+def a_daemonset_per_zone():
+    """Before Kubernetes 1.35, agents of several Proxmox nodes are told their place; no two DaemonSets want one pod."""
+    zones = [{"region": "one", "zone": "pve-1"}, {"region": "one", "zone": "pve_2.b"}]
+    sets = [one for one in rendered(values={"node": {"zones": zones, "nodeSelector": {"a": "b"}}}, kubernetes="1.32.0") if one["kind"] == "DaemonSet"]
+    check([one["metadata"]["name"] for one in sets] == ["proxmox-csi-plugin-node-pve-1", "proxmox-csi-plugin-node-pve-2-b"], f"DaemonSets {[one['metadata']['name'] for one in sets]}")
+    check(len({json.dumps(one["spec"]["selector"], sort_keys=True) for one in sets}) == 2, "two DaemonSets have the same selector")
+    for place, one in zip(zones, sets):
+        pod = one["spec"]["template"]
+        wanted = {"a": "b", "topology.kubernetes.io/region": place["region"], "topology.kubernetes.io/zone": place["zone"]}
+        check(pod["spec"]["nodeSelector"] == wanted, f"{place}: nodeSelector {pod['spec']['nodeSelector']}")
+        check({f"--region={place['region']}", f"--zone={place['zone']}"} <= set(pod["spec"]["containers"][0]["args"]), f"{place}: arguments")
+        check(one["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items(), f"{place}: labels")
+
+
 def constant(name, file):
     with open(file, encoding="utf-8") as text:
         found = re.search(rf"const {name}: &\[&str\] =\s*&\[(.*?)\];", text.read(), re.S)
@@ -386,7 +400,7 @@ def commands_of_documents():
     check(ran > 10, f"only {ran} commands were found in the documents")
 
 
-CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, keys_are_the_code_s, privileges, documents_are_true, commands_of_documents]
+CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, a_daemonset_per_zone, keys_are_the_code_s, privileges, documents_are_true, commands_of_documents]
 
 if __name__ == "__main__":
     for one in CHECKS:
