@@ -62,6 +62,35 @@ impl Error {
     }
 }
 
+/// What our own sentences ask of people, where the code says only "ask again".
+const WANTS_A_PERSON: &[&str] =
+    &["restart the VM", "restart VM", "restart it", "qm unlock", "fencedNodes", "give the token's role", "to a person", "by hand"];
+
+impl Error {
+    /// Whether it lasts until a person does something: then it is told to people, too (see `kube::events`).
+    #[must_use]
+    pub fn needs_person(&self) -> bool {
+        match self.code {
+            // Config, privileges, another holder, a full storage: nothing of it heals by itself.
+            Code::FailedPrecondition
+            | Code::PermissionDenied
+            | Code::Unauthenticated
+            | Code::InvalidArgument
+            | Code::OutOfRange
+            | Code::ResourceExhausted
+            | Code::AlreadyExists
+            | Code::Unimplemented
+            | Code::DataLoss => true,
+            // Repeated, and most often done then.
+            Code::Unavailable | Code::Aborted | Code::Internal | Code::Unknown | Code::DeadlineExceeded => {
+                WANTS_A_PERSON.iter().any(|words| self.text.contains(words))
+            }
+            // What is gone is gone.
+            Code::Ok | Code::NotFound | Code::Cancelled => false,
+        }
+    }
+}
+
 impl From<pve::Error> for Error {
     fn from(error: pve::Error) -> Self {
         let meaning = error.meaning();
@@ -277,6 +306,30 @@ mod tests {
                 assert!(!part.is_empty() && error.text.contains(&part), "row {number}: {:?} lacks {part:?}", error.text);
             }
         }
+    }
+
+    /// Of each of the 78: told to people or not.
+    #[test]
+    fn what_needs_a_person_is_told_and_what_heals_is_not() {
+        let told = |row: u32| KNOWN.iter().filter(|known| known.0 == row).all(|known| Error::from(known.error()).needs_person());
+        // No privilege, no such storage, no space, protection; a leaked slot, which a restart of the VM clears.
+        for row in [2, 3, 10, 31] {
+            assert!(told(row), "row {row}");
+        }
+        for (error, expected) in [
+            (Error::from(PveError { call: "x".into(), cause: Cause::NotSent("no".into()) }), false),
+            (Error::from(PveError { call: "x".into(), cause: Cause::NoAnswer("no".into()) }), false),
+            (Error::unavailable("VM is locked (backup); if no such task runs: qm unlock 101"), true),
+            (Error::internal("QEMU has leftovers; restart the VM"), true),
+            (Error::aborted("another call is in flight"), false),
+            (Error::not_found("no such VM"), false),
+        ] {
+            assert_eq!(error.needs_person(), expected, "{error}");
+        }
+        // Every text that we choose the code of is decided, and most of those that are repeated are not told.
+        let repeated = KNOWN.iter().filter(|row| code(row.4) == Code::Unavailable);
+        let (told, all) = repeated.fold((0, 0), |(told, all), row| (told + usize::from(Error::from(row.error()).needs_person()), all + 1));
+        assert!(told * 4 < all, "{told} of {all}");
     }
 
     /// What may have been done without our knowing must not look final to the sidecars.

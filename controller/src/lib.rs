@@ -8,6 +8,7 @@ pub mod attach;
 pub mod config;
 pub mod deadline;
 pub mod error;
+pub mod fence;
 pub mod kube;
 pub mod parameters;
 pub mod placement;

@@ -1,13 +1,15 @@
 //! Flags and environment → controller → served socket. The only exit.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::bail;
 use argh::FromArgs;
-use controller::kube::Kube;
+use controller::kube::{Access, Kube, lease};
 use controller::run::Controller;
 use controller::service::ControllerService;
 use proto::csi::controller_server::ControllerServer;
@@ -15,9 +17,9 @@ use proto::flags::{self, Flag};
 use proto::identity::Identity;
 use proto::serve::{self, Endpoint};
 
-/// Each call to Proxmox holds one thread while it waits. Enough for three clusters that hang and one that does not; threads
-/// are made when needed only.
-const MAX_BLOCKING_THREADS: usize = 4 * controller::pve::CALLS_PER_CLUSTER;
+/// Each call to Proxmox holds one thread while it waits. Enough for three clusters that hang and one that does not, and for
+/// the Lease besides; threads are made when needed only.
+const MAX_BLOCKING_THREADS: usize = 4 * controller::pve::CALLS_PER_CLUSTER + 8;
 /// Idle threads go, and their stacks with them.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Kubernetes gives a pod 30 s between SIGTERM and SIGKILL.
@@ -43,7 +45,7 @@ struct Arguments {
     /// the clusters file (CLOUD_CONFIG)
     #[argh(option, default = "PathBuf::from(\"/etc/proxmox/config.yaml\")")]
     cloud_config: PathBuf,
-    /// accepted, without effect yet (KUBECONFIG)
+    /// outside of a pod: the Kubernetes API, by a kubeconfig with a token (KUBECONFIG)
     #[argh(option)]
     kubeconfig: Option<String>,
     /// accepted, without effect yet (METRICS_ADDRESS)
@@ -93,38 +95,105 @@ fn refuse(why: &str) -> ExitCode {
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
     proto::log::set_level(&arguments.verbosity).map_err(anyhow::Error::msg)?;
     let endpoint: Endpoint = arguments.csi_address.parse().map_err(anyhow::Error::msg)?;
-    let without_effect = [
-        ("--kubeconfig", &arguments.kubeconfig),
-        ("--metrics-address", &arguments.metrics_address),
-        ("--metrics-path", &arguments.metrics_path),
-    ];
+    let without_effect = [("--metrics-address", &arguments.metrics_address), ("--metrics-path", &arguments.metrics_path)];
     for (flag, _) in without_effect.iter().filter(|(_, value)| value.is_some()) {
         proto::warn!("{flag} has no effect in this version");
     }
-    // Go's crypto/x509 reads it, too: the reference driver's users may have set it.
-    let ca_bundle = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let kube = kubernetes(arguments.kubeconfig.as_deref()).map_err(anyhow::Error::msg)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING_THREADS)
         .thread_keep_alive(THREAD_KEEP_ALIVE)
         .build()?;
     runtime.block_on(async move {
-        let kube = Kube::in_cluster().unwrap_or_else(|why| {
-            proto::error!("Kubernetes is not asked what dead nodes hold: {why}");
-            None
+        let mut stop = Box::pin(async {
+            if let Err(cause) = serve::terminated().await {
+                proto::error!("signals cannot be received: {cause}");
+            }
         });
-        let controller = Arc::new(Controller::with_kube(arguments.cloud_config, ca_bundle, kube.map(Arc::new)));
+        match kube {
+            None => {
+                let served = Served { endpoint, config: arguments.cloud_config, kube: None };
+                served.until(stop).await.map(drop)
+            }
+            Some(kube) => {
+                let served = Served { endpoint, config: arguments.cloud_config, kube: Some(Arc::clone(&kube)) };
+                served.while_leading(&kube, &mut stop).await
+            }
+        }
+    })
+}
+
+/// The Kubernetes API, where it is there: then one of several controllers acts at a time, by the driver's Lease.
+fn kubernetes(kubeconfig: Option<&str>) -> Result<Option<Arc<Kube>>, String> {
+    let file = kubeconfig.filter(|path| !path.is_empty()).map(Path::new);
+    let named = file.map(Access::from_kubeconfig).transpose()?.flatten();
+    if let (Some(file), None) = (file, &named) {
+        proto::warn!("kubeconfig {}: it is not there", file.display());
+    }
+    let access = match named {
+        Some(access) => Some(access),
+        None => Access::in_cluster()?,
+    };
+    let Some(access) = access else {
+        proto::info!("no Kubernetes API: without a Lease, all VMs are looked at again after each attach");
+        return Ok(None);
+    };
+    let me = lease::identity().map_err(|cause| format!("/dev/urandom: {cause}"))?;
+    Ok(Some(Arc::new(Kube::new(access)?.with_lease(&me))))
+}
+
+/// What is to be served, and where.
+struct Served {
+    endpoint: Endpoint,
+    config: PathBuf,
+    kube: Option<Arc<Kube>>,
+}
+
+impl Served {
+    /// Serves until `stop`, and lets running calls end. Whether all of them have, and nothing of ours can come later.
+    async fn until(self, stop: impl Future<Output = ()>) -> anyhow::Result<bool> {
+        // Go's crypto/x509 reads it, too: the reference driver's users may have set it.
+        let ca_bundle = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()).map(PathBuf::from);
+        let controller = Arc::new(Controller::with_kube(self.config, ca_bundle, self.kube));
         let readiness = Arc::clone(&controller);
         let identity = Identity::new(env!("CARGO_PKG_VERSION")).ready_when(Arc::new(move || readiness.ready()));
         let greeting = Arc::clone(&controller);
         tokio::spawn(async move { greeting.greet().await });
-        let service = ControllerServer::new(ControllerService::new(controller));
-        let stop = async {
-            if let Err(cause) = serve::terminated().await {
-                proto::error!("signals cannot be received: {cause}");
+        let service = ControllerService::new(Arc::clone(&controller));
+        serve::serve(&self.endpoint, identity, ControllerServer::new(service.clone()), stop, DRAIN).await?;
+        Ok(service.is_idle() && controller.knows_all_outcomes())
+    }
+
+    /// The socket is there only while the Lease is ours: the sidecars of a standby wait for it, and those of one that loses it
+    /// lose their connection, end, and wait for it again. Against a socket that answers UNAVAILABLE: each sidecar would repeat
+    /// every call, write that answer into its objects, and compete with those of the one that acts.
+    async fn while_leading(self, kube: &Arc<Kube>, stop: &mut (impl Future<Output = ()> + Unpin)) -> anyhow::Result<()> {
+        let Some(lease) = kube.lease().cloned() else { return self.until(stop).await.map(drop) };
+        if let Err(why) = controller::config::load(&self.config) {
+            proto::error!("{why}");
+        }
+        let mut lost = tokio::select! {
+            leading = lease.lead() => leading.map_err(anyhow::Error::msg)?,
+            () = &mut *stop => {
+                // Perhaps it is ours, and what its holder before us sent may still come: the next one waits for that, too.
+                lease.release(false).await;
+                return Ok(());
             }
         };
-        serve::serve(&endpoint, identity, service, stop, DRAIN).await
-    })?;
-    Ok(())
+        let mut why = None;
+        let all_is_known = self
+            .until(async {
+                tokio::select! {
+                    lost = &mut lost => why = Some(lost),
+                    () = stop => (),
+                }
+            })
+            .await?;
+        match why {
+            Some(why) => bail!("{}", why?),
+            None => lease.release(all_is_known).await,
+        }
+        Ok(())
+    }
 }

@@ -57,6 +57,12 @@ impl ControllerService {
         Self { controller, busy: Arc::default() }
     }
 
+    /// Whether no call goes on, also none whose caller has given up.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// CSI: at most one call per volume in flight; the second answers ABORTED and is repeated.
     fn turn(&self, volume: &str) -> Result<Turn, Error> {
         if !self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(volume.into()) {
@@ -65,17 +71,24 @@ impl ControllerService {
         Ok(Turn { busy: Arc::clone(&self.busy), volume: volume.into() })
     }
 
-    /// Runs `work` to its end, whoever waits for it.
+    /// Runs `work` to its end, whoever waits for it. A refusal that needs a person is told as `reason`.
     async fn alone<T: Send + 'static>(
         &self,
         volume: &str,
+        reason: Option<&'static str>,
         timeout: Option<String>,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<Response<T>, Status> {
         let turn = self.turn(volume).map_err(status)?;
+        let (controller, volume) = (Arc::clone(&self.controller), volume.to_owned());
         let task = tokio::spawn(async move {
             let done = deadline::within(timeout.as_deref(), work).await;
             drop(turn);
+            // Stopped in the middle, perhaps: what was true then need not be true any more.
+            let done = done.and_then(|done| controller.check_acts().map(|()| done));
+            if let (Err(error), Some(reason)) = (&done, reason) {
+                controller.tell(&volume, reason, error);
+            }
             done
         });
         match task.await {
@@ -105,7 +118,8 @@ impl Service for ControllerService {
         let timeout = timeout_of(&request);
         let create = Create::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&create.name.clone(), timeout, async move {
+        // The provisioner tells the claim itself, and there is no PV yet.
+        self.alone(&create.name.clone(), None, timeout, async move {
             let created = controller.create(create).await?;
             let segments = [
                 (proto::TOPOLOGY_REGION.to_string(), created.handle.region.clone()),
@@ -133,7 +147,10 @@ impl Service for ControllerService {
         // An id that can be no volume's: there is nothing to delete.
         let Ok(handle) = existing(&volume_id) else { return Ok(Response::new(csi::DeleteVolumeResponse {})) };
         let controller = Arc::clone(&self.controller);
-        self.alone(&volume_id, timeout, async move { controller.delete(&handle).await.map(|()| csi::DeleteVolumeResponse {}) }).await
+        self.alone(&volume_id, Some("VolumeDeleteRefused"), timeout, async move {
+            controller.delete(&handle).await.map(|()| csi::DeleteVolumeResponse {})
+        })
+        .await
     }
 
     async fn controller_publish_volume(
@@ -143,7 +160,7 @@ impl Service for ControllerService {
         let timeout = timeout_of(&request);
         let publish = Publish::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&publish.handle.to_string(), timeout, async move {
+        self.alone(&publish.handle.to_string(), Some("VolumeAttachRefused"), timeout, async move {
             let published = controller.publish(Arc::new(publish)).await?;
             Ok(csi::ControllerPublishVolumeResponse { publish_context: published.publish_context })
         })
@@ -157,7 +174,7 @@ impl Service for ControllerService {
         let timeout = timeout_of(&request);
         let unpublish = Unpublish::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&unpublish.handle.to_string(), timeout, async move {
+        self.alone(&unpublish.handle.to_string(), Some("VolumeDetachRefused"), timeout, async move {
             controller.unpublish(&unpublish).await.map(|()| csi::ControllerUnpublishVolumeResponse {})
         })
         .await
@@ -170,7 +187,7 @@ impl Service for ControllerService {
         let timeout = timeout_of(&request);
         let expand = Expand::try_from(request.into_inner()).map_err(status)?;
         let controller = Arc::clone(&self.controller);
-        self.alone(&expand.handle.to_string(), timeout, async move {
+        self.alone(&expand.handle.to_string(), Some("VolumeExpandRefused"), timeout, async move {
             let expanded = controller.expand(&expand).await?;
             Ok(csi::ControllerExpandVolumeResponse { capacity_bytes: signed(expanded.capacity_bytes), node_expansion_required: true })
         })

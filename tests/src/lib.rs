@@ -8,6 +8,7 @@ pub mod controller;
 mod folder;
 pub mod guest;
 pub mod history;
+pub mod kube;
 pub mod machine;
 mod process;
 pub mod sim;

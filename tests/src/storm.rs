@@ -23,8 +23,6 @@ const TICK: Duration = Duration::from_millis(1);
 const MOMENT: Duration = Duration::from_micros(10);
 /// The longest that a part may take, simulated.
 const LIMIT: Duration = Duration::from_secs(600);
-/// Before a Lease of this age, readings may be older than it.
-const LEASED: Duration = Duration::from_secs(61);
 /// A second kubelet's worth of volumes on one VM.
 const DRAINED: usize = 20;
 
@@ -87,13 +85,10 @@ impl Size {
         self.world_with(scsihw, count, shared, false).await
     }
 
-    /// With a Lease, where wanted, that is older than all that is read.
+    /// With Kubernetes and its Lease, where wanted.
     async fn world_with(self, scsihw: &str, count: usize, shared: bool, lease: bool) -> Result<World> {
-        let mut world = World::new(self.cluster(scsihw), 1, self.claims(count, shared)).await?;
-        if lease {
-            world.lease(0, LIMIT * 100);
-            world.pass(LEASED).await?;
-        }
+        let (cluster, claims) = (self.cluster(scsihw), self.claims(count, shared));
+        let world = if lease { World::with_lease(cluster, 1, claims).await? } else { World::new(cluster, 1, claims).await? };
         for number in 0..self.images {
             let make = |node: &str, volid: String| world.sim.create_volume(node, &volid, MIB).map_err(anyhow::Error::msg);
             make("pve1", format!("ds:7777/vm-7777-{number}.raw"))?;

@@ -19,12 +19,16 @@ mod dead;
 mod defects;
 #[path = "controller/detach.rs"]
 mod detach;
+#[path = "controller/events.rs"]
+mod events;
 #[path = "controller/expand.rs"]
 mod expand;
 #[path = "controller/hold.rs"]
 mod hold;
 #[path = "controller/kube.rs"]
 mod kube;
+#[path = "controller/lease.rs"]
+mod lease;
 #[path = "controller/life.rs"]
 mod life;
 #[path = "controller/race.rs"]

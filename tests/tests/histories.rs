@@ -9,3 +9,5 @@ mod lost;
 mod races;
 #[path = "histories/random.rs"]
 mod random;
+#[path = "histories/sole.rs"]
+mod sole;

@@ -67,6 +67,12 @@ impl Request {
         self.path == "/access/ticket"
     }
 
+    /// Whether it changes something.
+    #[must_use]
+    pub fn is_write(&self) -> bool {
+        self.method != Method::Get && !self.is_login()
+    }
+
     /// Path and query.
     #[must_use]
     pub fn target(&self) -> String {

@@ -16,6 +16,8 @@ use ureq::tls::{PemItem, RootCerts, TlsConfig, TlsProvider};
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, RustlsConnector, TcpConnector, Transport};
 
+use crate::fence::Fence;
+
 /// A host that takes longer to accept is down or far: the call is repeated anyway.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Proxmox's own proxy gives up after 30 s without output (596): our limit only catches what says nothing at all.
@@ -42,12 +44,21 @@ static PATIENCE: OnceLock<Duration> = OnceLock::new();
 thread_local! {
     static REASON: RefCell<String> = const { RefCell::new(String::new()) };
     static SENT: Cell<bool> = const { Cell::new(false) };
+    static FENCE: RefCell<Fence> = RefCell::new(Fence::default());
+    static HELD_BACK: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Forgets the last call on this thread.
-pub(super) fn begin_call() {
+/// Forgets the last call on this thread. The next one goes out only while `fence` is open.
+pub(crate) fn begin_call(fence: Fence) {
     REASON.with_borrow_mut(String::clear);
     SENT.set(false);
+    FENCE.set(fence);
+    HELD_BACK.set(None);
+}
+
+/// Why the last request on this thread was not let out.
+pub(super) fn held_back() -> Option<String> {
+    HELD_BACK.with_borrow(Clone::clone)
 }
 
 /// The reason phrase of the last answer on this thread.
@@ -146,6 +157,11 @@ impl<T: Transport> Transport for Watch<T> {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        // Here and not before: a name may be looked up, a connection and its TLS be made for seconds.
+        if let Err(why) = FENCE.with_borrow(Fence::check) {
+            HELD_BACK.set(Some(why));
+            return Err(ureq::Error::Io(std::io::ErrorKind::PermissionDenied.into()));
+        }
         self.awaited = true;
         SENT.set(true);
         self.inner.transmit_output(amount, timeout)

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::config::{ClusterConfig, Credentials};
+use crate::fence::Fence;
 use crate::secret::Secret;
 pub use api::{Method, Request};
 pub use error::{Cause, Error, Meaning};
@@ -82,6 +83,7 @@ pub struct Client {
     at_a_time: Semaphore,
     hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
     in_flight: Arc<AtomicUsize>,
+    fence: Fence,
     /// Calls so far: each has its number on the wire, so that two that say the same are told apart.
     calls: AtomicU64,
 }
@@ -142,8 +144,15 @@ impl Client {
             at_a_time: Semaphore::new(CALLS_PER_CLUSTER),
             hosts: Mutex::default(),
             in_flight: Arc::default(),
+            fence: Fence::default(),
             calls: AtomicU64::default(),
         }
+    }
+
+    /// Writes go out only while `fence` is open.
+    #[must_use]
+    pub fn fenced(self, fence: Fence) -> Self {
+        Self { fence, ..self }
     }
 
     /// Whether it talks to that address.
@@ -163,7 +172,7 @@ impl Client {
     /// # Errors
     /// Every status above 399, and every way not to get an answer.
     pub async fn call(self: &Arc<Self>, request: Request) -> Result<Value, Error> {
-        let (client, call) = (Arc::clone(self), request.name());
+        let (client, call, is_write) = (Arc::clone(self), request.name(), request.is_write());
         // First the node's place: who waits for a node that hangs must not hold one of the cluster's.
         let of_host = request.host().map(|host| self.host(host));
         let _of_host = match &of_host {
@@ -179,10 +188,14 @@ impl Client {
             let _sent = sent;
             client.call_blocking(&request, &number.to_string())
         };
-        match tokio::task::spawn_blocking(work).await {
+        let answer = match tokio::task::spawn_blocking(work).await {
             Ok(answer) => answer,
             Err(cause) => Err(Error { call, cause: Cause::NoAnswer(format!("our own call broke off: {cause}")) }),
+        };
+        if is_write && answer.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
+            self.fence.note_unknown();
         }
+        answer
     }
 
     /// Calls that have begun and not ended.
@@ -202,7 +215,10 @@ impl Client {
         let begun = Instant::now();
         let (mut failures, mut odd_ends) = (0, 0);
         loop {
-            let unknown = |why: String| Error { call: call.clone(), cause: Cause::TaskUnknown { upid: upid.into(), why } };
+            let unknown = |why: String| {
+                self.fence.note_unknown();
+                Error { call: call.clone(), cause: Cause::TaskUnknown { upid: upid.into(), why } }
+            };
             if begun.elapsed() > TASK_DEADLINE {
                 return Err(unknown(format!("still running after {} s", TASK_DEADLINE.as_secs())));
             }
@@ -272,7 +288,7 @@ impl Client {
     fn send(&self, request: &Request, headers: &[(&str, &str)]) -> Result<Value, Error> {
         let failed = |cause: Cause| Error { call: request.name(), cause };
         let agent = self.agent.as_ref().map_err(|why| failed(Cause::NotSent(why.clone())))?;
-        http::begin_call();
+        http::begin_call(if request.is_write() { self.fence.clone() } else { Fence::default() });
         let answer = self.exchange(agent, request, headers);
         let (status, text) = answer.map_err(|error| {
             let why = self.explained(&error);
@@ -313,6 +329,9 @@ impl Client {
 
     /// Our words for what ureq met: what, where, and what to do about it.
     fn explained(&self, error: &ureq::Error) -> String {
+        if let Some(why) = http::held_back() {
+            return why;
+        }
         let url = &self.url;
         let text = error.to_string();
         let certificate = matches!(error, ureq::Error::Rustls(_) | ureq::Error::Tls(_))

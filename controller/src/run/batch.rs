@@ -397,7 +397,8 @@ impl<'a> Batch<'a> {
 
     /// Our claims are in the config: what each caller will look at, for rivals, is read while QEMU is asked.
     fn look_ahead(&self, plan: &[(usize, Step)], written: Instant) {
-        if self.region.sole_writer().is_some() {
+        // With a Lease nobody will.
+        if self.region.has_lease() {
             return;
         }
         for (index, _) in plan.iter().filter(|(_, step)| matches!(step, Step::Plug(..))) {

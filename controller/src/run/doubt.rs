@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::pve::api;
 
 /// After this long, a write whose answer was lost is not carried out any more.
-const DOUBT_AGE: Duration = Duration::from_secs(120);
+pub(super) const DOUBT_AGE: Duration = Duration::from_secs(120);
 /// So long after our start a write of an earlier controller may still wait in Proxmox's proxy, which gives up after 30 s.
 const EARLIER_WRITES: Duration = Duration::from_secs(45);
 /// A change of an earlier controller is waited for that long: a hot-plug takes some seconds.

@@ -11,7 +11,50 @@ use crate::error::Error;
 use crate::kube::Kube;
 use crate::request::{NodeId, node_id};
 
+/// What Kubernetes' VolumeAttachments say of a volume and a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Word {
+    /// There is none.
+    Nothing,
+    /// It is to be attached there, and no kubelet has been told that it is.
+    Wanted,
+    /// It is attached there.
+    Attached,
+}
+
 impl Region {
+    /// What Kubernetes says of the volume and that VM; nothing where it cannot be asked, or which node the VM is cannot be told.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(super) async fn word_of_kubernetes(&self, handle: &VolumeHandle, vmid: u32) -> Result<Option<Word>, Error> {
+        let Some(kube) = &self.kube else { return Ok(None) };
+        let nodes = self.nodes_of(kube, vmid).await?;
+        let [node] = nodes.as_slice() else { return Ok(None) };
+        let attachments = kube.attached_to(node).await.map_err(Error::unavailable)?;
+        let volid = handle.volid();
+        let is_ours = |given: &str| given.parse::<VolumeHandle>().is_ok_and(|given| given.region == self.name && given.volid() == volid);
+        let words = attachments.iter().filter(|(given, _)| is_ours(given));
+        let word = |(_, attached): (&String, &bool)| if *attached { Word::Attached } else { Word::Wanted };
+        Ok(Some(words.map(word).max().unwrap_or(Word::Nothing)))
+    }
+
+    /// Whether controllers act one at a time.
+    pub(super) fn has_lease(&self) -> bool {
+        self.kube.as_ref().is_some_and(|kube| kube.lease().is_some())
+    }
+
+    /// Whether no other controller can have acted until now: the Lease was ours, without a gap, by a renewal that began after
+    /// what was just seen. Asked after a write and its verification; then no other one's claim can have come in between.
+    pub(super) async fn was_alone(&self) -> bool {
+        let Some(lease) = self.kube.as_ref().and_then(|kube| kube.lease()) else { return false };
+        let confirmed = lease.confirm().await;
+        if let Err(why) = &confirmed {
+            proto::warn!("every VM is looked at again: {why}");
+        }
+        confirmed.is_ok()
+    }
+
     /// The Kubernetes nodes that this VM is, by the ids that their agents gave.
     async fn nodes_of(&self, kube: &Arc<Kube>, vmid: u32) -> Result<Vec<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
@@ -43,7 +86,7 @@ impl Region {
         };
         let mut found = Vec::new();
         for node in self.nodes_of(kube, vmid).await? {
-            if kube.attached_to(&node).await.map_err(Error::unavailable)?.iter().any(is_ours) {
+            if kube.attached_to(&node).await.map_err(Error::unavailable)?.keys().any(is_ours) {
                 found.push(Reference { vmid, host: host.into(), key: node, view: View::Attachment, off: None });
             }
         }

@@ -1,15 +1,19 @@
-//! Drives that VMs on a fenced node still have in their config when the node is back: the volume lives elsewhere by then.
+//! Drives that VMs still have in their config while the volume lives elsewhere: their node was off when it was taken over, or a
+//! write of a controller before us came late.
 //!
 //! A VM's config cannot be changed while its node is off. So the drive is noted when the volume is taken over, and removed
-//! before the volume, or anything for that VM, is attached again. Without the note (after a restart) a drive is a leftover
-//! only if the operator still lists its node as fenced and another VM has the volume.
+//! before the volume, or anything for that VM, is attached again. Without the note (after a restart) it is derived, and then
+//! never from the only holder: another VM has the volume, configured and plugged, and either the operator still lists the old
+//! one's node as fenced, or the drive is ours by its serial and Kubernetes has the volume attached to the other VM's node and
+//! not to the old one's, so that no kubelet there has touched it.
 
 use std::sync::Arc;
 
 use proto::VolumeHandle;
 use tokio::time::Instant;
 
-use super::evidence::Depth;
+use super::evidence::{Depth, Reference};
+use super::kubernetes::Word;
 use super::region::{EVIDENCE_AGE, Region, STATE_AGE, ago, locked};
 use crate::error::Error;
 use crate::pve::api::Vm;
@@ -53,53 +57,131 @@ impl Region {
         Ok(())
     }
 
-    /// Without a note: whether those who hold the volume beside its VM are on nodes that were fenced and are back.
+    /// Whether config and QEMU of the VM both have the volume now, and whether the drive is ours by its serial.
+    async fn has(&self, handle: &VolumeHandle, vm: &Vm) -> Result<(bool, bool), Error> {
+        let (volid, serial) = (handle.volid(), handle.serial());
+        let known = self.config(&vm.host, vm.vmid, Instant::now()).await?;
+        let plugged = self.state_now(&vm.host, vm.vmid).await?.plugged.unwrap_or_default();
+        let lines = known.config.naming(&volid).filter(|(key, _)| is_disk_slot(key));
+        let drives: Vec<(&str, Drive)> = lines.filter_map(|(key, line)| Some((key, line.value.as_deref()?.parse().ok()?))).collect();
+        let is_ours = |(_, drive): &(&str, Drive)| drive.option("serial") == Some(serial.as_str());
+        Ok((drives.iter().any(|(key, _)| plugged.contains(*key)), !drives.is_empty() && drives.iter().all(is_ours)))
+    }
+
+    /// Whether what `old` has of the volume is a leftover, given that `holder` has it, too.
+    async fn is_leftover(&self, handle: &VolumeHandle, old: &Vm, holder: &Vm) -> Result<bool, Error> {
+        let fenced = self.rules().fenced;
+        if fenced.contains(&old.host) && !fenced.contains(&holder.host) {
+            return Ok(true);
+        }
+        if self.off(&old.host).await?.is_some() || self.off(&holder.host).await?.is_some() || !self.has(handle, old).await?.1 {
+            return Ok(false);
+        }
+        let (of_old, of_holder) = (self.word_of_kubernetes(handle, old.vmid).await?, self.word_of_kubernetes(handle, holder.vmid).await?);
+        Ok(of_holder == Some(Word::Attached) && matches!(of_old, Some(Word::Nothing | Word::Wanted)))
+    }
+
+    /// Without a note: whether all those who hold the volume beside its VM have leftovers.
     ///
     /// # Errors
-    /// Proxmox's.
+    /// Proxmox's or Kubernetes'.
     pub(super) async fn notice_leftovers_of(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) -> Result<bool, Error> {
-        let (fenced, volid) = (self.rules().fenced, handle.volid());
-        if fenced.is_empty() || fenced.contains(&vm.host) {
+        if self.is_unexplainable() || !self.has(handle, vm).await?.0 {
             return Ok(false);
         }
-        let known = self.config(&vm.host, vm.vmid, Instant::now()).await?;
-        let state = self.states(&vm.host, ago(STATE_AGE)).await?.remove(&vm.vmid).unwrap_or_default();
-        let plugged = state.plugged.unwrap_or_default();
-        if !known.config.naming(&volid).any(|(key, line)| line.value.is_some() && plugged.contains(key)) {
-            return Ok(false);
-        }
-        let references = self.references(handle, ago(EVIDENCE_AGE), Some(vm.vmid), Depth::Plugged).await?;
+        let references = self.references(handle, Instant::now(), Some(vm.vmid), Depth::Plugged).await?;
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         let holders: Vec<_> = references.iter().filter(|one| one.counts()).collect();
-        if !holders.iter().all(|one| fenced.contains(&one.host)) {
-            return Ok(false);
+        for holder in &holders {
+            let Some(old) = resources.vms.get(&holder.vmid) else { return Ok(false) };
+            if !self.is_leftover(handle, old, vm).await? {
+                return Ok(false);
+            }
         }
         holders.iter().for_each(|one| self.note_leftover(handle, one.vmid));
         Ok(!holders.is_empty())
     }
 
-    /// Without a note: drives of ours in a VM whose node was fenced and is back, which another VM has by now.
+    /// Before the volume leaves its VM: afterwards a leftover elsewhere would look like its only holder. Asks nobody where no
+    /// reading says that two VMs have it. A failure keeps nobody from detaching.
+    pub(super) async fn remove_leftovers_beside(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) {
+        if self.ever_naming(&handle.volid()).await.iter().all(|other| *other == vm.vmid) {
+            return;
+        }
+        let removed = match self.notice_leftovers_of(handle, vm).await {
+            Ok(true) => self.remove_leftovers(handle, vm).await,
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            proto::warn!("detach {handle}: whether another VM has a leftover of it cannot be told: {}", error.text);
+        }
+    }
+
+    /// Neither the operator nor Kubernetes says anything.
+    fn is_unexplainable(&self) -> bool {
+        self.kube.is_none() && self.rules().fenced.is_empty()
+    }
+
+    /// The VM that holds the volume beside `old`, whose drive is a leftover then; nothing: there is none.
+    async fn holder_beside(self: &Arc<Self>, handle: &VolumeHandle, old: &Vm) -> Result<Option<Reference>, Error> {
+        if self.is_unexplainable() {
+            return Ok(None);
+        }
+        let references = self.references_before_refusal(handle, Some(old.vmid), Depth::Plugged).await?;
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        for reference in references.into_iter().filter(Reference::counts) {
+            let Some(holder) = resources.vms.get(&reference.vmid) else { continue };
+            if self.has(handle, holder).await?.0 && self.is_leftover(handle, old, holder).await? {
+                return Ok(Some(reference));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Somebody else holds the volume: what this VM has of it beside, if that is a leftover, is removed.
     ///
     /// # Errors
-    /// Proxmox's.
-    pub(super) async fn notice_leftovers_in(self: &Arc<Self>, vm: &Vm) -> Result<(), Error> {
-        let fenced = self.rules().fenced;
-        if !fenced.contains(&vm.host) {
+    /// Proxmox's or Kubernetes'.
+    pub(super) async fn remove_leftover_of(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) -> Result<(), Error> {
+        if self.off(&vm.host).await?.is_some() || !self.ever_naming(&handle.volid()).await.contains(&vm.vmid) {
             return Ok(());
         }
+        let Some(holder) = self.holder_beside(handle, vm).await? else { return Ok(()) };
+        let step = format!("{handle}: {holder}, and by Kubernetes it is that one's: the leftover in VM {} is removed", vm.vmid);
+        proto::warn!("{step}");
+        self.detach(handle, vm).await.map_err(|error| error.during(&step))
+    }
+
+    /// Without a note: removes drives of ours in a VM which another VM has by now. Asks nobody where no reading says that two
+    /// VMs have one.
+    ///
+    /// # Errors
+    /// Proxmox's or Kubernetes'.
+    pub(super) async fn remove_leftovers_in(self: &Arc<Self>, except: &VolumeHandle, vm: &Vm) -> Result<(), Error> {
+        let is_fenced = self.rules().fenced.contains(&vm.host);
+        let known = match self.last_known(vm.vmid).await {
+            Some(known) if !is_fenced => known,
+            // Of a node that was fenced all is looked at, also what no reading names.
+            _ if is_fenced => self.config(&vm.host, vm.vmid, ago(STATE_AGE)).await?,
+            _ => return Ok(()),
+        };
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
-        let known = self.config(&vm.host, vm.vmid, ago(STATE_AGE)).await?;
         let slots = known.config.lines.iter().filter(|(key, _)| is_disk_slot(key));
         let drives = slots.filter_map(|(_, line)| line.value.as_deref()?.parse::<Drive>().ok());
         for drive in drives.filter(|drive| drive.option("serial").is_some_and(|serial| serial.starts_with("csi-"))) {
             let Some((storage, disk)) = drive.volid.split_once(':') else { continue };
-            if !resources.storages.iter().any(|one| one.storage == storage && one.shared) {
+            let is_shared = resources.storages.iter().any(|one| one.storage == storage && one.shared);
+            if !is_shared || drive.volid == except.volid() {
+                continue;
+            }
+            if !is_fenced && self.ever_naming(&drive.volid).await.iter().all(|other| *other == vm.vmid) {
                 continue;
             }
             let handle = VolumeHandle { region: self.name.clone(), zone: String::new(), storage: storage.into(), disk: disk.into() };
-            let references = self.references(&handle, ago(EVIDENCE_AGE), Some(vm.vmid), Depth::Plugged).await?;
-            if references.iter().any(|one| one.counts() && !fenced.contains(&one.host)) {
-                self.note_leftover(&handle, vm.vmid);
-            }
+            // Another call works on it, and will see the same.
+            let Ok(_claim) = self.claim(&handle).await else { continue };
+            self.remove_leftover_of(&handle, vm).await?;
         }
         Ok(())
     }

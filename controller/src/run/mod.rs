@@ -4,6 +4,7 @@
 //! task of its own (see `service`), so that a client that goes away leaves nothing half noted.
 
 mod batch;
+mod claim;
 mod cluster;
 mod create;
 mod delete;
@@ -15,9 +16,8 @@ mod leftover;
 mod publish;
 mod queue;
 mod region;
-mod sole;
 mod unpublish;
-mod when;
+pub(crate) mod when;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -35,10 +35,10 @@ use crate::pve::Client;
 use crate::pve::api::{self, Storage};
 use crate::request::Capacity;
 pub use create::Created;
+use doubt::DOUBT_AGE;
 pub use expand::Expanded;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
-pub use sole::Sole;
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
@@ -92,7 +92,6 @@ pub struct Controller {
     path: PathBuf,
     ca_bundle: Option<PathBuf>,
     kube: Option<Arc<Kube>>,
-    sole: Arc<Sole>,
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
     tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
@@ -108,8 +107,7 @@ impl Controller {
     /// The same, where Kubernetes can be asked.
     #[must_use]
     pub fn with_kube(path: PathBuf, ca_bundle: Option<PathBuf>, kube: Option<Arc<Kube>>) -> Self {
-        let sole = Arc::default();
-        let loaded = load(&path, ca_bundle.as_ref(), kube.as_ref(), &sole, None);
+        let loaded = load(&path, ca_bundle.as_ref(), kube.as_ref(), None);
         match &loaded.clusters {
             Ok(clusters) => {
                 let regions: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
@@ -117,13 +115,7 @@ impl Controller {
             }
             Err(why) => proto::error!("{why}"),
         }
-        Self { path, ca_bundle, kube, sole, loaded: Mutex::new(loaded), tried: Mutex::default() }
-    }
-
-    /// Whether it is the only one that acts: said here by whoever holds its Lease.
-    #[must_use]
-    pub fn sole(&self) -> &Arc<Sole> {
-        &self.sole
+        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried: Mutex::default() }
     }
 
     /// Whether there is a config to work with.
@@ -155,7 +147,7 @@ impl Controller {
         if loaded.looked_at.elapsed() >= CONFIG_AGE {
             loaded.looked_at = Instant::now();
             if loaded.clusters.is_err() || loaded.files.iter().any(|(path, stamp)| stamp_of(path) != *stamp) {
-                let again = load(&self.path, self.ca_bundle.as_ref(), self.kube.as_ref(), &self.sole, loaded.clusters.as_ref().ok());
+                let again = load(&self.path, self.ca_bundle.as_ref(), self.kube.as_ref(), loaded.clusters.as_ref().ok());
                 match (&again.clusters, &loaded.clusters) {
                     (Err(why), Ok(_)) => {
                         proto::error!("{why}; the config read before stays in use");
@@ -178,6 +170,31 @@ impl Controller {
             let known: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
             Error::precondition(format!("region {name:?} is not in the config file; known are {}", known.join(", ")))
         })
+    }
+
+    /// Whether this controller still acts: without a Lease always.
+    ///
+    /// # Errors
+    /// It does not: why.
+    pub fn check_acts(&self) -> Result<(), Error> {
+        let fence = self.kube.as_ref().map(|kube| kube.fence()).unwrap_or_default();
+        fence.check().map_err(|why| Error::unavailable(format!("{why}; the next holder of the Lease looks what became of this call")))
+    }
+
+    /// Tells people of a refusal that needs one, where there is Kubernetes.
+    pub fn tell(&self, volume: &str, reason: &'static str, error: &Error) {
+        if let Some(kube) = self.kube.as_ref().filter(|_| error.needs_person()) {
+            kube.tell(volume, reason, &error.text);
+        }
+    }
+
+    /// Whether the outcome of every write is known, so that nothing of ours comes later.
+    #[must_use]
+    pub fn knows_all_outcomes(&self) -> bool {
+        let fence = self.kube.as_ref().map(|kube| kube.fence()).unwrap_or_default();
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut regions = loaded.clusters.iter().flat_map(|clusters| clusters.regions.values());
+        regions.all(|region| region.client().calls_in_flight() == 0) && fence.last_unknown().is_none_or(|at| at.elapsed() >= DOUBT_AGE)
     }
 
     /// Calls to Proxmox that have begun and not ended, also those whose caller has given up.
@@ -262,13 +279,14 @@ impl Region {
 
 /// Reads the file. A region of the same name and url as before keeps what it knows: who held what on a node that is off now,
 /// and which of our writes are in doubt.
-fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, sole: &Arc<Sole>, before: Option<&Arc<Clusters>>) -> Loaded {
+fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, before: Option<&Arc<Clusters>>) -> Loaded {
     let looked_at = Instant::now();
     match config::load(path) {
         Ok((config, files)) => {
             let features = config.features;
             let regions = config.clusters.iter().map(|cluster| {
-                let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path));
+                let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
+                let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
                 let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
                 let known = before.and_then(|before| before.regions.get(&cluster.region));
                 let region = match known.filter(|region| region.client().is_of(&cluster.url)) {
@@ -276,7 +294,7 @@ fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, s
                         region.renew(client, rules);
                         Arc::clone(region)
                     }
-                    None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned()).with_sole(Arc::clone(sole))),
+                    None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
                 };
                 (cluster.region.clone(), region)
             });

@@ -56,7 +56,6 @@ impl Controller {
 impl Region {
     async fn publish(self: &Arc<Self>, mut request: Arc<Publish>, mut vm: Vm) -> Result<Published, Error> {
         let _claim = self.claim(&request.handle).await?;
-        let alone = self.sole_writer();
         self.check_reach(&request.handle, &mut vm).await?;
         // What reads as zeros where nothing was written takes no room there either.
         let plugintype = self.plugintype(&request.handle.storage).await?.unwrap_or_default();
@@ -70,10 +69,11 @@ impl Region {
                 vm.vmid
             );
         }
-        self.notice_leftovers_in(&vm).await?;
+        self.remove_leftovers_in(handle, &vm).await?;
         self.remove_leftovers(handle, &vm).await?;
         if let Err(error) = self.check_nobody_else(handle, vm.vmid).await {
             if !self.notice_leftovers_of(handle, &vm).await? {
+                self.remove_leftover_of(handle, &vm).await?;
                 return Err(self.refused(handle, &vm, error).await);
             }
             self.remove_leftovers(handle, &vm).await?;
@@ -83,7 +83,7 @@ impl Region {
             Done::Attached { lun, drive, vm, written } => {
                 // New, or ours and never looked after: its answer was lost, or that look failed.
                 let is_fresh = written.is_some() || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
-                if is_fresh && (alone.is_none() || self.sole_writer() != alone) {
+                if is_fresh && !self.was_alone().await {
                     self.settle_rivals(handle, &vm, written.unwrap_or_else(Instant::now)).await?;
                 }
                 self.published(&request, &vm, lun, &drive).await

@@ -11,9 +11,9 @@ use proto::VolumeHandle;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
+use super::claim::Claims;
 use super::doubt::Doubt;
 use super::queue::Queue;
-use super::sole::{Claims, Sole};
 use crate::attach;
 use crate::kube::Kube;
 use crate::pve::api::{self, Change, Resources, VmState};
@@ -133,8 +133,6 @@ pub(crate) struct Region {
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
     sizes: Mutex<HashMap<String, u64>>,
-    /// Whether other controllers may act.
-    pub(super) sole: Arc<Sole>,
     pub(super) claims: Claims,
     /// When we began to know.
     pub(super) begun: Instant,
@@ -171,17 +169,10 @@ impl Region {
             leftovers: Mutex::default(),
             most_hosts: Mutex::default(),
             sizes: Mutex::default(),
-            sole: Arc::default(),
             claims: Claims::default(),
             begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
         }
-    }
-
-    /// With the word of whoever holds this controller's Lease.
-    #[must_use]
-    pub(crate) fn with_sole(self, sole: Arc<Sole>) -> Self {
-        Self { sole, ..self }
     }
 
     /// The config file changed; what is known of the cluster stays known.

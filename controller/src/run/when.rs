@@ -4,9 +4,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 const DAY_S: u64 = 86_400;
 
+/// `2026-11-21T16:33:07.000042Z`, as Kubernetes' MicroTime is written.
+#[must_use]
+pub(crate) fn rfc3339(moment: SystemTime) -> String {
+    let micros = moment.duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_micros());
+    let utc = utc(moment).replacen(' ', "T", 1);
+    format!("{}.{micros:06}Z", utc.trim_end_matches(" UTC"))
+}
+
 /// `2026-11-21 16:33:07 UTC`
 #[must_use]
-pub(super) fn utc(moment: SystemTime) -> String {
+pub(crate) fn utc(moment: SystemTime) -> String {
     let seconds = moment.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let (year, month, day) = date(seconds / DAY_S);
     let of_day = seconds % DAY_S;
@@ -32,6 +40,8 @@ mod tests {
 
     #[test]
     fn dates() {
+        let moment = UNIX_EPOCH + Duration::from_micros(1_795_278_787_000_042);
+        assert_eq!(rfc3339(moment), "2026-11-21T16:33:07.000042Z");
         for (seconds, text) in [
             (0, "1970-01-01 00:00:00 UTC"),
             (951_782_399, "2000-02-28 23:59:59 UTC"),

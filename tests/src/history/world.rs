@@ -6,9 +6,10 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ::controller::kube::Kube;
 use ::controller::run::Controller;
 use ::controller::service::ControllerService;
 use anyhow::{Context, Result, ensure};
@@ -19,6 +20,7 @@ use proto::csi::{self, VolumeCapability};
 use tokio::task::AbortHandle;
 use tonic::{Request, Status};
 
+use crate::kube::Kubernetes;
 use crate::sim::{Builder, Door, STANDARD_SECRET, Simulator, Waiting};
 
 /// What all volumes are in.
@@ -36,6 +38,8 @@ const STEP_LIMIT: Duration = Duration::from_secs(300);
 /// The first pause of simulated time when nothing else can be done, and the longest: short ones see tasks end one by one.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A Lease that nobody has is taken at once.
+const LEASE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What is asked of a controller. Volumes are numbers: their names are made of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,8 +92,31 @@ pub type Answer = Result<String, Status>;
 #[derive(Debug)]
 struct Incarnation {
     door: Door,
-    controller: Arc<Controller>,
-    csi: ControllerService,
+    /// Its way to Kubernetes, where there is that.
+    kube: Option<(Door, Arc<Kube>)>,
+    serves: Arc<Mutex<Serves>>,
+}
+
+/// What its socket has behind it.
+#[derive(Debug, Default)]
+struct Serves {
+    controller: Option<Arc<Controller>>,
+    csi: Option<ControllerService>,
+    /// It lost the Lease, and ends as soon as its calls have ended.
+    ends: bool,
+}
+
+impl Incarnation {
+    fn serves(&self) -> MutexGuard<'_, Serves> {
+        self.serves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Serves {
+    fn begin(&mut self, controller: Arc<Controller>) {
+        self.csi = Some(ControllerService::new(Arc::clone(&controller)));
+        self.controller = Some(controller);
+    }
 }
 
 type Answered = Arc<Mutex<Vec<(usize, Answer)>>>;
@@ -98,6 +125,8 @@ type Answered = Arc<Mutex<Vec<(usize, Answer)>>>;
 #[derive(Debug)]
 pub struct World {
     pub sim: Arc<Simulator>,
+    /// Where controllers need a Lease.
+    pub kubernetes: Option<Kubernetes>,
     pub claims: Vec<Claim>,
     incarnations: Vec<Incarnation>,
     /// Which of them each controller is now.
@@ -133,11 +162,38 @@ impl World {
     /// # Errors
     /// The simulator or a folder cannot be made.
     pub async fn new(builder: Builder, controllers: usize, claims: Vec<Claim>) -> Result<World> {
+        let mut world = Self::empty(builder, claims).await?;
+        for _ in 0..controllers {
+            let started = world.start().await?;
+            world.current.push(started);
+        }
+        Ok(world)
+    }
+
+    /// The same with Kubernetes: controllers act one at a time, by its Lease. The first of them has it.
+    ///
+    /// # Errors
+    /// As [`World::new`].
+    pub async fn with_lease(builder: Builder, controllers: usize, claims: Vec<Claim>) -> Result<World> {
+        let mut world = Self::empty(builder, claims).await?;
+        world.kubernetes = Some(Kubernetes::start_with(world.sim.turns()).await?);
+        for number in 0..controllers {
+            let started = world.start().await?;
+            world.current.push(started);
+            if number == 0 {
+                ensure!(world.go_on(LEASE_LIMIT, |world| world.serves(0)).await?, "nobody takes the Lease");
+            }
+        }
+        Ok(world)
+    }
+
+    async fn empty(builder: Builder, claims: Vec<Claim>) -> Result<World> {
         controller::pve::be_patient(PATIENCE);
         let sim = Arc::new(builder.scheduled().start().await?);
         let folder = crate::folder::new("pve-csi-bed-", "-history")?;
-        let mut world = World {
+        Ok(World {
             sim,
+            kubernetes: None,
             claims,
             incarnations: Vec::new(),
             current: Vec::new(),
@@ -147,12 +203,7 @@ impl World {
             began: tokio::time::Instant::now(),
             log: Vec::new(),
             folder,
-        };
-        for _ in 0..controllers {
-            let started = world.start().await?;
-            world.current.push(started);
-        }
-        Ok(world)
+        })
     }
 
     async fn start(&mut self) -> Result<usize> {
@@ -164,10 +215,36 @@ impl World {
             door.url
         );
         std::fs::write(&config, text).context("write the clusters file")?;
-        let controller = Arc::new(Controller::new(config, None));
-        let csi = ControllerService::new(Arc::clone(&controller));
-        self.incarnations.push(Incarnation { door, controller, csi });
+        let serves: Arc<Mutex<Serves>> = Arc::default();
+        let mut incarnation = Incarnation { door, kube: None, serves: Arc::clone(&serves) };
+        if let Some(kubernetes) = &self.kubernetes {
+            let door = kubernetes.door(&format!("c{number} kube")).await?;
+            let access = kubernetes.access_at(&door.url, &self.folder)?;
+            let kube = Arc::new(Kube::new(access).map_err(anyhow::Error::msg)?.with_lease(&format!("c{number}")));
+            incarnation.kube = Some((door, Arc::clone(&kube)));
+            tokio::spawn(lead(kube, config, serves));
+        } else {
+            incarnation.serves().begin(Arc::new(Controller::new(config, None)));
+        }
+        self.incarnations.push(incarnation);
         Ok(number)
+    }
+
+    /// Whether a controller has its socket, and has not lost the Lease.
+    #[must_use]
+    pub fn serves(&self, controller: usize) -> bool {
+        let at = self.current.get(controller).and_then(|current| self.incarnations.get(*current));
+        at.is_some_and(|incarnation| {
+            let serves = incarnation.serves();
+            serves.csi.is_some() && !serves.ends
+        })
+    }
+
+    /// Whether a controller is about to end: it has lost the Lease.
+    #[must_use]
+    pub fn ends(&self, controller: usize) -> bool {
+        let at = self.current.get(controller).and_then(|current| self.incarnations.get(*current));
+        at.is_some_and(|incarnation| incarnation.serves().ends)
     }
 
     /// SIGKILL and a new process. What was sent and not looked at is lost, what Proxmox works on goes on. The calls that nobody
@@ -179,6 +256,9 @@ impl World {
         let old = *self.current.get(controller).context("no such controller")?;
         if let Some(incarnation) = self.incarnations.get(old) {
             incarnation.door.shut();
+            if let Some((door, _)) = &incarnation.kube {
+                door.shut();
+            }
         }
         let new = self.start().await?;
         self.note(format!("kill controller {controller} (c{old}); it is c{new} now"));
@@ -191,12 +271,6 @@ impl World {
             self.give_up(*call);
         }
         Ok(lost)
-    }
-
-    /// The controller has a Lease for that long, so that no other one acts.
-    pub fn lease(&mut self, controller: usize, lasts: Duration) {
-        let at = self.current.get(controller).and_then(|current| self.incarnations.get(*current));
-        at.into_iter().for_each(|incarnation| incarnation.controller.sole().hold(tokio::time::Instant::now() + lasts));
     }
 
     /// The door of a controller as it is now.
@@ -219,6 +293,9 @@ impl World {
         // The port of a door is chance.
         for incarnation in &self.incarnations {
             line = line.replace(&incarnation.door.url, &format!("http://{}", incarnation.door.name));
+            if let Some((door, _)) = &incarnation.kube {
+                line = line.replace(&door.url, &format!("http://{}", door.name));
+            }
         }
         // The controller tells people when it first saw a lock or an absence, by the calendar.
         if let Some((before, after)) = line.split_once("since ").and_then(|(before, rest)| Some((before, rest.split_once(" or longer")?.1)))
@@ -241,7 +318,7 @@ impl World {
     pub fn call(&mut self, controller: usize, rpc: &Rpc) -> Result<usize> {
         let claim = self.claims.get(rpc.volume()).context("no such volume")?.clone();
         let at = *self.current.get(controller).context("no such controller")?;
-        let csi = self.incarnations.get(at).context("no such process")?.csi.clone();
+        let csi = self.incarnations.get(at).context("no such process")?.serves().csi.clone().context("it stands by")?;
         let id = claim.id.clone();
         ensure!(id.is_some() || matches!(rpc, Rpc::Create { .. }), "{rpc:?}: never created");
         let number = self.next_call;
@@ -305,7 +382,9 @@ impl World {
     }
 
     fn in_flight(&self) -> usize {
-        self.incarnations.iter().map(|incarnation| incarnation.controller.calls_in_flight()).sum()
+        let proxmox = |incarnation: &Incarnation| incarnation.serves().controller.as_ref().map_or(0, |one| one.calls_in_flight());
+        let kube = |incarnation: &Incarnation| incarnation.kube.as_ref().map_or(0, |(_, kube)| kube.calls_in_flight());
+        self.incarnations.iter().map(|incarnation| proxmox(incarnation) + kube(incarnation)).sum()
     }
 
     /// Waits until every call to Proxmox stands at its door or waits for time to pass, and no task can go on.
@@ -413,6 +492,17 @@ impl World {
 #[expect(clippy::disallowed_methods, reason = "between two looks at a named condition, which has its deadline")]
 fn pause() {
     std::thread::sleep(LOOK_PAUSE);
+}
+
+/// A process as it goes: waits for the Lease, serves while it has it, ends.
+async fn lead(kube: Arc<Kube>, config: PathBuf, serves: Arc<Mutex<Serves>>) {
+    let Some(lease) = kube.lease().cloned() else { return };
+    let lock = || serves.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Ok(lost) = lease.lead().await {
+        lock().begin(Arc::new(Controller::with_kube(config, None, Some(kube))));
+        let _ = lost.await;
+    }
+    lock().ends = true;
 }
 
 fn capability() -> VolumeCapability {

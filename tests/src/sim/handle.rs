@@ -588,6 +588,11 @@ impl Simulator {
         self.cluster.turns.iter().map(Turns::working).sum()
     }
 
+    /// Who lets in, for servers beside Proxmox that wait at doors, too.
+    pub(crate) fn turns(&self) -> Option<Turns> {
+        self.cluster.turns.clone()
+    }
+
     /// Lets a request in; false: none such waits.
     pub fn admit(&self, waiting: &Waiting) -> bool {
         let at = format!("{:9.3}", self.cluster.clock.elapsed().as_secs_f64());

@@ -121,7 +121,7 @@ fn redirect(request: &Request) -> Outcome {
 }
 
 /// The next request; `None`: the client has gone, or stayed idle too long.
-async fn read<S: AsyncRead + AsyncWrite + Unpin>(
+pub(crate) async fn read<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     buffer: &mut Vec<u8>,
     idle: Option<Duration>,

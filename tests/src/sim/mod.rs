@@ -27,7 +27,7 @@ mod endpoint;
 mod faults;
 mod handle;
 mod hotplug;
-mod http;
+pub(crate) mod http;
 mod image;
 mod inventory;
 mod options;
@@ -40,7 +40,7 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 mod tls;
-mod turns;
+pub(crate) mod turns;
 mod update;
 mod version;
 mod vms;

@@ -1,91 +1,33 @@
 //! What Kubernetes says of VMs that cannot be read: evidence for a dead host, and the word that it is off for certain.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use controller::kube::Kube;
 use controller::run::Controller;
 use controller::service::ControllerService;
 use proto::VolumeHandle;
-use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpListener;
+use testbed::kube::Kubernetes;
 use tonic::Code;
 
 use crate::bed::{Bed, MIB, assert_refused};
 use crate::hold::{publish_by, shared_bed, unpublish_by};
 
-/// An API server of fixed answers: path without its query → status and body.
-#[derive(Clone, Default)]
-struct Fake {
-    answers: Arc<Mutex<HashMap<String, (u16, Value)>>>,
-    asked: Arc<Mutex<Vec<String>>>,
+/// Node `node-201` is VM 201; `pv-a` is attached to it.
+async fn with_an_attachment(volume: &VolumeHandle) -> Kubernetes {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    for vmid in [101, 102, 201] {
+        kubernetes.node(&format!("node-{vmid}"), &format!("node-{vmid}/{vmid}"));
+    }
+    kubernetes.pv("pv-a", &volume.to_string());
+    kubernetes.attachment_of("other.csi", "x", "node-101", true);
+    kubernetes.attachment("pv-a", "node-201", true);
+    kubernetes
 }
 
-impl Fake {
-    fn put(&self, path: &str, status: u16, body: Value) {
-        self.answers.lock().unwrap().insert(path.into(), (status, body));
-    }
-
-    /// Node `node-201` is VM 201; `pv-a` is attached to it.
-    fn with_an_attachment(volume: &VolumeHandle) -> Self {
-        let fake = Self::default();
-        let node = |name: &str, id: &str| {
-            json!({"metadata": {"name": name}, "spec": {"drivers": [
-            {"name": "other.csi", "nodeID": "x"}, {"name": proto::DRIVER_NAME, "nodeID": id}]}})
-        };
-        let nodes = [node("node-101", "node-101/101"), node("node-102", "node-102/102"), node("node-201", "node-201/201")];
-        fake.put("/apis/storage.k8s.io/v1/csinodes", 200, json!({"metadata": {}, "items": nodes}));
-        let attachment = |attacher: &str, node: &str, pv: &str| {
-            json!({"spec": {"attacher": attacher, "nodeName": node,
-            "source": {"persistentVolumeName": pv}}})
-        };
-        let attachments = [attachment("other.csi", "node-101", "x"), attachment(proto::DRIVER_NAME, "node-201", "pv-a")];
-        fake.put("/apis/storage.k8s.io/v1/volumeattachments", 200, json!({"metadata": {}, "items": attachments}));
-        fake.put("/api/v1/persistentvolumes/pv-a", 200, json!({"spec": {"csi": {"volumeHandle": volume.to_string()}}}));
-        fake.put("/api/v1/nodes/node-201", 200, json!({"spec": {}}));
-        fake
-    }
-
-    fn taint(&self, node: &str) {
-        let taint = json!({"key": "node.kubernetes.io/out-of-service", "value": "nodeshutdown", "effect": "NoExecute"});
-        self.put(&format!("/api/v1/nodes/{node}"), 200, json!({"spec": {"taints": [taint]}}));
-    }
-
-    /// The head is all that matters: everything asked is a GET.
-    async fn serve(self, listener: TcpListener) {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let fake = self.clone();
-            tokio::spawn(async move {
-                let mut head = Vec::new();
-                while !head.ends_with(b"\r\n\r\n") {
-                    let Ok(byte) = stream.read_u8().await else { return };
-                    head.push(byte);
-                }
-                let head = String::from_utf8(head).unwrap();
-                let target = head.split(' ').nth(1).unwrap_or_default().to_owned();
-                let path = target.split('?').next().unwrap_or_default().to_owned();
-                let authorised = head.to_ascii_lowercase().contains("authorization: bearer pod-token");
-                let known = fake.answers.lock().unwrap().get(&path).cloned();
-                fake.asked.lock().unwrap().push(target);
-                let (status, body) = if authorised { known.unwrap_or((404, json!({}))) } else { (401, json!({})) };
-                let body = body.to_string();
-                let answer = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
-                let _ = stream.write_all(answer.as_bytes()).await;
-            });
-        }
-    }
-
-    /// A controller that knows nothing yet, and can ask this API server.
-    async fn controller(&self, bed: &Bed) -> ControllerService {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(self.clone().serve(listener));
-        let token = bed.config.with_file_name("token");
-        std::fs::write(&token, "pod-token\n").unwrap();
-        let kube = Kube::new(&url, token, None).unwrap();
-        ControllerService::new(Arc::new(Controller::with_kube(bed.config.clone(), None, Some(Arc::new(kube)))))
-    }
+/// A controller that knows nothing yet, and can ask this API server.
+fn controller(kubernetes: &Kubernetes, bed: &Bed) -> ControllerService {
+    let kube = Kube::new(kubernetes.access(bed.config.parent().unwrap()).unwrap()).unwrap();
+    ControllerService::new(Arc::new(Controller::with_kube(bed.config.clone(), None, Some(Arc::new(kube)))))
 }
 
 /// pve2 with VM 201 is off, and nobody has read it since the restart.
@@ -101,37 +43,38 @@ async fn dead_host() -> (Bed, VolumeHandle, VolumeHandle) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_restart_volume_attachments_say_what_a_dead_host_holds() {
     let (bed, held, free) = dead_host().await;
-    let fake = Fake::with_an_attachment(&held);
-    let controller = fake.controller(&bed).await;
-    publish_by(&controller, &free, "node-101/101").await.unwrap();
-    let refused = publish_by(&controller, &held, "node-102/102").await;
+    let kubernetes = with_an_attachment(&held).await;
+    let by = controller(&kubernetes, &bed);
+    publish_by(&by, &free, "node-101/101").await.unwrap();
+    let refused = publish_by(&by, &held, "node-102/102").await;
     assert_refused(
         refused,
         Code::FailedPrecondition,
         &["VM 201 on pve2", "VolumeAttachment to node node-201", "off since", "out-of-service"],
     );
     assert!(bed.traces(102, &held).is_empty());
-    // Nobody asks Kubernetes when all hosts are there.
+    // Nobody asks Kubernetes who holds what when all hosts are there; that people are told of the refusal is another matter.
     bed.sim.set_node_unreachable("pve2", None);
-    let controller = fake.controller(&bed).await;
-    fake.asked.lock().unwrap().clear();
-    let refused = publish_by(&controller, &held, "node-102/102").await;
+    let by = controller(&kubernetes, &bed);
+    let _ = kubernetes.asked();
+    let refused = publish_by(&by, &held, "node-102/102").await;
     assert_refused(refused, Code::FailedPrecondition, &["VM 201 on pve2 has it configured as scsi1"]);
-    assert!(fake.asked.lock().unwrap().is_empty(), "{:?}", fake.asked.lock().unwrap());
+    let asked = kubernetes.asked();
+    assert!(!asked.iter().any(|call| call.contains("csinodes")), "{asked:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_the_out_of_service_taint_volumes_of_a_dead_host_move() {
     let (bed, held, _) = dead_host().await;
-    let fake = Fake::with_an_attachment(&held);
-    let controller = fake.controller(&bed).await;
-    assert_refused(unpublish_by(&controller, &held, "node-201/201").await, Code::Unavailable, &["pve2 is off since"]);
-    fake.taint("node-201");
-    unpublish_by(&controller, &held, "node-201/201").await.unwrap();
-    publish_by(&controller, &held, "node-102/102").await.unwrap();
+    let kubernetes = with_an_attachment(&held).await;
+    let by = controller(&kubernetes, &bed);
+    assert_refused(unpublish_by(&by, &held, "node-201/201").await, Code::Unavailable, &["pve2 is off since"]);
+    kubernetes.taint("node-201", true);
+    unpublish_by(&by, &held, "node-201/201").await.unwrap();
+    publish_by(&by, &held, "node-102/102").await.unwrap();
     // The host is back, with the drive in its VM.
     bed.sim.set_node_unreachable("pve2", None);
-    publish_by(&controller, &held, "node-102/102").await.unwrap();
+    publish_by(&by, &held, "node-102/102").await.unwrap();
     assert!(bed.traces(201, &held).is_empty(), "{:?}", bed.traces(201, &held));
     assert_eq!(bed.traces(102, &held).len(), 2);
 }
@@ -141,14 +84,92 @@ async fn with_the_out_of_service_taint_volumes_of_a_dead_host_move() {
 async fn kubernetes_that_does_not_answer_is_no_evidence() {
     let (bed, held, free) = dead_host().await;
     for (path, status, words) in [
-        ("/apis/storage.k8s.io/v1/volumeattachments", 403, "403; give the controller's ServiceAccount get and list"),
+        ("/apis/storage.k8s.io/v1/volumeattachments", 403, "403: refused: Broken; give the controller's ServiceAccount get and list"),
         ("/apis/storage.k8s.io/v1/csinodes", 500, "csinodes"),
         ("/api/v1/persistentvolumes/pv-a", 500, "persistentvolumes/pv-a"),
     ] {
-        let fake = Fake::with_an_attachment(&held);
-        fake.put(path, status, json!({}));
-        let controller = fake.controller(&bed).await;
-        assert_refused(publish_by(&controller, &free, "node-101/101").await, Code::Unavailable, &["VM 201 on pve2", words]);
+        let kubernetes = with_an_attachment(&held).await;
+        kubernetes.breaks(&format!("GET {path}"), Some(status));
+        let by = controller(&kubernetes, &bed);
+        assert_refused(publish_by(&by, &free, "node-101/101").await, Code::Unavailable, &["VM 201 on pve2", words]);
     }
     assert!(bed.traces(101, &free).is_empty());
+}
+
+/// The volume moved while pve2 was off; the host is back with the drive in VM 201, and the controller was restarted, with neither
+/// taint nor `fencedNodes` to tell of it. Kubernetes says which of the two has it.
+async fn back_again() -> (Bed, VolumeHandle, Kubernetes, ControllerService) {
+    let (bed, held, _) = dead_host().await;
+    let kubernetes = with_an_attachment(&held).await;
+    let by = controller(&kubernetes, &bed);
+    kubernetes.taint("node-201", true);
+    unpublish_by(&by, &held, "node-201/201").await.unwrap();
+    kubernetes.detached("pv-a", "node-201");
+    kubernetes.attachment("pv-a", "node-102", false);
+    publish_by(&by, &held, "node-102/102").await.unwrap();
+    kubernetes.attachment("pv-a", "node-102", true);
+    kubernetes.taint("node-201", false);
+    bed.sim.set_node_unreachable("pve2", None);
+    assert_eq!((bed.traces(201, &held).len(), bed.traces(102, &held).len()), (2, 2));
+    let fresh = controller(&kubernetes, &bed);
+    (bed, held, kubernetes, fresh)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_restart_a_leftover_is_derived_from_what_kubernetes_has_attached() {
+    for call in ["its publish again", "another volume to the old VM", "its publish to the old VM", "its unpublish"] {
+        let (bed, held, kubernetes, by) = back_again().await;
+        let other: VolumeHandle = "fsn1//san/vm-9999-b".parse().unwrap();
+        match call {
+            "its publish again" => drop(publish_by(&by, &held, "node-102/102").await.unwrap()),
+            "another volume to the old VM" => {
+                // The first call after a start has read everything that two VMs could have.
+                publish_by(&by, &other, "node-101/101").await.unwrap();
+                unpublish_by(&by, &other, "node-101/101").await.unwrap();
+                publish_by(&by, &other, "node-201/201").await.unwrap();
+                assert_eq!(bed.traces(201, &other).len(), 2);
+            }
+            "its publish to the old VM" => {
+                kubernetes.attachment("pv-a", "node-201", false);
+                let refused = publish_by(&by, &held, "node-201/201").await;
+                assert_refused(refused, Code::FailedPrecondition, &["VM 102 on pve1 has it configured"]);
+            }
+            _ => {
+                // Something was asked before, so that it is known who has what.
+                publish_by(&by, &other, "node-101/101").await.unwrap();
+                unpublish_by(&by, &held, "node-102/102").await.unwrap();
+                kubernetes.detached("pv-a", "node-102");
+                publish_by(&by, &held, "node-101/101").await.unwrap();
+            }
+        }
+        assert!(bed.traces(201, &held).is_empty(), "{call}: {:?}", bed.traces(201, &held));
+        let holder = if call == "its unpublish" { 101 } else { 102 };
+        assert_eq!(bed.traces(holder, &held).len(), 2, "{call}: nothing is lost");
+    }
+}
+
+/// What is no leftover for certain is left to a person: never is the only holder's taken, nor one that Kubernetes has attached,
+/// nor a drive that is not ours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_may_be_in_use_is_no_leftover() {
+    for case in ["the only holder", "attached by Kubernetes", "not ours", "Kubernetes does not answer"] {
+        let (bed, held, kubernetes, by) = back_again().await;
+        let mut target = 102;
+        match case {
+            "the only holder" => {
+                bed.sim.detach_by_hand(102, "scsi1");
+                target = 101;
+            }
+            "attached by Kubernetes" => kubernetes.attachment("pv-a", "node-201", true),
+            "not ours" => {
+                bed.sim.detach_by_hand(201, "scsi1");
+                bed.sim.attach_by_hand(201, "scsi7", &held.volid()).unwrap();
+            }
+            _ => kubernetes.breaks("GET /apis/storage.k8s.io/v1/volumeattachments", Some(500)),
+        }
+        let refused = publish_by(&by, &held, &format!("node-{target}/{target}")).await;
+        let code = refused.as_ref().unwrap_err().code();
+        assert!(matches!(code, Code::FailedPrecondition | Code::Unavailable), "{case}: {refused:?}");
+        assert_eq!(bed.traces(201, &held).len(), 2, "{case}");
+    }
 }

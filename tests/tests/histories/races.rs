@@ -1,5 +1,8 @@
 //! Two attachments of one volume at the same time: never two OKs, none left attached twice, and one wins in the end.
 
+#[path = "handover.rs"]
+mod handover;
+
 use std::time::Duration;
 
 use testbed::history::chance::of_name;
@@ -9,15 +12,15 @@ use testbed::sim::Waiting;
 use tonic::Code;
 
 /// Pairs in `scripts/test`: seeds from 0; `PROXMOX_CSI_RACES=FIRST:COUNT` for others.
-const SHARE: u64 = 20;
-const CALL_LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const SHARE: u64 = 20;
+pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(300);
 /// A sidecar repeats for hours; a race is over after some calls.
 const TRIES: usize = 10;
 const BACK_OFF: Duration = Duration::from_secs(20);
 
-fn pairs() -> std::ops::Range<u64> {
+pub(crate) fn pairs(share: u64) -> std::ops::Range<u64> {
     let wanted = std::env::var("PROXMOX_CSI_RACES").ok();
-    let Some((first, count)) = wanted.as_deref().and_then(|text| text.split_once(':')) else { return 0..SHARE };
+    let Some((first, count)) = wanted.as_deref().and_then(|text| text.split_once(':')) else { return 0..share };
     let first: u64 = first.parse().unwrap();
     first..first + count.parse::<u64>().unwrap()
 }
@@ -52,13 +55,13 @@ async fn race(world: &mut World, seed: u64, calls: [(usize, Rpc); 2], stopped: O
     answers.map(Option::unwrap)
 }
 
-fn holders(world: &World, volume: usize) -> Vec<u32> {
+pub(crate) fn holders(world: &World, volume: usize) -> Vec<u32> {
     let volid = world.claims[volume].handle().unwrap().volid();
     all_traces(&world.sim, &volid).into_iter().map(|(vm, _)| vm).collect()
 }
 
 /// Volume 0 is on NFS: every VM can have it. Volume 1 is local to pve1.
-fn rivals(seed: u64) -> (usize, [u32; 2]) {
+pub(crate) fn rivals(seed: u64) -> (usize, [u32; 2]) {
     let volume = usize::try_from(seed % 2).unwrap();
     let vms = plan::vms_of(volume);
     let first = usize::try_from(of_name(seed, "first") % vms.len() as u64).unwrap();
@@ -100,7 +103,7 @@ async fn one_pair(seed: u64, controllers: usize, stopped: Option<&str>) {
 
 fn run(controllers: usize, stopped: Option<&'static str>) {
     proto::log::set_level("error").unwrap();
-    for seed in pairs() {
+    for seed in pairs(SHARE) {
         under_paused_time(async {
             one_pair(seed, controllers, stopped).await;
             Ok(())

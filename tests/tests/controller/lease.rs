@@ -1,0 +1,222 @@
+//! One controller acts at a time, by the driver's Lease: who gets it, when, and what one that loses it still does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use controller::kube::lease::{DURATION, LATE_WRITES, RENEW_WITHIN, RETRY, Taken};
+use controller::kube::{Kube, Lease};
+use controller::run::Controller;
+use controller::service::ControllerService;
+use proto::VolumeHandle;
+use testbed::kube::Kubernetes;
+use tokio::time::Instant;
+use tonic::Code;
+
+use crate::bed::{Bed, MIB, assert_refused};
+use crate::hold::{publish_by, shared_bed, unpublish_by};
+
+const MS: Duration = Duration::from_millis(1);
+
+/// Who waits for the Lease under that name.
+fn candidate(kubernetes: &Kubernetes, name: &str) -> Arc<Lease> {
+    let folder = std::env::temp_dir();
+    let kube = Kube::new(kubernetes.access(&folder).unwrap()).unwrap().with_lease(name);
+    Arc::clone(kube.lease().unwrap())
+}
+
+async fn within(limit: Duration, lease: &Arc<Lease>) -> Option<Taken> {
+    tokio::time::timeout(limit, lease.acquire()).await.ok()
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_has_the_lease_and_the_others_stand_by() {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let (first, second) = (candidate(&kubernetes, "pod-1"), candidate(&kubernetes, "pod-2"));
+    assert!(first.fence().check().is_err(), "nobody writes before it has it");
+    assert_eq!(first.acquire().await, Taken { late_writes: Duration::ZERO }, "there was none");
+    let holding = Arc::clone(&first);
+    let holding = tokio::spawn(async move { holding.hold().await });
+    assert_eq!(within(Duration::from_secs(120), &second).await, None);
+    assert!(first.fence().check().is_ok() && second.fence().check().is_err());
+    assert_eq!(kubernetes.holder().as_deref(), Some("pod-1"));
+    let lease = kubernetes.lease().unwrap();
+    assert_eq!(lease["spec"]["leaseDurationSeconds"], DURATION.as_secs());
+    for time in ["renewTime", "acquireTime"] {
+        // MicroTime: the API server takes nothing else.
+        let time = lease["spec"][time].as_str().unwrap();
+        assert!(time.len() == 27 && time.as_bytes()[10] == b'T' && time.ends_with('Z') && time.as_bytes()[19] == b'.', "{time}");
+    }
+    holding.abort();
+}
+
+/// The holder is gone without a word. Whoever comes next waits until that is certain, and for what may still come of it.
+#[tokio::test(start_paused = true)]
+async fn a_holder_that_does_not_renew_stops_writing_before_the_next_one_may() {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let (first, second) = (candidate(&kubernetes, "pod-1"), candidate(&kubernetes, "pod-2"));
+    first.acquire().await;
+    let begun = Instant::now();
+    let waiting = Arc::clone(&second);
+    let taken = tokio::spawn(async move { (waiting.acquire().await, Instant::now()) });
+    while first.fence().check().is_ok() {
+        tokio::time::sleep(10 * MS).await;
+    }
+    let stopped = begun.elapsed();
+    assert!(stopped <= RENEW_WITHIN + 20 * MS, "{stopped:?}");
+    let (taken, at) = taken.await.unwrap();
+    assert_eq!(taken, Taken { late_writes: LATE_WRITES });
+    assert!(at - begun >= DURATION && at - begun <= DURATION + RETRY * 2, "{:?}", at - begun);
+    // It wakes up: the Lease is another's, and it ends.
+    let why = first.hold().await;
+    assert!(why.contains("pod-2 has it"), "{why}");
+    assert_eq!(kubernetes.lease().unwrap()["spec"]["leaseTransitions"], 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_is_given_back_is_taken_at_once_and_one_with_an_open_write_is_not() {
+    for (all_is_known, expected) in [(true, Duration::ZERO), (false, LATE_WRITES)] {
+        let kubernetes = Kubernetes::start().await.unwrap();
+        let (first, second) = (candidate(&kubernetes, "pod-1"), candidate(&kubernetes, "pod-2"));
+        first.acquire().await;
+        first.release(all_is_known).await;
+        assert!(first.fence().check().is_err());
+        assert_eq!(kubernetes.holder().is_none(), all_is_known);
+        let begun = Instant::now();
+        assert_eq!(second.acquire().await, Taken { late_writes: expected });
+        assert_eq!(begun.elapsed() < DURATION, all_is_known, "{:?}", begun.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn renewals_that_fail_for_a_while_lose_nothing_and_for_long_all() {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let first = candidate(&kubernetes, "pod-1");
+    first.acquire().await;
+    let holding = Arc::clone(&first);
+    let mut holding = tokio::spawn(async move { holding.hold().await });
+    // Done and not answered: its own new version is no rival's.
+    for (status, seconds) in [(500, 6), (0, 6), (1, 6)] {
+        kubernetes.breaks("PUT /apis/coordination.k8s.io", Some(status));
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+        kubernetes.breaks("PUT /apis/coordination.k8s.io", None);
+        tokio::time::sleep(RETRY * 2).await;
+        assert!(first.fence().check().is_ok() && !holding.is_finished(), "{status}");
+        first.confirm().await.unwrap();
+    }
+    kubernetes.breaks("PUT /apis/coordination.k8s.io", Some(500));
+    assert!(first.confirm().await.is_err());
+    let why = tokio::time::timeout(RENEW_WITHIN + RETRY * 2, &mut holding).await.unwrap().unwrap();
+    assert!(why.contains("could not be renewed for 10 s") && why.contains("500"), "{why}");
+    assert_eq!(first.fence().check().unwrap_err(), why);
+    // It does not come back by itself.
+    kubernetes.breaks("PUT /apis/coordination.k8s.io", None);
+    assert!(first.confirm().await.is_err() && first.fence().check().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_taken_away_is_lost_at_the_next_renewal() {
+    for by in [Some("pod-2"), Some(""), None] {
+        let kubernetes = Kubernetes::start().await.unwrap();
+        let first = candidate(&kubernetes, "pod-1");
+        first.acquire().await;
+        match by {
+            Some(name) => kubernetes.give_lease_to(name),
+            None => kubernetes.delete_lease(),
+        }
+        let why = first.confirm().await.unwrap_err();
+        let expected = by.map_or("it was deleted", |name| if name.is_empty() { "nobody has it" } else { "pod-2 has it" });
+        assert!(why.contains(expected) && first.fence().check().is_err(), "{why}");
+        assert_eq!(first.hold().await, why);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_the_privilege_nobody_acts() {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let first = candidate(&kubernetes, "pod-1");
+    for call in ["GET /apis/coordination.k8s.io", "POST /apis/coordination.k8s.io"] {
+        kubernetes.breaks(call, Some(403));
+        assert_eq!(within(Duration::from_secs(60), &first).await, None, "{call}");
+        kubernetes.breaks(call, None);
+    }
+    assert!(within(RETRY * 2, &first).await.is_some());
+}
+
+/// Its creation was done and not answered: it is ours, and not somebody's who is waited for.
+#[tokio::test(start_paused = true)]
+async fn a_lease_taken_without_an_answer_is_known_again() {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let first = candidate(&kubernetes, "pod-1");
+    kubernetes.breaks("POST /apis/coordination.k8s.io", Some(1));
+    let taken = within(Duration::from_secs(10), &first).await;
+    assert_eq!(taken, Some(Taken { late_writes: Duration::ZERO }));
+}
+
+/// A controller that has the Lease, and its bed.
+async fn leading() -> (Bed, VolumeHandle, Kubernetes, Arc<Lease>, ControllerService) {
+    let (bed, volume) = shared_bed().await;
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let kube = Kube::new(kubernetes.access(bed.config.parent().unwrap()).unwrap()).unwrap().with_lease("pod-1");
+    let kube = Arc::new(kube);
+    let lease = Arc::clone(kube.lease().unwrap());
+    lease.acquire().await;
+    let by = ControllerService::new(Arc::new(Controller::with_kube(bed.config.clone(), None, Some(kube))));
+    (bed, volume, kubernetes, lease, by)
+}
+
+/// Of VMs that have nothing to do with it.
+fn others_read(bed: &Bed) -> usize {
+    bed.sim.requests().iter().filter(|request| request.contains("/pending") && !request.contains("/qemu/101/")).count()
+}
+
+/// Decision 5: the look at every VM after the own write is for those without a Lease.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_the_lease_an_attach_takes_no_second_look_at_other_vms() {
+    let mut read = Vec::new();
+    for has_lease in [true, false] {
+        let (bed, volume, kubernetes, _lease, by) = leading().await;
+        // What the first one reads, both read.
+        let warm: VolumeHandle = "fsn1//san/vm-9999-warm".parse().unwrap();
+        bed.sim.create_volume("pve1", &warm.volid(), 64 * MIB).unwrap();
+        let by = if has_lease { by } else { bed.csi.clone() };
+        publish_by(&by, &warm, "node-101/101").await.unwrap();
+        bed.sim.reset_counters();
+        let _ = kubernetes.asked();
+        publish_by(&by, &volume, "node-101/101").await.unwrap();
+        read.push(others_read(&bed));
+        let renewals = kubernetes.asked().iter().filter(|call| call.starts_with("PUT")).count();
+        assert_eq!(renewals, usize::from(has_lease), "one small write to Kubernetes instead");
+    }
+    assert_eq!(read, [0, 2], "other VMs read, with the Lease and without");
+}
+
+/// The Lease goes to another one while a call is on its way: it looks at every VM, and is not answered OK.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_lost_during_a_call_is_no_ok_and_nothing_is_written_after_it() {
+    let (bed, volume, kubernetes, lease, by) = leading().await;
+    let kubernetes = Arc::new(kubernetes);
+    let thief = Arc::clone(&kubernetes);
+    bed.sim.before("POST", "/nodes/*/qemu/101/config", 1, move |_| thief.give_lease_to("pod-2"));
+    let refused = publish_by(&by, &volume, "node-101/101").await;
+    assert_refused(refused, Code::Unavailable, &["csi-proxmox/csi.proxmox.sinextra.dev is lost", "pod-2 has it"]);
+    assert!(lease.fence().check().is_err());
+    bed.sim.reset_counters();
+    for refused in [unpublish_by(&by, &volume, "node-101/101").await.map(drop), publish_by(&by, &volume, "node-102/102").await.map(drop)] {
+        assert!(refused.is_err());
+    }
+    let writes: Vec<String> = bed.sim.requests().into_iter().filter(|request| !request.starts_with("GET")).collect();
+    assert!(writes.is_empty(), "{writes:?}");
+    assert_eq!(bed.traces(101, &volume).len(), 2, "what was done stays done");
+}
+
+/// Without a renewal in time, by the own clock: the fence is looked at when the bytes go out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_without_a_lease_is_not_sent() {
+    let (bed, volume, _kubernetes, lease, by) = leading().await;
+    publish_by(&by, &volume, "node-101/101").await.unwrap();
+    lease.release(true).await;
+    bed.sim.reset_counters();
+    let refused = unpublish_by(&by, &volume, "node-101/101").await;
+    assert_refused(refused, Code::Unavailable, &["POST /nodes/pve1/qemu/101/config", "it is given back", "writes nothing any more"]);
+    assert!(bed.sim.requests().iter().all(|request| request.starts_with("GET")), "{:?}", bed.sim.requests());
+}
