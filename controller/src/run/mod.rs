@@ -68,6 +68,15 @@ fn is_tested(version: &str) -> bool {
     release.is_some_and(|release| (OLDEST_TESTED..=NEWEST_TESTED).contains(&release))
 }
 
+/// What is said of a region at start; an error: nobody tried that release.
+fn greeting(region: &str, version: &str) -> Result<String, String> {
+    let known = format!("region {region}: Proxmox VE {version}");
+    if is_tested(version) {
+        return Ok(known);
+    }
+    Err(format!("{known} is not tested; tested are {OLDEST_TESTED} to {NEWEST_TESTED}"))
+}
+
 /// All clusters of the config file.
 #[derive(Debug)]
 struct Clusters {
@@ -133,10 +142,10 @@ impl Controller {
             let request = api::version();
             let call = request.name();
             match region.client().call(request).await.and_then(|data| api::read_version(&call, &data)) {
-                Ok(version) if is_tested(&version) => proto::info!("region {name}: Proxmox VE {version}"),
-                Ok(version) => {
-                    proto::warn!("region {name}: Proxmox VE {version} is not tested; tested are {OLDEST_TESTED} to {NEWEST_TESTED}");
-                }
+                Ok(version) => match greeting(name, &version) {
+                    Ok(known) => proto::info!("{known}"),
+                    Err(untested) => proto::warn!("{untested}"),
+                },
                 Err(error) => proto::warn!("region {name}: {}", Error::from(error).text),
             }
         }
@@ -339,7 +348,11 @@ mod tests {
             ("", false),
             ("x", false),
         ] {
-            assert_eq!(is_tested(version), tested, "{version}");
+            let said = greeting("fsn1", version);
+            assert_eq!(said.is_ok(), tested, "{version}");
+            let (Ok(text) | Err(text)) = said;
+            assert!(text.contains("region fsn1") && text.contains(version), "{text}");
+            assert_eq!(text.contains("not tested; tested are 8.2 to 9.2"), !tested, "{text}");
         }
     }
 }
