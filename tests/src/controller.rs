@@ -29,21 +29,46 @@ pub struct Controller {
 impl Controller {
     /// Writes `clusters` (the reference driver's YAML) to `folder`, starts the binary there and waits until it answers.
     pub fn start(folder: &Path, clusters: &str) -> Result<Self> {
-        let program = tools::release_binary("proxmox-csi-controller");
-        ensure!(program.exists(), "{} is missing: run scripts/build", program.display());
-        let (config, socket, log) = (folder.join("clusters.yaml"), folder.join("controller.sock"), folder.join("controller.log"));
-        std::fs::write(&config, clusters).with_context(|| format!("write {}", config.display()))?;
-        let args = vec![format!("--csi-address=unix://{}", socket.display()), format!("--cloud-config={}", config.display())];
-        let env = vec![("LOG_LEVEL".into(), std::env::var("LOG_LEVEL").unwrap_or_else(|_| "info".into()))];
-        let console = Console::default();
-        let process = Process::start(Start { program, args, env, log: log.clone() }, &console)?;
-        let controller = Self { process, console, calls: Calls::unix(&socket)?, socket, log };
+        let controller = Self::launch(folder, clusters, &[])?;
         let answers = wait::until(SOCKET_LIMIT, || {
             controller.console.alive().with_context(|| format!("the controller: {}", controller.quote()))?;
             Ok::<_, anyhow::Error>(controller.calls.get_plugin_info(csi::GetPluginInfoRequest {}).ok())
         })?;
         ensure!(answers.is_some(), "the controller does not answer within {} s; {}", SOCKET_LIMIT.as_secs(), controller.quote());
         Ok(controller)
+    }
+
+    /// The same with Kubernetes, whose Lease it waits for before it has a socket.
+    pub fn stand_by(folder: &Path, clusters: &str, kubeconfig: &Path) -> Result<Self> {
+        Self::launch(folder, clusters, &[format!("--kubeconfig={}", kubeconfig.display())])
+    }
+
+    fn launch(folder: &Path, clusters: &str, more: &[String]) -> Result<Self> {
+        let program = tools::release_binary("proxmox-csi-controller");
+        ensure!(program.exists(), "{} is missing: run scripts/build", program.display());
+        let (config, socket, log) = (folder.join("clusters.yaml"), folder.join("controller.sock"), folder.join("controller.log"));
+        std::fs::write(&config, clusters).with_context(|| format!("write {}", config.display()))?;
+        let mut args = vec![format!("--csi-address=unix://{}", socket.display()), format!("--cloud-config={}", config.display())];
+        args.extend_from_slice(more);
+        let env = vec![("LOG_LEVEL".into(), std::env::var("LOG_LEVEL").unwrap_or_else(|_| "info".into()))];
+        let console = Console::default();
+        let process = Process::start(Start { program, args, env, log: log.clone() }, &console)?;
+        Ok(Self { process, console, calls: Calls::unix(&socket)?, socket, log })
+    }
+
+    /// Waits until its socket is there: it acts.
+    pub fn acts_within(&self, limit: Duration) -> Result<bool> {
+        Ok(wait::until(limit, || Ok::<_, anyhow::Error>(self.socket.exists().then_some(())))?.is_some())
+    }
+
+    /// SIGSTOP or SIGCONT.
+    pub fn stop(&self, is_stopped: bool) -> Result<()> {
+        self.process.signal(if is_stopped { "STOP" } else { "CONT" })
+    }
+
+    /// How it ended by itself; `None` when it still runs at the limit.
+    pub fn ended(&self, limit: Duration) -> Result<Option<ExitStatus>> {
+        self.process.ended(limit)
     }
 
     #[must_use]

@@ -73,12 +73,22 @@ impl Process {
 
     /// SIGTERM, and how it ended; `None` when it still runs at the limit.
     pub(crate) fn terminate(&self, limit: Duration) -> Result<Option<ExitStatus>> {
+        self.signal("TERM")?;
+        self.ended(limit)
+    }
+
+    /// `TERM`, `STOP`, `CONT`; nothing happens where it has ended.
+    pub(crate) fn signal(&self, name: &str) -> Result<()> {
         let mut child = lock(&self.child);
         if child.try_wait()?.is_none() {
             // std sends SIGKILL only.
-            Command::new("kill").args(["-TERM", &self.pid.to_string()]).status().context("start kill")?;
+            Command::new("kill").args([&format!("-{name}"), &self.pid.to_string()]).status().context("start kill")?;
         }
-        drop(child);
+        Ok(())
+    }
+
+    /// How it ended; `None` when it still runs at the limit.
+    pub(crate) fn ended(&self, limit: Duration) -> Result<Option<ExitStatus>> {
         wait::until(limit, || Ok(lock(&self.child).try_wait()?))
     }
 

@@ -7,6 +7,7 @@
 //! one's node as fenced, or the drive is ours by its serial and Kubernetes has the volume attached to the other VM's node and
 //! not to the old one's, so that no kubelet there has touched it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use proto::VolumeHandle;
@@ -105,7 +106,7 @@ impl Region {
     /// Before the volume leaves its VM: afterwards a leftover elsewhere would look like its only holder. Asks nobody where no
     /// reading says that two VMs have it. A failure keeps nobody from detaching.
     pub(super) async fn remove_leftovers_beside(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm) {
-        if self.ever_naming(&handle.volid()).await.iter().all(|other| *other == vm.vmid) {
+        if self.is_unexplainable() || self.named_beside(vm.vmid, &BTreeSet::from([handle.volid()])).is_empty() {
             return;
         }
         let removed = match self.notice_leftovers_of(handle, vm).await {
@@ -159,6 +160,9 @@ impl Region {
     /// # Errors
     /// Proxmox's or Kubernetes'.
     pub(super) async fn remove_leftovers_in(self: &Arc<Self>, except: &VolumeHandle, vm: &Vm) -> Result<(), Error> {
+        if self.is_unexplainable() {
+            return Ok(());
+        }
         let is_fenced = self.rules().fenced.contains(&vm.host);
         let known = match self.last_known(vm.vmid).await {
             Some(known) if !is_fenced => known,
@@ -169,13 +173,14 @@ impl Region {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         let slots = known.config.lines.iter().filter(|(key, _)| is_disk_slot(key));
         let drives = slots.filter_map(|(_, line)| line.value.as_deref()?.parse::<Drive>().ok());
-        for drive in drives.filter(|drive| drive.option("serial").is_some_and(|serial| serial.starts_with("csi-"))) {
-            let Some((storage, disk)) = drive.volid.split_once(':') else { continue };
-            let is_shared = resources.storages.iter().any(|one| one.storage == storage && one.shared);
-            if !is_shared || drive.volid == except.volid() {
-                continue;
-            }
-            if !is_fenced && self.ever_naming(&drive.volid).await.iter().all(|other| *other == vm.vmid) {
+        let ours = drives.filter(|drive| drive.option("serial").is_some_and(|serial| serial.starts_with("csi-")));
+        let mut volids: BTreeSet<String> = ours.map(|drive| drive.volid).filter(|volid| *volid != except.volid()).collect();
+        if !is_fenced {
+            volids = self.named_beside(vm.vmid, &volids);
+        }
+        for volid in volids {
+            let Some((storage, disk)) = volid.split_once(':') else { continue };
+            if !resources.storages.iter().any(|one| one.storage == storage && one.shared) {
                 continue;
             }
             let handle = VolumeHandle { region: self.name.clone(), zone: String::new(), storage: storage.into(), disk: disk.into() };

@@ -371,6 +371,17 @@ impl Region {
         naming
     }
 
+    /// Of these volumes, those that the last reading of another VM names. VMs that are being read now are passed over: nobody waits.
+    pub(super) fn named_beside(&self, vmid: u32, volids: &BTreeSet<String>) -> BTreeSet<String> {
+        let mut named = BTreeSet::new();
+        for (_, slot) in locked(&self.vms).iter().filter(|(other, _)| **other != vmid && !volids.is_empty()) {
+            let Ok(known) = slot.known.try_lock() else { continue };
+            let Some(known) = known.as_ref() else { continue };
+            named.extend(volids.iter().filter(|volid| known.config.naming(volid).next().is_some()).cloned());
+        }
+        named
+    }
+
     /// Forgets a VM that is gone.
     pub(crate) async fn forget(&self, vmid: u32) {
         // Not its slot: others may wait there.

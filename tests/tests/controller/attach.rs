@@ -10,6 +10,7 @@ use crate::bed::{MIB, assert_refused, capability, publish_request, release, stan
 
 const CONFIG: &str = "/nodes/*/qemu/*/config";
 
+/// W02, W04: configured, planned and plugged all count.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_volume_that_another_vm_holds_is_refused_in_every_view() {
     type Hold = fn(&Simulator, &str);
@@ -260,6 +261,7 @@ async fn a_leaked_slot_is_skipped_for_another() {
     assert!(bed.own_requests(101).len() <= 3, "{:?}", bed.own_requests(101));
 }
 
+/// W01: a hot-plug that failed is an error with Proxmox's words, and nothing of it stays planned.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_attach_is_reverted() {
     let bed = standard().await;
@@ -289,6 +291,7 @@ async fn what_an_earlier_crash_left_is_undone_first() {
     assert!(bed.sim.vm(101).unwrap().pending_delete.is_empty());
 }
 
+/// W43: what the proxy gives up on after 30 s goes on, and is looked after.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_answer_is_looked_after() {
     for effect in [Effect::CloseAfterwards, Effect::TimeOutButComplete] {
@@ -320,6 +323,7 @@ async fn a_lost_answer_is_looked_after() {
     bed.publish(&volume, "node-102/102").await.unwrap();
 }
 
+/// W18: every write names the config that it was decided on; nothing undoes what came in between.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_changed_digest_is_read_again_and_a_taken_slot_left() {
     let bed = standard().await;
@@ -367,6 +371,7 @@ async fn a_vm_that_cannot_be_read_is_named() {
     assert_refused(answer, Code::Unavailable, &["VM 102", "QEMU does not answer"]);
 }
 
+/// W03: nor does a drive that exists get another identity.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drive_of_the_reference_driver_keeps_its_names() {
     let bed = standard().await;
@@ -394,6 +399,7 @@ async fn every_proxmox_version_attaches_and_detaches() {
     }
 }
 
+/// W49: slots that are taken are not offered, and a full VM is RESOURCE_EXHAUSTED.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn thirty_volumes_at_once_get_thirty_answers() {
     let bed = std::sync::Arc::new(standard().await);

@@ -59,6 +59,7 @@ async fn warm(bed: &Bed) {
     bed.delete(&warm.to_string()).await.unwrap();
 }
 
+/// W63: one VM's changes go together, and wait for nobody else's.
 /// Twenty drives: the first alone, then as many as fit into 25 s.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn twenty_volumes_come_and_go_in_few_calls() {

@@ -112,6 +112,7 @@ async fn a_detach_is_not_done_while_nobody_says_what_is_plugged() {
     unpublish_again(&bed, &volume, "node-101/101").await.unwrap();
 }
 
+/// W02: without hot-plug Proxmox says OK to a plan.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removal_that_proxmox_only_plans_is_no_detach() {
     let bed = standard().await;

@@ -55,6 +55,7 @@ async fn each_bad_input_is_refused_before_anything_is_made() {
     assert!(!bed.sim.requests().iter().any(|request| request.starts_with("POST")), "{:?}", bed.sim.requests());
 }
 
+/// W39: what exists under the name and does not fit the request is said.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_size_under_the_same_name_is_a_conflict() {
     for storage in ["local", "local-lvm", "local-zfs", "thick-lvm"] {
@@ -83,6 +84,7 @@ async fn sanitys_longest_name_is_a_volume_on_every_storage() {
     }
 }
 
+/// W53: the zone with most room, not the first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_topology_the_zone_with_most_room_takes_it_and_a_repeat_finds_it() {
     let bed = two_hosts().await;
@@ -96,6 +98,7 @@ async fn without_topology_the_zone_with_most_room_takes_it_and_a_repeat_finds_it
     assert_eq!(bed.sim.volumes("pve1", "ds").len() + bed.sim.volumes("pve2", "ds").len(), 1);
 }
 
+/// W53: only zones that are online and have the storage.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn zones_where_the_storage_is_not_active_are_left_out() {
     let bed = start(Simulator::builder(crate::bed::two_hosts_description())).await;
@@ -158,6 +161,7 @@ async fn a_creation_without_answer_binds_the_volume_to_its_zone() {
     assert!(bed.create_as(request()).await.unwrap().volume_id.contains("/pve2/"));
 }
 
+/// W54: each option is written once, under the name that Proxmox has for it now.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn parameters_reach_the_drive_and_unknown_ones_may_be_warnings() {
     let bed = standard().await;

@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use proto::VolumeHandle;
+use testbed::kube::Kubernetes;
 use testbed::sim::{Description, Node, Simulator, Storage, Vm};
 use tonic::Code;
 
 use crate::bed::{Bed, MIB, assert_refused, clusters, start};
 use crate::hold::{again, publish_by, shared_bed, unpublish_by};
+use crate::kube::controller_of;
 
 /// Rewrites the config file, and waits until it is looked at again.
 async fn fence(bed: &Bed, hosts: &str) {
@@ -105,7 +107,8 @@ async fn two_holders_that_nobody_explains_are_left_to_a_person() {
     assert_eq!(bed.traces(201, &volume).len(), 2);
 }
 
-/// 32 hosts, 500 VMs, one host off: each volume that is not held there attaches; after a restart too, by the operator's word.
+/// 32 hosts, 500 VMs, one host off: each volume that is not held there attaches; after a restart too, by the operator's word or by
+/// what Kubernetes says. What is held there moves by the out-of-service taint, or by `fencedNodes`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_dead_host_of_many_stops_only_what_it_holds() {
     const HOSTS: u32 = 32;
@@ -143,7 +146,36 @@ async fn one_dead_host_of_many_stops_only_what_it_holds() {
     bed.sim.create_volume("pve1", &volume.volid(), 64 * MIB).unwrap();
     let fresh = again(&bed);
     assert_refused(publish_by(&fresh, &volume, "n/1001").await, Code::Unavailable, &["on pve8", "not read before", "fencedNodes: [pve8]"]);
-    fence(&bed, "pve8").await;
-    publish_by(&fresh, &volume, "n/1001").await.unwrap();
-    publish_by(&fresh, &volumes[0], "n/1002").await.unwrap();
+    moves_by_the_taint(&bed, &volumes[0], &volume, VMS).await;
+    // The same without Kubernetes: VM 1008 is on pve9.
+    off(&bed, "pve9");
+    std::fs::write(&bed.config, format!("{}    fencedNodes: [pve9]\n", clusters(bed.sim.url()))).unwrap();
+    let fresh = again(&bed);
+    publish_by(&fresh, &volumes[1], "n/1002").await.unwrap();
+}
+
+/// `held` is in VM 1007, whose host is off; `other` never was there. Nobody knows but Kubernetes.
+async fn moves_by_the_taint(bed: &Bed, held: &VolumeHandle, other: &VolumeHandle, vms: u32) {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    for n in 0..vms {
+        kubernetes.node(&format!("node-{n}"), &format!("node-{n}/{}", 1000 + n));
+    }
+    kubernetes.pv("pv-0", &held.to_string());
+    kubernetes.attachment("pv-0", "node-7", true);
+    let by = controller_of(&kubernetes, bed);
+    publish_by(&by, other, "n/1001").await.unwrap();
+    let words = ["VM 1007 on pve8", "VolumeAttachment to node node-7", "off since", "out-of-service"];
+    assert_refused(publish_by(&by, held, "n/1002").await, Code::FailedPrecondition, &words);
+    kubernetes.taint("node-7", true);
+    unpublish_by(&by, held, "node-7/1007").await.unwrap();
+    kubernetes.detached("pv-0", "node-7");
+    publish_by(&by, held, "node-2/1002").await.unwrap();
+    kubernetes.attachment("pv-0", "node-2", true);
+    // Back, and nobody remembers: neither the taint nor a controller.
+    kubernetes.taint("node-7", false);
+    bed.sim.set_node_unreachable("pve8", None);
+    assert_eq!(bed.traces(1007, held).len(), 2);
+    publish_by(&controller_of(&kubernetes, bed), held, "node-2/1002").await.unwrap();
+    assert!(bed.traces(1007, held).is_empty(), "{:?}", bed.traces(1007, held));
+    assert_eq!(bed.traces(1002, held).len(), 2, "nothing is lost");
 }

@@ -21,7 +21,7 @@ async fn w03_the_wwn_is_the_drives_own() {
     assert_eq!((context["lun"].as_str(), context["DevicePath"].as_str()), ("3", "/dev/disk/by-id/wwn-0x5056432d49443037"));
 }
 
-/// W07, W08, W09, W10, W34, W40, W56: no copies, no snapshots, no replicas in this version, and none is pretended.
+/// W07, W08, W09, W10, W34, W35, W40, W56: no copies, no snapshots, no replicas in this version, and none is pretended.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn w07_to_w10_what_is_not_built_is_refused() {
     let bed = standard().await;
@@ -102,4 +102,20 @@ async fn w42_a_volume_is_raw_where_the_storage_would_make_qcow2() {
     let volume = bed.volume("pvc-1", "local").await;
     assert!(volume.disk.ends_with(".raw"), "{volume}");
     bed.publish(&volume, "node-101/101").await.unwrap();
+}
+
+/// W52: of a VM's config only drives and a few options are read; whatever else is in it stops nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn w52_odd_lines_of_a_config_stop_nothing() {
+    let bed = standard().await;
+    let volume = bed.volume("pvc-1", "local").await;
+    for (key, value) in
+        [("cores", "many"), ("memory", "-1"), ("net0", ""), ("tags", "a;b,c=d"), ("vmgenid", "\u{fc}"), ("ide2", "none,media=cdrom")]
+    {
+        bed.sim.set_config(101, key, Some(value));
+    }
+    bed.publish(&volume, "node-101/101").await.unwrap();
+    bed.expand(&volume.to_string(), 128 * MIB, 0).await.unwrap();
+    bed.unpublish(&volume, "node-101/101").await.unwrap();
+    bed.delete(&volume.to_string()).await.unwrap();
 }

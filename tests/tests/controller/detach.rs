@@ -19,6 +19,7 @@ async fn a_busy_guest_is_asked_again() {
     assert!(bed.traces(101, &volume).is_empty() && vm.pending_delete.is_empty(), "{:?}", bed.traces(101, &volume));
 }
 
+/// W02: a removal that Proxmox only planned is no success, nor is its repeat.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_stays_is_said_and_the_repeat_finishes() {
     let bed = standard().await;
@@ -43,6 +44,7 @@ async fn without_a_node_id_it_leaves_every_vm() {
     bed.unpublish(&volume, "").await.unwrap();
 }
 
+/// W06: whole volume ids are compared, with their storage.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_the_volume_itself_is_detached() {
     let bed = standard().await;

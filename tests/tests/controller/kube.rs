@@ -25,7 +25,7 @@ async fn with_an_attachment(volume: &VolumeHandle) -> Kubernetes {
 }
 
 /// A controller that knows nothing yet, and can ask this API server.
-fn controller(kubernetes: &Kubernetes, bed: &Bed) -> ControllerService {
+pub(crate) fn controller_of(kubernetes: &Kubernetes, bed: &Bed) -> ControllerService {
     let kube = Kube::new(kubernetes.access(bed.config.parent().unwrap()).unwrap()).unwrap();
     ControllerService::new(Arc::new(Controller::with_kube(bed.config.clone(), None, Some(Arc::new(kube)))))
 }
@@ -44,7 +44,7 @@ async fn dead_host() -> (Bed, VolumeHandle, VolumeHandle) {
 async fn after_a_restart_volume_attachments_say_what_a_dead_host_holds() {
     let (bed, held, free) = dead_host().await;
     let kubernetes = with_an_attachment(&held).await;
-    let by = controller(&kubernetes, &bed);
+    let by = controller_of(&kubernetes, &bed);
     publish_by(&by, &free, "node-101/101").await.unwrap();
     let refused = publish_by(&by, &held, "node-102/102").await;
     assert_refused(
@@ -55,7 +55,7 @@ async fn after_a_restart_volume_attachments_say_what_a_dead_host_holds() {
     assert!(bed.traces(102, &held).is_empty());
     // Nobody asks Kubernetes who holds what when all hosts are there; that people are told of the refusal is another matter.
     bed.sim.set_node_unreachable("pve2", None);
-    let by = controller(&kubernetes, &bed);
+    let by = controller_of(&kubernetes, &bed);
     let _ = kubernetes.asked();
     let refused = publish_by(&by, &held, "node-102/102").await;
     assert_refused(refused, Code::FailedPrecondition, &["VM 201 on pve2 has it configured as scsi1"]);
@@ -67,7 +67,7 @@ async fn after_a_restart_volume_attachments_say_what_a_dead_host_holds() {
 async fn with_the_out_of_service_taint_volumes_of_a_dead_host_move() {
     let (bed, held, _) = dead_host().await;
     let kubernetes = with_an_attachment(&held).await;
-    let by = controller(&kubernetes, &bed);
+    let by = controller_of(&kubernetes, &bed);
     assert_refused(unpublish_by(&by, &held, "node-201/201").await, Code::Unavailable, &["pve2 is off since"]);
     kubernetes.taint("node-201", true);
     unpublish_by(&by, &held, "node-201/201").await.unwrap();
@@ -90,7 +90,7 @@ async fn kubernetes_that_does_not_answer_is_no_evidence() {
     ] {
         let kubernetes = with_an_attachment(&held).await;
         kubernetes.breaks(&format!("GET {path}"), Some(status));
-        let by = controller(&kubernetes, &bed);
+        let by = controller_of(&kubernetes, &bed);
         assert_refused(publish_by(&by, &free, "node-101/101").await, Code::Unavailable, &["VM 201 on pve2", words]);
     }
     assert!(bed.traces(101, &free).is_empty());
@@ -101,7 +101,7 @@ async fn kubernetes_that_does_not_answer_is_no_evidence() {
 async fn back_again() -> (Bed, VolumeHandle, Kubernetes, ControllerService) {
     let (bed, held, _) = dead_host().await;
     let kubernetes = with_an_attachment(&held).await;
-    let by = controller(&kubernetes, &bed);
+    let by = controller_of(&kubernetes, &bed);
     kubernetes.taint("node-201", true);
     unpublish_by(&by, &held, "node-201/201").await.unwrap();
     kubernetes.detached("pv-a", "node-201");
@@ -111,7 +111,7 @@ async fn back_again() -> (Bed, VolumeHandle, Kubernetes, ControllerService) {
     kubernetes.taint("node-201", false);
     bed.sim.set_node_unreachable("pve2", None);
     assert_eq!((bed.traces(201, &held).len(), bed.traces(102, &held).len()), (2, 2));
-    let fresh = controller(&kubernetes, &bed);
+    let fresh = controller_of(&kubernetes, &bed);
     (bed, held, kubernetes, fresh)
 }
 

@@ -60,6 +60,7 @@ async fn every_call_may_be_repeated() {
     bed.unpublish(&volume, "node-101/101").await.unwrap();
 }
 
+/// W60, W61: one volume is asked about, not a storage's list; a VM is read once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_per_call() {
     let bed = standard().await;
@@ -116,6 +117,7 @@ async fn one_request_where_the_topology_leaves_one_zone_and_one_more_per_candida
     assert_eq!(bed.own_requests(0).len(), 2, "{:?}", bed.sim.requests());
 }
 
+/// W48, W50: what is not built is not advertised (no ControllerModifyVolume, whose values would not survive), and capacity is told.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn capabilities_capacity_and_validation() {
     let bed = standard().await;

@@ -28,6 +28,7 @@ async fn recovers(bed: &Bed) {
     }
 }
 
+/// W51: nothing needs a restart of the controller: config and credentials are read again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bad_config_file_is_said_and_its_repair_noticed() {
     let sim = Arc::new(Simulator::standard().start().await.unwrap());

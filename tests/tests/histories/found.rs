@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use testbed::history::judge::{all_traces, traces};
 use testbed::history::{Rpc, World, plan, under_paused_time};
-use testbed::sim::Inner;
+use testbed::sim::{Inner, Latency};
 use tonic::Code;
 
 const CALL_LIMIT: Duration = Duration::from_secs(300);
@@ -124,6 +124,25 @@ fn a_volume_in_a_slot_that_changed_hands_is_not_deleted() {
             refused(&mut world, 0, &Rpc::Delete { volume }, Code::FailedPrecondition, &["VM 102 on pve1", "scsi20"]).await;
             assert!(world.sim.image("pve1", &volid).is_some());
         }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// W41: a task that does not end is not waited for without end, and its RPC answers; the next one looks what became of it.
+#[test]
+fn w41_a_task_without_end_holds_no_call_without_end() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    proto::log::set_level("error").unwrap();
+    under_paused_time(async {
+        let latency = Latency { request: Duration::ZERO, plug: HOUR, ..Latency::RECORDED };
+        let mut world = World::new(plan::cluster().latency(latency), 1, plan::claims()).await?;
+        ok(&mut world, 0, &Rpc::Create { volume: 1 }).await;
+        let publish = Rpc::Publish { volume: 1, vm: 101 };
+        refused(&mut world, 0, &publish, Code::Unavailable, &["UPID:", "still running"]).await;
+        world.go_on(HOUR, |_| false).await?;
+        ok(&mut world, 0, &publish).await;
+        assert_eq!(traces(&world.sim, 101, &volid(&world, 1)), ["configured scsi1", "plugged scsi1"]);
         Ok(())
     })
     .unwrap();
