@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use proto::VolumeHandle;
 use testbed::controller::Controller;
+use testbed::guest::wait;
 use testbed::kube::Kubernetes;
 use testbed::tools;
 use tonic::Code;
@@ -19,7 +20,6 @@ const TAKEN_LIMIT: Duration = Duration::from_secs(30);
 /// One that was not: 15 s, and 35 s for what may still come, on a machine with other things to do.
 const HANDOVER_LIMIT: Duration = Duration::from_secs(180);
 const END_LIMIT: Duration = Duration::from_secs(60);
-const LOOK: Duration = Duration::from_millis(50);
 
 /// The last that goes on before the first process is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,10 +74,15 @@ fn handover(stopped: Stopped) {
     let request = |vmid: u32| publish_request(&all.volume, &format!("node-{vmid}/{vmid}"));
     let (calls, of_first) = (first.calls().clone(), request(101));
     let old = std::thread::spawn(move || calls.controller_publish_volume(of_first));
-    while !is_stopped.load(Ordering::SeqCst) {
-        assert!(!old.is_finished(), "{:?}", old.join().unwrap());
-        std::thread::sleep(LOOK);
-    }
+    let there = wait::until(TAKEN_LIMIT, || {
+        let is_stopped = is_stopped.load(Ordering::SeqCst);
+        if old.is_finished() && !is_stopped {
+            Err("the call ended before its controller was stopped")
+        } else {
+            Ok(is_stopped.then_some(()))
+        }
+    });
+    assert_eq!(there, Ok(Some(())), "{}", first.quote());
     assert!(!second.socket().exists(), "two act: {}", second.quote());
     assert!(second.acts_within(HANDOVER_LIMIT).unwrap(), "{}", second.quote());
     assert!(all.kubernetes.holder().is_some());
