@@ -2,7 +2,6 @@
 //! the middle of an attach (SIGSTOP), the other takes over, the first goes on (SIGCONT). In real time.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use proto::VolumeHandle;
@@ -19,7 +18,6 @@ const TAKEN_LIMIT: Duration = Duration::from_secs(30);
 /// One that was not: 15 s, and 35 s for what may still come, on a machine with other things to do.
 const HANDOVER_LIMIT: Duration = Duration::from_secs(180);
 const END_LIMIT: Duration = Duration::from_secs(60);
-const LOOK: Duration = Duration::from_millis(50);
 
 /// The last that goes on before the first process is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,23 +59,20 @@ fn handover(stopped: Stopped) {
     let first = all.start("first");
     assert!(first.acts_within(TAKEN_LIMIT).unwrap(), "{}", first.quote());
     let second = all.start("second");
-    let is_stopped = Arc::new(AtomicBool::new(false));
+    let (says, is_stopped) = std::sync::mpsc::channel();
     let (method, path) = match stopped {
         Stopped::BeforeItsWrite => ("GET", "/nodes/*/qemu/101/pending"),
         Stopped::AfterItsWrite => ("POST", "/nodes/*/qemu/101/config"),
     };
-    let (flag, target) = (Arc::clone(&is_stopped), Arc::clone(&first));
+    let target = Arc::clone(&first);
     all.bed.sim.before(method, path, 1, move |_| {
         target.stop(true).unwrap();
-        flag.store(true, Ordering::SeqCst);
+        says.send(()).unwrap();
     });
     let request = |vmid: u32| publish_request(&all.volume, &format!("node-{vmid}/{vmid}"));
     let (calls, of_first) = (first.calls().clone(), request(101));
     let old = std::thread::spawn(move || calls.controller_publish_volume(of_first));
-    while !is_stopped.load(Ordering::SeqCst) {
-        assert!(!old.is_finished(), "{:?}", old.join().unwrap());
-        std::thread::sleep(LOOK);
-    }
+    is_stopped.recv_timeout(TAKEN_LIMIT).unwrap();
     assert!(!second.socket().exists(), "two act: {}", second.quote());
     assert!(second.acts_within(HANDOVER_LIMIT).unwrap(), "{}", second.quote());
     assert!(all.kubernetes.holder().is_some());
