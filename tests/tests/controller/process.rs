@@ -2,12 +2,10 @@
 //! the middle of an attach (SIGSTOP), the other takes over, the first goes on (SIGCONT). In real time.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use proto::VolumeHandle;
 use testbed::controller::Controller;
-use testbed::guest::wait;
 use testbed::kube::Kubernetes;
 use testbed::tools;
 use tonic::Code;
@@ -61,28 +59,20 @@ fn handover(stopped: Stopped) {
     let first = all.start("first");
     assert!(first.acts_within(TAKEN_LIMIT).unwrap(), "{}", first.quote());
     let second = all.start("second");
-    let is_stopped = Arc::new(AtomicBool::new(false));
+    let (says, is_stopped) = std::sync::mpsc::channel();
     let (method, path) = match stopped {
         Stopped::BeforeItsWrite => ("GET", "/nodes/*/qemu/101/pending"),
         Stopped::AfterItsWrite => ("POST", "/nodes/*/qemu/101/config"),
     };
-    let (flag, target) = (Arc::clone(&is_stopped), Arc::clone(&first));
+    let target = Arc::clone(&first);
     all.bed.sim.before(method, path, 1, move |_| {
         target.stop(true).unwrap();
-        flag.store(true, Ordering::SeqCst);
+        says.send(()).unwrap();
     });
     let request = |vmid: u32| publish_request(&all.volume, &format!("node-{vmid}/{vmid}"));
     let (calls, of_first) = (first.calls().clone(), request(101));
     let old = std::thread::spawn(move || calls.controller_publish_volume(of_first));
-    let there = wait::until(TAKEN_LIMIT, || {
-        let is_stopped = is_stopped.load(Ordering::SeqCst);
-        if old.is_finished() && !is_stopped {
-            Err("the call ended before its controller was stopped")
-        } else {
-            Ok(is_stopped.then_some(()))
-        }
-    });
-    assert_eq!(there, Ok(Some(())), "{}", first.quote());
+    is_stopped.recv_timeout(TAKEN_LIMIT).unwrap();
     assert!(!second.socket().exists(), "two act: {}", second.quote());
     assert!(second.acts_within(HANDOVER_LIMIT).unwrap(), "{}", second.quote());
     assert!(all.kubernetes.holder().is_some());
