@@ -10,7 +10,7 @@ use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
 use crate::kill;
 use crate::plan::{self, PublishSeen, PublishStep, Source, Target, UnpublishStep};
-use crate::request::{PublishRequest, PublishSource, UnpublishRequest};
+use crate::request::{PublishRequest, PublishSource, UnpublishRequest, Volume};
 use crate::sys::scsi;
 use crate::sys::{self, mount};
 
@@ -133,8 +133,7 @@ impl Node {
                     if let ShownAt::Device(medium) = self.look_shown(&want.volume, target).at(DOING, &want.volume, "look")? {
                         self.write_out(&medium).at(DOING, &want.volume, "write out")?;
                     }
-                    mount::take_away(target).at(DOING, &want.volume, "unmount")?;
-                    proto::info!("{DOING} {}: unmounted {}", want.volume, target.display());
+                    take_away(&want.volume, target, seen == Target::ShowsGone).at(DOING, &want.volume, "unmount")?;
                 }
                 UnpublishStep::RemoveFolder => {
                     std::fs::remove_dir(target).map_err(sys::Error::io("rmdir", target)).at(DOING, &want.volume, "remove the target")?;
@@ -147,6 +146,20 @@ impl Node {
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }
+}
+
+/// Takes the newest mount away, also from those who still use it where its disk is gone.
+pub(super) fn take_away(volume: &Volume, at: &Path, is_gone: bool) -> Result<(), sys::Error> {
+    let is_used = if is_gone { mount::take_gone_away(at)? } else { mount::take_away(at).map(|()| false)? };
+    if is_used {
+        proto::warn!(
+            "{volume}: unmounted {} under those who still use it: its disk is gone, and with it what was not written",
+            at.display()
+        );
+    } else {
+        proto::info!("{volume}: unmounted {}", at.display());
+    }
+    Ok(())
 }
 
 /// With the folders above it, as the reference driver and kubelet make them: 0750.

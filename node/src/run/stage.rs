@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use super::expand::grow;
 use super::look::{Room, is_empty_folder, not_named, usable};
 use super::mapping::{self, Medium};
-use super::publish::make_folder;
+use super::publish::{make_folder, take_away};
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll, progress};
 use crate::error::{AtStep, Cause, Error};
 use crate::format::{self, Ground};
@@ -302,8 +302,8 @@ impl Node {
                     if let Some(mapping) = known.suspended.take() {
                         self.wake(&mapping).at(DOING, &want.volume, "resume the mapping")?;
                     }
-                    mount::take_away(&want.staging).at(DOING, &want.volume, "unmount")?;
-                    proto::info!("{DOING} {}: unmounted {}", want.volume, want.staging.display());
+                    let taken = take_away(&want.volume, &want.staging, seen.mount == plan::Mount::Gone);
+                    taken.at(DOING, &want.volume, "unmount")?;
                 }
                 (UnstageStep::Close, _) => {
                     let disks = scsi::scan(&self.sysfs).at(DOING, &want.volume, "look")?;

@@ -305,6 +305,21 @@ pub fn take_away(target: &Path) -> Result<(), Error> {
     unmount(target, UnmountFlags::NOFOLLOW).map_err(Error::at("umount2", target))
 }
 
+/// The same where the disk is gone: what is still open there, or mounted in it, would keep it for ever, and can save nothing any more.
+/// Answers whether it had to go without them: then it ends with the last of them.
+///
+/// # Errors
+/// As the kernel says.
+pub fn take_gone_away(target: &Path) -> Result<bool, Error> {
+    match take_away(target) {
+        Err(error) if error.errno == Errno::BUSY => {
+            unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH).map_err(Error::at("umount2(MNT_DETACH)", target))?;
+            Ok(true)
+        }
+        done => done.map(|()| false),
+    }
+}
+
 /// What the kernel wrote into a filesystem context: `e ext4: Unknown parameter 'foo'`, one message per read.
 fn messages(context: &OwnedFd) -> Vec<String> {
     let mut said = Vec::new();

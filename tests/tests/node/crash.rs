@@ -81,10 +81,20 @@ fn guest_disk_pulled_under_a_mount() {
     agent.publish(&volume);
     let file = format!("/node{}/synced", volume.target);
     let written = agent.guest.fill(&file, 5, MIB).unwrap();
+    // Somebody uses it, as a process that will not end would: umount2 answers EBUSY, for ever.
+    let inside = format!("/node{}/inside", volume.target);
+    agent.guest.make_folder(&inside).unwrap();
+    agent.guest.mount("none", &inside, "tmpfs", false).unwrap();
+    let status = agent.calls.node_unpublish_volume(volume.unpublish()).unwrap_err();
+    assert!(status.message().contains("EBUSY"), "the disk is there, so nothing is taken from under anybody: {status:?}");
     agent.detach(1);
     // Unpublish and unstage clear what is left; a new attach begins from the disk.
     agent.put_away(&volume);
-    assert!(agent.mounted_at(&volume.staging).is_empty() && agent.mounted_at(&volume.target).is_empty());
+    for path in [&volume.staging, &volume.target] {
+        assert_eq!(agent.guest.mounts_below(&format!("/node{path}")).unwrap(), []);
+    }
+    let (_, log) = agent.guest.output(agent.job).unwrap();
+    assert!(log.contains("under those who still use it: its disk is gone"), "{log}");
     let volume = agent.attach(&handle, &image, 2);
     agent.stage(&volume);
     agent.publish(&volume);
