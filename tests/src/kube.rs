@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ::controller::kube::Access;
@@ -198,8 +199,12 @@ impl Kubernetes {
 }
 
 fn token(folder: &Path) -> Result<PathBuf> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
     let path = folder.join("kubernetes-token");
-    std::fs::write(&path, format!("{TOKEN}\n")).with_context(|| format!("write {}", path.display()))?;
+    // Many tests, and several runs of them, may share the folder: nobody may read half of it.
+    let part = folder.join(format!("kubernetes-token.{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
+    std::fs::write(&part, format!("{TOKEN}\n")).with_context(|| format!("write {}", part.display()))?;
+    std::fs::rename(&part, &path).with_context(|| format!("rename {}", part.display()))?;
     Ok(path)
 }
 
