@@ -63,9 +63,14 @@ impl Bench {
     }
 
     fn target(&self, name: &str) -> Target {
+        self.target_of(name, None)
+    }
+
+    /// `node`: whose device node is there.
+    fn target_of(&self, name: &str, node: Option<sys::Dev>) -> Target {
         let disks = scsi::scan(&self.node.sysfs).unwrap();
         let real = self.node.real(&self.path(name)).unwrap();
-        self.node.look_target(&volume(HANDLE), real.as_deref(), &disks, |_| true).unwrap()
+        self.node.look_target(&volume(HANDLE), real.as_deref(), &disks, |_| Ok(node), |_| true).unwrap()
     }
 }
 
@@ -129,23 +134,35 @@ fn a_device_node_whose_disk_went_is_stale_whosever_its_number_is_now() {
         let line = format!("1 1 8:0 {root} {} rw - devtmpfs udev rw\n", bench.path("target").display());
         fs::write(&bench.node.mountinfo, line).unwrap();
     };
+    let target = || bench.target_of("target", Some(sys::Dev { major: 8, minor: 0 }));
     let shown = |path: &str| bench.node.look_shown(&volume(HANDLE), &bench.path(path)).unwrap();
     show("/sda");
-    assert_eq!(bench.target("target"), Target::ShowsGone, "the node is about to go");
+    assert_eq!(target(), Target::ShowsGone, "the node is about to go");
     show("/sda//deleted");
-    assert_eq!(bench.target("target"), Target::Stale);
+    assert_eq!(target(), Target::Stale);
     let stranger = FakeDisk::new(0, 1).serial("csi-fedcba9876543210");
     bench.plug(&stranger);
-    assert_eq!(bench.target("target"), Target::Stale);
+    assert_eq!(target(), Target::Stale);
     assert!(matches!(shown("target"), look::ShownAt::Nothing(_) | look::ShownAt::Gone(_)));
     let others = bench.node.look_other_targets(&Medium::of(&stranger.0), &[]).unwrap();
     assert!(others.is_empty(), "it is no target of the disk that has the number now");
     show("/sda");
-    assert!(matches!(bench.target("target"), Target::Other(_)), "a node that is there shows what it says");
+    assert!(matches!(target(), Target::Other(_)), "a node that is there shows what it says");
     // The same disk has come back under its number.
     bench.plug(&ours());
     show("/sda//deleted");
-    assert_eq!(bench.target("target"), Target::Shows { read_only: false });
+    assert_eq!(target(), Target::Shows { read_only: false });
+}
+
+/// kubelet's own, or another driver's: only a device node is what publish has made.
+#[test]
+fn a_deleted_file_on_a_tmpfs_is_not_a_stale_device_node() {
+    let bench = Bench::new(&[]);
+    fs::write(bench.path("target"), "").unwrap();
+    let line = format!("1 1 0:35 /file//deleted {} rw - tmpfs tmpfs rw\n", bench.path("target").display());
+    fs::write(&bench.node.mountinfo, line).unwrap();
+    assert!(matches!(bench.target_of("target", None), Target::Other(_)));
+    assert_eq!(bench.target_of("target", Some(sys::Dev { major: 8, minor: 0 })), Target::Stale);
 }
 
 #[test]
