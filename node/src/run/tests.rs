@@ -443,6 +443,15 @@ fn one_key_is_derived_at_a_time_and_the_others_are_told() {
 }
 
 #[test]
+fn a_keyslot_that_cannot_be_tried_puts_a_rotation_off_and_fails_no_stage() {
+    let why = String::new;
+    let put_off = [Cause::LuksRead(why()), Cause::KdfBusy { waited: SLOT_DEADLINE }, Cause::KeyslotCost(why()), Cause::Luks(why())];
+    assert!(put_off.iter().all(super::encrypt::is_put_off));
+    let told = [Cause::OtherDiskNow { disk: why() }, Cause::Stopped { zeroed_bytes: 0 }, Cause::WrongPassphrase(why())];
+    assert!(!told.iter().any(super::encrypt::is_put_off));
+}
+
+#[test]
 fn filesystems_of_this_driver_that_are_writable_are_trimmed_each_once() {
     let bench = Bench::new(&[
         ("8:0", "staging", "ext4"),
