@@ -398,6 +398,25 @@ fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
 }
 
 #[test]
+fn a_filesystem_that_the_kernel_made_read_only_is_not_said_to_be_grown() {
+    let bench = Bench::new(&[("8:0", "shown", "ext4")]);
+    bench.plug(&ours());
+    let expand = || bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }, None);
+    let lines = fs::read_to_string(&bench.node.mountinfo).unwrap().replace("/dev/sdx rw", "/dev/sdx ro");
+    fs::write(&bench.node.mountinfo, &lines).unwrap();
+    let error = expand().unwrap_err();
+    assert!(matches!(*error.cause, Cause::MadeReadOnly(_)) && error.to_string().contains("made read-only by the kernel"), "{error}");
+    // As its user wants it: mounted read-only, or on a disk that refuses writes.
+    fs::write(&bench.node.mountinfo, lines.replace("/shown rw", "/shown ro")).unwrap();
+    assert_eq!(expand(), Ok(1 << 30));
+    fs::write(&bench.node.mountinfo, &lines).unwrap();
+    let mut write_protected = ours();
+    write_protected.0.read_only = true;
+    bench.plug(&write_protected);
+    assert_eq!(expand(), Ok(1 << 30));
+}
+
+#[test]
 fn a_volume_published_read_only_is_grown_where_it_is_writable() {
     let bench = Bench::new(&[("8:0", "staging", "ext4"), ("8:0", "a/mount", "ext4"), ("8:16", "other", "ext4")]);
     fs::create_dir(bench.path("a")).unwrap();
