@@ -471,6 +471,18 @@ fn a_keyslot_that_cannot_be_tried_puts_a_rotation_off_and_fails_no_stage() {
 }
 
 #[test]
+fn a_disk_that_the_trimmer_holds_is_said_to_be_held_by_it() {
+    let bench = Bench::new(&[("8:16", "elsewhere", "ext4")]);
+    bench.plug(&ours());
+    let by = || bench.node.mounted_by(&ours().0).unwrap();
+    assert!(by().contains("another mount namespace"), "{}", by());
+    bench.node.begin_trim(sys::Dev { major: 8, minor: 16 });
+    assert!(by().contains("another mount namespace"), "another disk's: {}", by());
+    bench.node.begin_trim(ours().0.dev);
+    assert!(by().contains("own trim"), "{}", by());
+}
+
+#[test]
 fn filesystems_of_this_driver_that_are_writable_are_trimmed_each_once() {
     let bench = Bench::new(&[
         ("8:0", "staging", "ext4"),
