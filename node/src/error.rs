@@ -86,6 +86,8 @@ pub enum Cause {
         wanted_blocks: u64,
         block_size: u32,
     },
+    /// The kernel has made the filesystem read-only; health's sentence.
+    MadeReadOnly(String),
     StillHeld {
         waited: Duration,
         disk: String,
@@ -136,7 +138,8 @@ impl fmt::Display for Cause {
             | Self::WrongPassphrase(why)
             | Self::KeyslotCost(why)
             | Self::Luks(why)
-            | Self::LuksRead(why) => f.write_str(why),
+            | Self::LuksRead(why)
+            | Self::MadeReadOnly(why) => f.write_str(why),
             Self::Mapping(refused) => refused.fmt(f),
             Self::NoCrypt(missing) => missing.fmt(f),
             Self::NoKey => f.write_str(

@@ -39,7 +39,7 @@ pub fn count(cause: &Cause) {
         {
             REFUSED_FORMATS.add();
         }
-        Cause::Mount(_) | Cause::Damaged { .. } | Cause::NotGrown { .. } => FILESYSTEM_ERRORS.add(),
+        Cause::Mount(_) | Cause::Damaged { .. } | Cause::NotGrown { .. } | Cause::MadeReadOnly(_) => FILESYSTEM_ERRORS.add(),
         _ => (),
     }
 }

@@ -286,6 +286,7 @@ fn code(cause: &Cause) -> Code {
         },
         Cause::Disk(_)
         | Cause::Damaged { .. }
+        | Cause::MadeReadOnly(_)
         | Cause::StillHeld { .. }
         | Cause::NotBlankAnyMore { .. }
         | Cause::Luks(_)

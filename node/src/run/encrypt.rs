@@ -129,8 +129,9 @@ impl Node {
                 return Ok(key);
             }
             (Ok((number, key)), Some(previous)) => {
-                if !disk.read_only && header.version == luks::Version::Luks2 {
-                    self.remove_previous(volume, device, header, number, previous)?;
+                match unchangeable(disk, header) {
+                    Some(why) => outstanding(volume, &format!("a keyslot of the previous passphrase stays, where there is one: {why}")),
+                    None => self.remove_previous(volume, device, header, number, previous)?,
                 }
                 return Ok(key);
             }
@@ -143,17 +144,14 @@ impl Node {
             Cause::WrongPassphrase(_) => Cause::WrongPassphrase(format!("{refused}; nor with encryption-passphrase-previous")),
             other => other,
         })?;
-        if disk.read_only || header.version == luks::Version::Luks1 {
-            outstanding(
-                volume,
-                &format!("keyslot {old} opens with the previous passphrase only: the disk is read-only, or its header LUKS1"),
-            );
+        if let Some(why) = unchangeable(disk, header) {
+            outstanding(volume, &format!("keyslot {old} opens with the previous passphrase only: {why}"));
             return Ok(key);
         }
         let (number, writes) = match self.plan_keyslot(encryption, header, passphrases.current(), &key) {
             Ok(planned) => planned,
             // Nothing is written yet.
-            Err(why @ (Cause::KeyslotCost(_) | Cause::Luks(_) | Cause::Geometry(_))) => {
+            Err(why) if is_put_off(&why) => {
                 outstanding(volume, &format!("keyslot {old} opens with the previous passphrase only, and the new one gets none: {why}"));
                 return Ok(key);
             }
@@ -207,8 +205,12 @@ impl Node {
                 Ok(Some(_)) => (),
                 Ok(None) => continue,
                 // What cannot be tried may be anybody's.
-                Err(cause @ (Cause::KeyslotCost(_) | Cause::Luks(_))) => {
+                Err(cause) if is_put_off(&cause) => {
                     outstanding(volume, &format!("keyslot {number} could not be tried with the previous passphrase, and stays: {cause}"));
+                    // The others would each wait as long.
+                    if matches!(cause, Cause::KdfBusy { .. }) {
+                        break;
+                    }
                     continue;
                 }
                 Err(cause) => return Err(cause),
@@ -317,6 +319,20 @@ fn noise() -> Result<impl luks::Noise, Cause> {
 fn outstanding(volume: &Volume, why: &str) {
     metrics::ROTATIONS_OUTSTANDING.add();
     proto::warn!("{volume}: the replacement of its passphrase is outstanding, and tried again by the next stage: {why}");
+}
+
+/// Why no keyslot of it is written; `None`: it can be.
+fn unchangeable(disk: &Disk, header: &Header) -> Option<&'static str> {
+    match header.version {
+        _ if disk.read_only => Some("the disk is read-only; stage the volume writable once"),
+        luks::Version::Luks1 => Some("its header is LUKS1, which this driver does not change; use `cryptsetup luksChangeKey`"),
+        luks::Version::Luks2 => None,
+    }
+}
+
+/// Whether the volume, which is open already, is staged all the same and the rest of the replacement left to the next stage.
+pub(super) fn is_put_off(cause: &Cause) -> bool {
+    matches!(cause, Cause::KeyslotCost(_) | Cause::Luks(_) | Cause::LuksRead(_) | Cause::Geometry(_) | Cause::KdfBusy { .. })
 }
 
 /// All places being taken has another reason here.

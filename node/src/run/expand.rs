@@ -68,6 +68,7 @@ impl Node {
                 return Err(plan::Refusal::NoGrowing { fstype: mount.fstype }.into());
             }
             ShownAt::Filesystem(medium, mount) => {
+                self.refuse_made_read_only(&medium, &mount)?;
                 let room = self.look_room(&medium, &mount)?;
                 let shown = Shown::Filesystem(room.map_or(Growth::Full, |room| room.growth(tried)));
                 (ExpandSeen { shown, size_bytes: medium.disk.size_bytes, short: self.is_short(&medium)? }, Some(medium), room)

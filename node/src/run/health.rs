@@ -94,11 +94,26 @@ impl Node {
 
     /// With the filesystem on it.
     fn look_filesystem(&self, volume: &Volume, medium: &Medium, shown: &mountinfo::Mount) -> Result<Seen, Cause> {
-        // A bind for a pod that only reads is read-only of itself; the staged mount tells.
-        let is_writable = |mount: &mountinfo::Mount| mount.dev == shown.dev && !mount.read_only;
-        let made_read_only = shown.filesystem_read_only && !medium.disk.read_only && self.mounts()?.iter().any(is_writable);
+        let made_read_only = self.is_made_read_only(medium, shown)?;
         let ext4_errors = block::ext4_errors(&self.sysfs, &medium.kernel_name());
         Ok(Seen { shut_down: shown.shut_down, made_read_only, ext4_errors, ..self.look_disk(volume, medium)? })
+    }
+
+    /// Whether the kernel has made the filesystem read-only; not so where that was asked for, or the disk refuses writes.
+    fn is_made_read_only(&self, medium: &Medium, shown: &mountinfo::Mount) -> Result<bool, Cause> {
+        // A bind for a pod that only reads is read-only of itself; the staged mount tells.
+        let is_writable = |mount: &mountinfo::Mount| mount.dev == shown.dev && !mount.read_only;
+        Ok(shown.filesystem_read_only && !medium.disk.read_only && self.mounts()?.iter().any(is_writable))
+    }
+
+    /// A filesystem that the kernel has made read-only cannot be grown: OK would mean that the pod has the room.
+    pub(super) fn refuse_made_read_only(&self, medium: &Medium, shown: &mountinfo::Mount) -> Result<(), Cause> {
+        if !self.is_made_read_only(medium, shown)? {
+            return Ok(());
+        }
+        let ext4_errors = block::ext4_errors(&self.sysfs, &medium.kernel_name());
+        let seen = Seen { shut_down: shown.shut_down, made_read_only: true, ext4_errors, ..Seen::default() };
+        health::judge(&seen).map_or(Ok(()), |trouble| Err(Cause::MadeReadOnly(trouble.sentence(&shown.fstype, &medium.name()))))
     }
 
     /// Says a change once.

@@ -140,21 +140,24 @@ impl Node {
         Ok(shown)
     }
 
-    /// What is at a target path. `is_it`: whether a disk that may be this volume's is the very one that is meant.
+    /// What is at a target path. `is_it`: whether a disk that may be this volume's is the very one that is meant; `rdev` says whose a node is.
     pub(super) fn look_target(
         &self,
         volume: &Volume,
         real: Option<&Path>,
         disks: &[Disk],
+        rdev: impl Fn(&Path) -> Result<Option<Dev>, sys::Error>,
         is_it: impl Fn(&Medium) -> bool,
     ) -> Result<Target, Cause> {
         let Some(real) = real else { return Ok(Target::Absent) };
         let mounts = self.mounts()?;
         let Some(mount) = mountinfo::at(&mounts, real) else { return Ok(unmounted(real)?) };
-        let dev = if is_of_devices(mount) { rdev(real)?.unwrap_or(mount.dev) } else { mount.dev };
-        Ok(match self.owner(volume, dev, disks)? {
+        let node = if is_of_devices(mount) { rdev(real)? } else { None };
+        // A file on a tmpfs that somebody else has bound and deleted is no device node: it stays untouched.
+        let is_removed_node = node.is_some() && mount.is_of_removed();
+        Ok(match self.owner(volume, node.unwrap_or(mount.dev), disks)? {
             Owner::Ours(medium) if is_it(&medium) => Target::Shows { read_only: mount.read_only },
-            Owner::Ours(_) | Owner::Gone(_) | Owner::Stranger(_) if is_of_devices(mount) && mount.is_of_removed() => Target::Stale,
+            Owner::Ours(_) | Owner::Gone(_) | Owner::Stranger(_) if is_removed_node => Target::Stale,
             Owner::Ours(medium) => Target::Other(format!("{} is shown there, which is not what is to be shown", medium.name())),
             Owner::Gone(_) => Target::ShowsGone,
             Owner::Stranger(why) => Target::Other(format!("{} from {} is mounted there: {why}", mount.fstype, mount.source)),
@@ -277,7 +280,7 @@ fn is_of_devices(mount: &mountinfo::Mount) -> bool {
 }
 
 /// The number of the device that a node stands for; `None`: it is no block device, or nothing is there.
-fn rdev(path: &Path) -> Result<Option<Dev>, sys::Error> {
+pub(super) fn rdev(path: &Path) -> Result<Option<Dev>, sys::Error> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if metadata.file_type().is_block_device() => Ok(Some(Dev::from_raw(metadata.rdev()))),
         Ok(_) => Ok(None),

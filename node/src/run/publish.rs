@@ -3,7 +3,7 @@
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::look::{ShownAt, usable};
+use super::look::{ShownAt, rdev, usable};
 use super::mapping::Medium;
 use super::{MAX_TURNS, Node, failed, progress};
 use crate::error::{AtStep, Cause, Error};
@@ -65,7 +65,7 @@ impl Node {
                 (source, medium, None, false)
             }
         };
-        let target = self.look_target(&want.volume, real.as_deref(), &disks, |shown| match (&want.source, &medium) {
+        let target = self.look_target(&want.volume, real.as_deref(), &disks, rdev, |shown| match (&want.source, &medium) {
             // An encrypted volume's disk itself is never what is to be shown.
             (PublishSource::Device(wanted), Some(medium)) => identity::fits(wanted, &shown.disk) && shown.dev() == medium.dev(),
             (PublishSource::Device(wanted), None) => identity::fits(wanted, &shown.disk),
@@ -119,7 +119,7 @@ impl Node {
         for _ in 0..MAX_TURNS {
             let looked = || -> Result<_, Cause> {
                 let real = self.real(&want.target)?;
-                self.look_target(&want.volume, real.as_deref(), &scsi::scan(&self.sysfs)?, |_| true)
+                self.look_target(&want.volume, real.as_deref(), &scsi::scan(&self.sysfs)?, rdev, |_| true)
             };
             let seen = looked().at(DOING, &want.volume, "look")?;
             let Some(step) = plan::next_unpublish_step(&seen).at(DOING, &want.volume, "")? else { return Ok(()) };

@@ -378,16 +378,26 @@ impl Node {
                     proto::warn!("{} is held by {}", identity::name(disk), holders.join(", "));
                     return self.write_out(&Medium::of(disk)).map(|()| None);
                 }
-                let at: Vec<PathBuf> = self.mounted_devices()?.into_iter().filter(|(dev, _)| *dev == disk.dev).map(|(_, at)| at).collect();
-                Ok(Some(match at.first() {
-                    Some(at) => format!("mounted at {}", at.display()),
-                    None => "mounted in another mount namespace (a container that has not ended)".to_string(),
-                }))
+                self.mounted_by(disk).map(Some)
             }
             // The disk is gone, or takes no I/O: nothing can be lost by detaching it.
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(None),
             Err(cause) => Err(cause),
         }
+    }
+
+    /// By whom a disk's filesystem is mounted that nobody may have.
+    pub(super) fn mounted_by(&self, disk: &Disk) -> Result<String, Cause> {
+        let at = self.mounted_devices()?.into_iter().find(|(dev, _)| *dev == disk.dev);
+        Ok(match at {
+            Some((_, at)) => format!("mounted at {}", at.display()),
+            None if self.is_trimmed(disk.dev) => {
+                "by this agent's own trim, which ends with the piece that the disk is at; repeat the call, and where it stays so, look at \
+                 the disk's storage on Proxmox"
+                    .to_string()
+            }
+            None => "mounted in another mount namespace (a container that has not ended)".to_string(),
+        })
     }
 
     /// What was written to the disk itself or its mapping, not through a filesystem, reaches it. A disk that is gone has lost it.

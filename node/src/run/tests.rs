@@ -63,9 +63,14 @@ impl Bench {
     }
 
     fn target(&self, name: &str) -> Target {
+        self.target_of(name, None)
+    }
+
+    /// `node`: whose device node is there.
+    fn target_of(&self, name: &str, node: Option<sys::Dev>) -> Target {
         let disks = scsi::scan(&self.node.sysfs).unwrap();
         let real = self.node.real(&self.path(name)).unwrap();
-        self.node.look_target(&volume(HANDLE), real.as_deref(), &disks, |_| true).unwrap()
+        self.node.look_target(&volume(HANDLE), real.as_deref(), &disks, |_| Ok(node), |_| true).unwrap()
     }
 }
 
@@ -129,23 +134,35 @@ fn a_device_node_whose_disk_went_is_stale_whosever_its_number_is_now() {
         let line = format!("1 1 8:0 {root} {} rw - devtmpfs udev rw\n", bench.path("target").display());
         fs::write(&bench.node.mountinfo, line).unwrap();
     };
+    let target = || bench.target_of("target", Some(sys::Dev { major: 8, minor: 0 }));
     let shown = |path: &str| bench.node.look_shown(&volume(HANDLE), &bench.path(path)).unwrap();
     show("/sda");
-    assert_eq!(bench.target("target"), Target::ShowsGone, "the node is about to go");
+    assert_eq!(target(), Target::ShowsGone, "the node is about to go");
     show("/sda//deleted");
-    assert_eq!(bench.target("target"), Target::Stale);
+    assert_eq!(target(), Target::Stale);
     let stranger = FakeDisk::new(0, 1).serial("csi-fedcba9876543210");
     bench.plug(&stranger);
-    assert_eq!(bench.target("target"), Target::Stale);
+    assert_eq!(target(), Target::Stale);
     assert!(matches!(shown("target"), look::ShownAt::Nothing(_) | look::ShownAt::Gone(_)));
     let others = bench.node.look_other_targets(&Medium::of(&stranger.0), &[]).unwrap();
     assert!(others.is_empty(), "it is no target of the disk that has the number now");
     show("/sda");
-    assert!(matches!(bench.target("target"), Target::Other(_)), "a node that is there shows what it says");
+    assert!(matches!(target(), Target::Other(_)), "a node that is there shows what it says");
     // The same disk has come back under its number.
     bench.plug(&ours());
     show("/sda//deleted");
-    assert_eq!(bench.target("target"), Target::Shows { read_only: false });
+    assert_eq!(target(), Target::Shows { read_only: false });
+}
+
+/// kubelet's own, or another driver's: only a device node is what publish has made.
+#[test]
+fn a_deleted_file_on_a_tmpfs_is_not_a_stale_device_node() {
+    let bench = Bench::new(&[]);
+    fs::write(bench.path("target"), "").unwrap();
+    let line = format!("1 1 0:35 /file//deleted {} rw - tmpfs tmpfs rw\n", bench.path("target").display());
+    fs::write(&bench.node.mountinfo, line).unwrap();
+    assert!(matches!(bench.target_of("target", None), Target::Other(_)));
+    assert_eq!(bench.target_of("target", Some(sys::Dev { major: 8, minor: 0 })), Target::Stale);
 }
 
 #[test]
@@ -381,6 +398,25 @@ fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
 }
 
 #[test]
+fn a_filesystem_that_the_kernel_made_read_only_is_not_said_to_be_grown() {
+    let bench = Bench::new(&[("8:0", "shown", "ext4")]);
+    bench.plug(&ours());
+    let expand = || bench.node.expand(&ExpandRequest { volume: volume(HANDLE), path: bench.path("shown"), required_bytes: None }, None);
+    let lines = fs::read_to_string(&bench.node.mountinfo).unwrap().replace("/dev/sdx rw", "/dev/sdx ro");
+    fs::write(&bench.node.mountinfo, &lines).unwrap();
+    let error = expand().unwrap_err();
+    assert!(matches!(*error.cause, Cause::MadeReadOnly(_)) && error.to_string().contains("made read-only by the kernel"), "{error}");
+    // As its user wants it: mounted read-only, or on a disk that refuses writes.
+    fs::write(&bench.node.mountinfo, lines.replace("/shown rw", "/shown ro")).unwrap();
+    assert_eq!(expand(), Ok(1 << 30));
+    fs::write(&bench.node.mountinfo, &lines).unwrap();
+    let mut write_protected = ours();
+    write_protected.0.read_only = true;
+    bench.plug(&write_protected);
+    assert_eq!(expand(), Ok(1 << 30));
+}
+
+#[test]
 fn a_volume_published_read_only_is_grown_where_it_is_writable() {
     let bench = Bench::new(&[("8:0", "staging", "ext4"), ("8:0", "a/mount", "ext4"), ("8:16", "other", "ext4")]);
     fs::create_dir(bench.path("a")).unwrap();
@@ -423,6 +459,27 @@ fn one_key_is_derived_at_a_time_and_the_others_are_told() {
     drop(bench.node.workers.take_within(std::time::Duration::ZERO).unwrap());
     drop(first);
     drop(bench.node.kdf.take_within(std::time::Duration::ZERO).unwrap());
+}
+
+#[test]
+fn a_keyslot_that_cannot_be_tried_puts_a_rotation_off_and_fails_no_stage() {
+    let why = String::new;
+    let put_off = [Cause::LuksRead(why()), Cause::KdfBusy { waited: SLOT_DEADLINE }, Cause::KeyslotCost(why()), Cause::Luks(why())];
+    assert!(put_off.iter().all(super::encrypt::is_put_off));
+    let told = [Cause::OtherDiskNow { disk: why() }, Cause::Stopped { zeroed_bytes: 0 }, Cause::WrongPassphrase(why())];
+    assert!(!told.iter().any(super::encrypt::is_put_off));
+}
+
+#[test]
+fn a_disk_that_the_trimmer_holds_is_said_to_be_held_by_it() {
+    let bench = Bench::new(&[("8:16", "elsewhere", "ext4")]);
+    bench.plug(&ours());
+    let by = || bench.node.mounted_by(&ours().0).unwrap();
+    assert!(by().contains("another mount namespace"), "{}", by());
+    bench.node.begin_trim(sys::Dev { major: 8, minor: 16 });
+    assert!(by().contains("another mount namespace"), "another disk's: {}", by());
+    bench.node.begin_trim(ours().0.dev);
+    assert!(by().contains("own trim"), "{}", by());
 }
 
 #[test]

@@ -103,13 +103,14 @@ impl Node {
 
     /// Bytes given back, as the kernel counts them; `None`: it was ended early.
     fn trim(&self, candidate: &Candidate) -> Result<Option<u64>, sys::Error> {
-        // By a mount of its own that is nowhere to be seen: the staged one can be taken away meanwhile, and unstage then waits for the disk's release.
-        let folder = mount::unseen(&candidate.point, mount::Leads::Into(candidate.dev))?;
         let end = Arc::new(AtomicBool::new(false));
         let mut now = self.trimming.now.lock().unwrap_or_else(PoisonError::into_inner);
         *now = Some((candidate.disk, Arc::clone(&end)));
         drop(now);
         let _cleared = Cleared(&self.trimming);
+        // By a mount of its own that is nowhere to be seen: the staged one can be taken away meanwhile, and unstage then waits for the disk's release.
+        // Only now, and given back before what is said above: who wants the disk finds out who holds it.
+        let folder = mount::unseen(&candidate.point, mount::Leads::Into(candidate.dev))?;
         proto::debug!("trim {}: begins", candidate.point.display());
         let piece = trim::piece_bytes(candidate.size_bytes);
         let (mut at, mut bytes) = (0_u64, 0_u64);
@@ -134,6 +135,16 @@ impl Node {
         if let Some((_, end)) = now.as_ref().filter(|(trimmed, _)| *trimmed == disk) {
             end.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Whether this agent trims it now.
+    pub(super) fn is_trimmed(&self, disk: Dev) -> bool {
+        self.trimming.now.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|(trimmed, _)| *trimmed == disk)
+    }
+
+    #[cfg(test)]
+    pub(super) fn begin_trim(&self, disk: Dev) {
+        *self.trimming.now.lock().unwrap() = Some((disk, Arc::default()));
     }
 
     /// What the volume's class says of it.

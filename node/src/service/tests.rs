@@ -32,6 +32,7 @@ fn every_cause_has_its_code() {
         (refused(plan::Refusal::HoldsOther { what: what() }), Code::FailedPrecondition),
         (Cause::Disk(identity::Refusal::InUse { disk: what(), at: "/t".into() }), Code::FailedPrecondition),
         (Cause::StillHeld { waited, disk: what(), by: what() }, Code::FailedPrecondition),
+        (Cause::MadeReadOnly(what()), Code::FailedPrecondition),
         (Cause::Outside { real: "/etc".into() }, Code::InvalidArgument),
         (Cause::Geometry(what()), Code::InvalidArgument),
         (Cause::Crowded { waited }, Code::Unavailable),
