@@ -70,32 +70,47 @@ impl Service {
     ) -> Result<T, Status> {
         let (node, answer) = (Arc::clone(&self.node), Arc::new(Mutex::new(None)));
         let answered = Arc::clone(&answer);
-        within(volume, held, Box::new(move || *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(work(&node)))).await?;
+        let work = move || {
+            let done = work(&node);
+            let trouble = done.as_ref().err().cloned();
+            *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
+            trouble
+        };
+        within(volume, held, kill::limit("CALL", CALL_LIMIT), Box::new(work)).await?;
         let answer = answer.lock().unwrap_or_else(PoisonError::into_inner).take();
         answer.ok_or_else(|| lost(volume, "no answer"))?.map_err(|error| status(&error))
     }
 }
 
 /// The part of [`Service::wait`] that is the same for every call, and is in the program once.
-async fn within(volume: &Volume, held: Held, work: Box<dyn FnOnce() + Send>) -> Result<(), Status> {
-    let (progress, late) = (held.progress.clone(), Arc::clone(&held.late));
+async fn within(volume: &Volume, mut held: Held, limit: Duration, work: Box<dyn FnOnce() -> Option<Error> + Send>) -> Result<(), Status> {
+    let (progress, over) = (held.progress.clone(), Arc::clone(&held.over));
     let done = aside(Box::new(move || {
         held.progress.take_over();
-        work();
+        held.ended(work());
     }));
-    match tokio::time::timeout(kill::limit("CALL", CALL_LIMIT), done).await {
+    match tokio::time::timeout(limit, done).await {
         Ok(done) => done.map_err(|why| lost(volume, why)),
         Err(_) => {
-            if !late.swap(true, Ordering::Relaxed) {
-                metrics::LATE.fetch_add(1, Ordering::Relaxed);
+            // Before the other may take it back.
+            metrics::LATE.fetch_add(1, Ordering::Relaxed);
+            if over.swap(true, Ordering::AcqRel) {
+                // It has ended this very moment, and its answer is there.
+                metrics::LATE.fetch_sub(1, Ordering::Relaxed);
+                return Ok(());
             }
-            Err(Status::deadline_exceeded(format!(
-                "{volume}: {progress}, {} s in all; it goes on by itself, and is not begun again; where it stays so, the disk does not \
-                 answer: look at its storage on Proxmox",
-                progress.seconds()
-            )))
+            Err(Status::deadline_exceeded(overdue(volume, &progress)))
         }
     }
+}
+
+fn overdue(volume: &Volume, progress: &Progress) -> String {
+    let then = if progress.is_deriving() {
+        "keys are derived one at a time: where it stays so, raise the node container's CPU limit"
+    } else {
+        "where it stays so, the disk does not answer: look at its storage on Proxmox"
+    };
+    format!("{volume}: {progress}, {} s in all; it goes on by itself, and is not begun again; {then}", progress.seconds())
 }
 
 /// On a thread that may block.
@@ -328,7 +343,7 @@ impl Busy {
         }
         let progress = Progress::begin(doing);
         busy.push((key.to_string(), progress.clone()));
-        Ok(Held { busy: self.clone(), key: key.to_string(), progress, late: Arc::default() })
+        Ok(Held { busy: self.clone(), key: key.to_string(), progress, over: Arc::default(), trouble: None })
     }
 }
 
@@ -338,16 +353,32 @@ struct Held {
     busy: Busy,
     key: String,
     progress: Progress,
-    /// Its caller has been told that it takes too long.
-    late: Arc<AtomicBool>,
+    /// It has ended, or its caller has been told that it takes too long: who comes second sees the first.
+    over: Arc<AtomicBool>,
+    /// How it ended, for the case that nobody waits for its answer any more.
+    trouble: Option<Error>,
+}
+
+impl Held {
+    fn ended(&mut self, trouble: Option<Error>) {
+        self.trouble = trouble;
+    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(held, _)| *held != self.key);
-        if self.late.load(Ordering::Relaxed) {
-            metrics::LATE.fetch_sub(1, Ordering::Relaxed);
-            proto::info!("{}: a call that took too long has ended: {}, {} s in all", self.key, self.progress, self.progress.seconds());
+        if !self.over.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        metrics::LATE.fetch_sub(1, Ordering::Relaxed);
+        let (progress, seconds) = (&self.progress, self.progress.seconds());
+        match &self.trouble {
+            None => proto::info!("{}: a call that took too long has ended: {progress}, {seconds} s in all", self.key),
+            Some(error) => {
+                metrics::count(&error.cause);
+                proto::warn!("{}: a call that took too long has failed: {error} ({progress}, {seconds} s in all)", self.key);
+            }
         }
     }
 }

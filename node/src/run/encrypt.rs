@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 use super::mapping::{self, Medium, read, read_header};
+use super::progress::Deriving;
 use super::{Node, Slot};
 use crate::error::Cause;
 use crate::plan::{self, Surface};
@@ -26,6 +27,9 @@ use crate::{format, identity, kill, metrics, probe};
 const SECTOR_BYTES: u64 = 512;
 /// Random bytes behind a [`luks::Format`]'s noise.
 const NOISE_KEY_BYTES: usize = 64;
+
+/// The place of the one key derivation, and that its call is at that.
+type Alone<'a> = (Slot<'a>, Deriving);
 
 impl Node {
     /// Makes the disk a LUKS2 volume. With `make_filesystem`, the only places that destroy anything; as there, the disk is
@@ -238,7 +242,7 @@ impl Node {
     }
 
     /// The place of the one key derivation for one keyslot, whose bytes have been read. The inner error: there is no memory for this one.
-    fn admit(&self, slot: &Keyslot) -> Result<Result<Slot<'_>, Cause>, Cause> {
+    fn admit(&self, slot: &Keyslot) -> Result<Result<Alone<'_>, Cause>, Cause> {
         match self.derive_alone(Some(slot.number), slot.kdf.memory_kib()) {
             Err(why @ Cause::KeyslotCost(_)) => Ok(Err(why)),
             taken => taken.map(Ok),
@@ -246,11 +250,12 @@ impl Node {
     }
 
     /// The place of the one key derivation, where there is memory for it. No disk is read or written by who holds it.
-    pub(super) fn derive_alone(&self, keyslot: Option<u8>, needs_kib: u64) -> Result<Slot<'_>, Cause> {
+    pub(super) fn derive_alone(&self, keyslot: Option<u8>, needs_kib: u64) -> Result<Alone<'_>, Cause> {
+        let deriving = Deriving::begin();
         let alone = self.kdf.take().map_err(busy)?;
         let room = self.memory()?;
         if needs_kib <= room.free_kib {
-            return Ok(alone);
+            return Ok((alone, deriving));
         }
         let why = match keyslot {
             Some(keyslot) => luks::Error::KeyslotMemory { keyslot, needs_kib, limit_kib: room.free_kib }.to_string(),

@@ -1,6 +1,5 @@
 //! Stage and unstage.
 
-use std::path::PathBuf;
 use std::sync::PoisonError;
 
 use rustix::io::Errno;

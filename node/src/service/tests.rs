@@ -119,3 +119,26 @@ fn usage_counts_are_total_used_available() {
     let condition = told(ill).volume_condition.unwrap();
     assert!(condition.abnormal && condition.message == "the ext4 on sdb is ill; do something");
 }
+
+#[test]
+fn the_outcome_of_a_call_that_is_too_late_is_counted_and_keys_are_not_blamed_on_a_disk() {
+    let busy = Busy::default();
+    let held = busy.hold("csi-1", "stage").unwrap();
+    assert!(overdue(&volume("r/z/s/vm-9999-pvc-1"), &held.progress).contains("the disk does not answer"));
+    let before = metrics::FILESYSTEM_ERRORS.value();
+    run(async {
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let volume = volume("r/z/s/vm-9999-pvc-1");
+        let work = Box::new(move || {
+            wait.recv().unwrap();
+            let cause = Cause::NotGrown { blocks: 1, wanted_blocks: 2, block_size: 4096 };
+            Some(Error { doing: "stage", volume: String::new(), step: "grow the filesystem", cause: Box::new(cause) })
+        });
+        let late = within(&volume, held, Duration::ZERO, work).await.unwrap_err();
+        assert_eq!(late.code(), Code::DeadlineExceeded);
+        assert!(busy.hold("csi-1", "unstage").is_err(), "it goes on");
+        go.send(()).unwrap();
+    });
+    // The runtime has waited for the thread.
+    assert!(metrics::FILESYSTEM_ERRORS.value() > before && busy.hold("csi-1", "unstage").is_ok());
+}
