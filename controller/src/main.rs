@@ -129,7 +129,8 @@ fn kubernetes(kubeconfig: Option<&str>) -> Result<Option<Arc<Kube>>, String> {
     let file = kubeconfig.filter(|path| !path.is_empty()).map(Path::new);
     let named = file.map(Access::from_kubeconfig).transpose()?.flatten();
     if let (Some(file), None) = (file, &named) {
-        proto::warn!("kubeconfig {}: it is not there", file.display());
+        // Who names it wants the Lease; to serve without would make two that act.
+        return Err(format!("kubeconfig {}: it is not there; name one that is, or none, to do without Kubernetes", file.display()));
     }
     let access = match named {
         Some(access) => Some(access),
@@ -195,5 +196,19 @@ impl Served {
             None => lease.release(all_is_known).await,
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kubeconfig_that_is_missing_or_unreadable_is_refused() {
+        let unreadable = std::env::temp_dir();
+        for (file, why) in [("/none/config", "it is not there"), (unreadable.to_str().unwrap(), "kubeconfig /")] {
+            let refused = kubernetes(Some(file)).err().unwrap();
+            assert!(refused.contains(file) && refused.contains(why), "{refused}");
+        }
     }
 }

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 
 use proto::VolumeHandle;
 
-use super::evidence::Reach;
 use super::region::{Region, locked};
 use crate::error::Error;
 
@@ -30,16 +29,16 @@ impl Region {
     /// A volume on shared storage has several handles (with a zone, and without), and calls go by those: one at a time all the same.
     ///
     /// # Errors
-    /// Another call has it; or Proxmox's.
-    pub(super) async fn claim(&self, handle: &VolumeHandle) -> Result<Claim, Error> {
+    /// Another call has it.
+    pub(super) fn claim(&self, handle: &VolumeHandle) -> Result<Claim, Error> {
         let volid = handle.volid();
-        // Of one name on each node, where the storage is local.
-        let volume = if self.reach(handle).await? == Reach::Shared { volid.clone() } else { format!("{} {volid}", handle.zone) };
-        if !locked(&self.claims.0).insert(volume.clone()) {
+        // Without the zone, also where it says which of two volumes is meant: a storage not flagged as shared may be shared all the
+        // same, and waiting for a namesake costs one repeat.
+        if !locked(&self.claims.0).insert(volid.clone()) {
             return Err(Error::aborted(format!(
                 "another call for volume {volid} is in flight, under another handle; repeated when it has ended"
             )));
         }
-        Ok(Claim { claims: Arc::clone(&self.claims.0), volume })
+        Ok(Claim { claims: Arc::clone(&self.claims.0), volume: volid })
     }
 }

@@ -15,6 +15,10 @@ use crate::request::NodeId;
 /// A lost privilege makes lists shorter and nothing else: as old as the lists may be, no older.
 const PERMISSIONS_AGE: Duration = EVIDENCE_AGE;
 
+/// "Now" for all VMs of a node, which are asked about one after the other: once per call, not once per VM. A node that comes
+/// back starts none of them within that time.
+const NOW_AGE: Duration = Duration::from_secs(1);
+
 /// A Proxmox node that is off.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Off {
@@ -217,16 +221,32 @@ impl Region {
         }
     }
 
-    /// Since when a node is off, by the cluster as read within the last minute; nothing where it is not.
+    /// Since when a node is off, by the cluster as read within the last minute; nothing where it is not. Read now where the
+    /// operator says so, too: that lets volumes go.
     ///
     /// # Errors
     /// Proxmox's; or it is called offline by a cluster without quorum.
     pub(crate) async fn off(&self, host: &str) -> Result<Option<Off>, Error> {
-        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        match self.off_since(host, ago(EVIDENCE_AGE), ago(STATE_AGE)).await? {
+            Some(off) if off.fenced => self.off_now(host).await,
+            off => Ok(off),
+        }
+    }
+
+    /// The same by a reading of now: it may be back, and its VMs may run again.
+    ///
+    /// # Errors
+    /// As `off`.
+    pub(super) async fn off_now(&self, host: &str) -> Result<Option<Off>, Error> {
+        self.off_since(host, ago(NOW_AGE), ago(NOW_AGE)).await
+    }
+
+    async fn off_since(&self, host: &str, since: Instant, quorate_since: Instant) -> Result<Option<Off>, Error> {
+        let resources = self.resources(since).await?;
         if resources.hosts.get(host).is_none_or(|status| status != "offline") {
             return Ok(None);
         }
-        if !self.is_quorate(ago(STATE_AGE)).await? {
+        if !self.is_quorate(quorate_since).await? {
             return Err(Error::unavailable(format!("Proxmox node {host} is offline and the cluster has no quorum")));
         }
         let since = locked(&self.offline_since).get(host).copied().unwrap_or_else(SystemTime::now);

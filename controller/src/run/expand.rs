@@ -44,7 +44,7 @@ impl Region {
         let handle = &request.handle;
         let volid = handle.volid();
         let host = self.host_of(handle).await?.ok_or_else(|| Error::not_found("no Proxmox node has its storage"))?;
-        let actual = self.volume_size(&host, &handle.storage, &volid).await?;
+        let mut actual = self.volume_size(&host, &handle.storage, &volid).await?;
         let plugin = self.plugintype(&handle.storage).await?.and_then(|name| Plugin::named(&name)).unwrap_or(Plugin::Lvm);
         let wanted = size(plugin, request.required_bytes, request.limit_bytes).map_err(Error::out_of_range)?;
         if request.limit_bytes.is_some_and(|limit| actual > limit) {
@@ -97,6 +97,11 @@ impl Region {
                     return Ok(Expanded { capacity_bytes: target });
                 }
                 Err(error) if matches!(error.meaning(), Meaning::DigestChanged | Meaning::VmLocked) => last = Some(error),
+                Err(error) if error.meaning() == Meaning::Shrinking => {
+                    // Another call made it larger since it was looked at.
+                    actual = self.volume_size(&host, &handle.storage, &volid).await?;
+                    last = Some(error);
+                }
                 Err(error) => return Err(error.into()),
             }
         }

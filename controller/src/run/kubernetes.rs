@@ -106,6 +106,16 @@ impl Region {
                 return Ok(false);
             }
         }
-        Ok(!nodes.is_empty())
+        if nodes.is_empty() {
+            return Ok(false);
+        }
+        // That lets volumes go: it must still be off.
+        let host = self.resources(ago(EVIDENCE_AGE)).await?.vms.get(&vmid).map(|vm| vm.host.clone());
+        match host {
+            Some(host) if self.off_now(&host).await?.is_none() => {
+                Err(Error::unavailable(format!("Proxmox node {host} of VM {vmid} is not off any more; repeated")))
+            }
+            _ => Ok(true),
+        }
     }
 }

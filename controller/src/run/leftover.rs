@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use proto::VolumeHandle;
 use tokio::time::Instant;
+use tonic::Code;
 
 use super::evidence::{Depth, Reference};
 use super::kubernetes::Word;
@@ -25,6 +26,10 @@ impl Region {
     pub(super) fn note_leftover(&self, handle: &VolumeHandle, vmid: u32) {
         let mut leftovers = locked(&self.leftovers);
         leftovers.entry(handle.volid()).or_insert_with(|| (handle.clone(), Default::default())).1.insert(vmid);
+    }
+
+    fn is_noted(&self, handle: &VolumeHandle, vmid: u32) -> bool {
+        locked(&self.leftovers).get(&handle.volid()).is_some_and(|(_, vmids)| vmids.contains(&vmid))
     }
 
     /// Removes the volume's leftovers from VMs that are back, and all leftovers from the VM that it goes to.
@@ -44,6 +49,14 @@ impl Region {
             all.filter(|(handle, vmid)| handle.volid() == volid || *vmid == vm.vmid).collect()
         };
         for (handle, vmid) in noted {
+            // Our own is claimed by our caller. Another call may have brought another one back here, and said OK.
+            let _claim = match (handle.volid() != volid).then(|| self.claim(&handle)).transpose() {
+                Err(error) if error.code == Code::Aborted => continue,
+                claim => claim?,
+            };
+            if !self.is_noted(&handle, vmid) {
+                continue;
+            }
             let Some(back) = self.resources(Instant::now()).await?.vms.get(&vmid).cloned() else { continue };
             if self.off(&back.host).await?.is_some() {
                 continue;
@@ -71,6 +84,11 @@ impl Region {
 
     /// Whether what `old` has of the volume is a leftover, given that `holder` has it, too.
     async fn is_leftover(&self, handle: &VolumeHandle, old: &Vm, holder: &Vm) -> Result<bool, Error> {
+        let of_old = self.word_of_kubernetes(handle, old.vmid).await?;
+        // A kubelet there may use it: an entry that was left in fencedNodes says less.
+        if of_old == Some(Word::Attached) {
+            return Ok(false);
+        }
         let fenced = self.rules().fenced;
         if fenced.contains(&old.host) && !fenced.contains(&holder.host) {
             return Ok(true);
@@ -78,7 +96,7 @@ impl Region {
         if self.off(&old.host).await?.is_some() || self.off(&holder.host).await?.is_some() || !self.has(handle, old).await?.1 {
             return Ok(false);
         }
-        let (of_old, of_holder) = (self.word_of_kubernetes(handle, old.vmid).await?, self.word_of_kubernetes(handle, holder.vmid).await?);
+        let of_holder = self.word_of_kubernetes(handle, holder.vmid).await?;
         Ok(of_holder == Some(Word::Attached) && matches!(of_old, Some(Word::Nothing | Word::Wanted)))
     }
 
@@ -185,9 +203,37 @@ impl Region {
             }
             let handle = VolumeHandle { region: self.name.clone(), zone: String::new(), storage: storage.into(), disk: disk.into() };
             // Another call works on it, and will see the same.
-            let Ok(_claim) = self.claim(&handle).await else { continue };
+            let Ok(_claim) = self.claim(&handle) else { continue };
             self.remove_leftover_of(&handle, vm).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ClusterConfig, Credentials};
+    use crate::pve::Client;
+    use crate::run::region::Rules;
+    use crate::secret::Secret;
+
+    /// No call can be made here: who tries fails.
+    #[tokio::test]
+    async fn another_volumes_leftover_is_left_alone_while_a_call_works_on_it() {
+        let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
+        let url = "http://127.0.0.1:1/api2/json".into();
+        let cluster = ClusterConfig { region: "r".into(), url, insecure: false, credentials, fenced: BTreeSet::new() };
+        let region = Arc::new(Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None));
+        let [own, other]: [VolumeHandle; 2] = ["r//san/vm-9999-a", "r//san/vm-9999-b"].map(|id| id.parse().unwrap());
+        let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };
+        region.note_leftover(&other, 101);
+        let zoned: VolumeHandle = "r/pve1/san/vm-9999-b".parse().unwrap();
+        let claim = region.claim(&zoned).unwrap();
+        assert_eq!(region.claim(&other).unwrap_err().code, Code::Aborted, "one key for all its handles");
+        region.remove_leftovers(&own, &vm).await.unwrap();
+        assert!(region.is_noted(&other, 101));
+        drop(claim);
+        assert!(region.remove_leftovers(&own, &vm).await.is_err(), "now it is its turn");
     }
 }

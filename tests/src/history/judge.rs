@@ -114,7 +114,12 @@ impl Judge {
 
     /// Also what no client waits for has ended.
     pub fn all_ended(&mut self) {
-        self.open.clear();
+        for open in std::mem::take(&mut self.open).into_values() {
+            if let Rpc::Delete { volume } = open.rpc {
+                // Done or not: the next one of that name may be made elsewhere.
+                self.volume(volume).ids.clear();
+            }
+        }
     }
 
     /// QEMU was started anew, say: what was held there may be gone.

@@ -68,6 +68,21 @@ async fn with_the_operators_word_it_moves_and_its_leftover_is_removed_when_the_h
     assert_eq!(bed.traces(201, &volume).len(), 2);
 }
 
+/// The cluster was read 20 s ago and the host is back since: its VMs may run again, whatever fencedNodes still says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_is_back_lets_nothing_go_by_the_operators_word() {
+    let (bed, volume) = shared_bed().await;
+    bed.publish(&volume, "node-201/201").await.unwrap();
+    off(&bed, "pve2");
+    let fresh = again(&bed);
+    // Reads the cluster: pve2 is off.
+    assert!(publish_by(&fresh, &volume, "node-101/101").await.is_err());
+    fence(&bed, "pve2").await;
+    bed.sim.set_node_unreachable("pve2", None);
+    assert_refused(publish_by(&fresh, &volume, "node-101/101").await, Code::FailedPrecondition, &["VM 201 on pve2"]);
+    assert_eq!((bed.traces(101, &volume).len(), bed.traces(201, &volume).len()), (0, 2));
+}
+
 /// The note of the takeover is gone with the process; the config file still names the node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_restart_a_leftover_is_known_by_the_fenced_node_and_the_other_holder() {
@@ -91,6 +106,25 @@ async fn after_a_restart_a_leftover_is_known_by_the_fenced_node_and_the_other_ho
         assert!(bed.traces(201, &volume).is_empty(), "{:?}", bed.traces(201, &volume));
         assert_eq!(bed.traces(101, &volume).len(), 2, "nothing is lost");
     }
+}
+
+/// The controller whose entry in fencedNodes was forgotten: by Kubernetes both have it attached, so nobody's is a leftover.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_forgotten_fenced_node_does_not_outrank_kubernetes() {
+    let (bed, volume) = shared_bed().await;
+    bed.publish(&volume, "node-201/201").await.unwrap();
+    bed.sim.set_config(101, "scsi1", Some(&format!("{},size=64M", volume.volid())));
+    bed.sim.start_vm(101).unwrap();
+    let kubernetes = Kubernetes::start().await.unwrap();
+    for vmid in [101, 201] {
+        kubernetes.node(&format!("node-{vmid}"), &format!("node-{vmid}/{vmid}"));
+    }
+    kubernetes.pv("pv-a", &volume.to_string());
+    kubernetes.attachment("pv-a", "node-201", true);
+    fence(&bed, "pve2").await;
+    let by = controller_of(&kubernetes, &bed);
+    assert_refused(publish_by(&by, &volume, "node-101/101").await, Code::FailedPrecondition, &["VM 201 on pve2"]);
+    assert_eq!(bed.traces(201, &volume).len(), 2);
 }
 
 /// Without the operator's word, and without a note, a second holder is nobody's leftover: a person decides.

@@ -147,3 +147,28 @@ fn w41_a_task_without_end_holds_no_call_without_end() {
     })
     .unwrap();
 }
+
+/// 106304: of two that expand at once, the one that wants less finds the volume larger than it was: done, not out of range.
+#[test]
+fn two_controllers_that_expand_at_once_both_get_what_they_want() {
+    under_paused_time(async {
+        let mut world = world(2).await;
+        ok(&mut world, 0, &Rpc::Publish { volume: 1, vm: 101 }).await;
+        for (by, bytes) in [(0, 2 << 30), (1, 1 << 30)] {
+            world.call(by, &Rpc::Expand { volume: 1, bytes })?;
+        }
+        let mut answers = Vec::new();
+        world
+            .go_on(CALL_LIMIT, |world| {
+                answers.extend(world.answers());
+                answers.len() == 2
+            })
+            .await?;
+        assert_eq!(answers.len(), 2);
+        for (call, answer) in answers {
+            assert!(answer.is_ok(), "{call}: {answer:?}\n{}", world.log().join("\n"));
+        }
+        Ok(())
+    })
+    .unwrap();
+}
