@@ -5,18 +5,22 @@ use std::sync::{Arc, Mutex};
 
 use proto::VolumeHandle;
 
+use super::evidence::Reach;
 use super::region::{Region, locked};
 use crate::error::Error;
 
+/// Volid and zone; no zone: whatever has that volid.
+type Claimed = BTreeSet<(String, String)>;
+
 /// Volumes that a call of ours attaches, detaches or deletes now.
 #[derive(Debug, Default)]
-pub(super) struct Claims(Arc<Mutex<BTreeSet<String>>>);
+pub(super) struct Claims(Arc<Mutex<Claimed>>);
 
 /// Ends with its value.
 #[derive(Debug)]
 pub(super) struct Claim {
-    claims: Arc<Mutex<BTreeSet<String>>>,
-    volume: String,
+    claims: Arc<Mutex<Claimed>>,
+    volume: (String, String),
 }
 
 impl Drop for Claim {
@@ -29,16 +33,21 @@ impl Region {
     /// A volume on shared storage has several handles (with a zone, and without), and calls go by those: one at a time all the same.
     ///
     /// # Errors
-    /// Another call has it.
-    pub(super) fn claim(&self, handle: &VolumeHandle) -> Result<Claim, Error> {
+    /// Another call has it; or Proxmox's.
+    pub(super) async fn claim(&self, handle: &VolumeHandle) -> Result<Claim, Error> {
         let volid = handle.volid();
-        // Without the zone, also where it says which of two volumes is meant: a storage not flagged as shared may be shared all the
-        // same, and waiting for a namesake costs one repeat.
-        if !locked(&self.claims.0).insert(volid.clone()) {
+        // Of one name on each node, where the storage is local. A handle without a zone means any of them.
+        let zone = if self.reach(handle).await? == Reach::Shared { String::new() } else { handle.zone.clone() };
+        let mut claims = locked(&self.claims.0);
+        let is_same = |(of, at): &(String, String)| *of == volid && (*at == zone || at.is_empty() || zone.is_empty());
+        if claims.iter().any(is_same) {
             return Err(Error::aborted(format!(
                 "another call for volume {volid} is in flight, under another handle; repeated when it has ended"
             )));
         }
-        Ok(Claim { claims: Arc::clone(&self.claims.0), volume: volid })
+        let volume = (volid, zone);
+        claims.insert(volume.clone());
+        drop(claims);
+        Ok(Claim { claims: Arc::clone(&self.claims.0), volume })
     }
 }

@@ -25,7 +25,7 @@ impl Controller {
             proto::warn!("{step}: Proxmox node {} is not in the cluster; the volume went with it", handle.zone);
             return Ok(());
         };
-        let _claim = region.claim(handle)?;
+        let _claim = region.claim(handle).await?;
         // Nobody can look after a deletion, as after an attachment: all that could hold it is read now. That what is plugged has the
         // names it had is not enough, by hand or by a rollback a slot may hold another volume than a moment ago.
         let references = region.references(handle, Instant::now(), None, Depth::Snapshots).await.map_err(|error| error.during(&step))?;

@@ -50,9 +50,9 @@ impl Region {
         };
         for (handle, vmid) in noted {
             // Our own is claimed by our caller. Another call may have brought another one back here, and said OK.
-            let _claim = match (handle.volid() != volid).then(|| self.claim(&handle)).transpose() {
-                Err(error) if error.code == Code::Aborted => continue,
-                claim => claim?,
+            let _claim = match if handle.volid() == volid { None } else { Some(self.claim(&handle).await) } {
+                Some(Err(error)) if error.code == Code::Aborted => continue,
+                claim => claim.transpose()?,
             };
             if !self.is_noted(&handle, vmid) {
                 continue;
@@ -203,7 +203,7 @@ impl Region {
             }
             let handle = VolumeHandle { region: self.name.clone(), zone: String::new(), storage: storage.into(), disk: disk.into() };
             // Another call works on it, and will see the same.
-            let Ok(_claim) = self.claim(&handle) else { continue };
+            let Ok(_claim) = self.claim(&handle).await else { continue };
             self.remove_leftover_of(&handle, vm).await?;
         }
         Ok(())
@@ -229,8 +229,11 @@ mod tests {
         let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };
         region.note_leftover(&other, 101);
         let zoned: VolumeHandle = "r/pve1/san/vm-9999-b".parse().unwrap();
-        let claim = region.claim(&zoned).unwrap();
-        assert_eq!(region.claim(&other).unwrap_err().code, Code::Aborted, "one key for all its handles");
+        // The storage is not listed: which volume is meant goes by the zone, and any is meant without one.
+        region.put_resources(Instant::now(), crate::pve::api::Resources::default()).await;
+        let claim = region.claim(&zoned).await.unwrap();
+        assert_eq!(region.claim(&other).await.unwrap_err().code, Code::Aborted, "a handle without a zone");
+        assert!(region.claim(&"r/pve2/san/vm-9999-b".parse().unwrap()).await.is_ok(), "its namesake on another node");
         region.remove_leftovers(&own, &vm).await.unwrap();
         assert!(region.is_noted(&other, 101));
         drop(claim);

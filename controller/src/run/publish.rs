@@ -55,7 +55,7 @@ impl Controller {
 
 impl Region {
     async fn publish(self: &Arc<Self>, mut request: Arc<Publish>, mut vm: Vm) -> Result<Published, Error> {
-        let _claim = self.claim(&request.handle)?;
+        let _claim = self.claim(&request.handle).await?;
         self.check_reach(&request.handle, &mut vm).await?;
         // What reads as zeros where nothing was written takes no room there either.
         let plugintype = self.plugintype(&request.handle.storage).await?.unwrap_or_default();

@@ -38,7 +38,7 @@ impl Controller {
         // A doubt about another VM than the one asked for is that one's matter.
         let doubted = region.doubted_vm(&request.handle.volid());
         let is_elsewhere = request.node.is_some() && !vms.is_empty() && !vms.iter().any(|vm| Some(vm.vmid) == doubted);
-        let _claim = region.claim(&request.handle)?;
+        let _claim = region.claim(&request.handle).await?;
         for vm in vms {
             let step = format!("detach {} from VM {} on {}", request.handle, vm.vmid, vm.host);
             region.remove_leftovers_beside(&request.handle, &vm).await;
