@@ -1,7 +1,7 @@
 //! A small LUKS2 volume with a known key, and the judge of what was made of its headers.
 
 use crate::disk_model::Disk;
-use disk::luks::{Error, Format, Hash, Header, Kdf, Material, NewKeyslot, VolumeKey, within};
+use disk::luks::{Error, Format, Hash, Header, Kdf, Material, NewKeyslot, Version, VolumeKey, within};
 use sha2::{Digest as _, Sha256};
 use std::sync::LazyLock;
 use zeroize::Zeroizing;
@@ -134,6 +134,10 @@ fn read(disk: &Disk) -> Option<Header> {
             return None;
         }
     };
+    // Bytes can be a LUKS1 header as well: that has one copy, and `luks1` is its judge.
+    if found.version != Version::Luks2 {
+        return None;
+    }
     let _ = found.dm_uuid("csi-0123456789abcdef-encrypted");
     for slot in &found.keyslots {
         assert_eq!(found.keyslot_memory_kib(slot.number), Some(slot.kdf.memory_kib()));
