@@ -102,6 +102,18 @@ impl Running {
         }
     }
 
+    /// Its exit code, when it ends by itself within 30 s.
+    async fn ended(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "still there after 30 s: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -192,7 +204,7 @@ async fn command_lines_of_the_reference_drivers_manifests_work() {
         (
             "proxmox-csi-controller",
             "",
-            vec![("CSI_ENDPOINT", "unix://@/csi.sock"), ("CLOUD_CONFIG", "@/config.yaml"), ("KUBECONFIG", "/none"), ("LOG_LEVEL", "debug")],
+            vec![("CSI_ENDPOINT", "unix://@/csi.sock"), ("CLOUD_CONFIG", "@/config.yaml"), ("KUBECONFIG", ""), ("LOG_LEVEL", "debug")],
         ),
     ];
     for (number, (name, line, env)) in lines.into_iter().enumerate() {
@@ -201,6 +213,16 @@ async fn command_lines_of_the_reference_drivers_manifests_work() {
         running.probe().await;
         assert_eq!(running.terminate().await, Some(0), "{name} {line}: {}", running.log());
     }
+}
+
+/// Who names it wants the Lease: to serve without one would make two that act.
+#[tokio::test]
+async fn a_kubeconfig_that_is_not_there_is_no_reason_to_go_without() {
+    let line = args("--csi-address=unix://@/csi.sock --cloud-config=@/config.yaml");
+    let env = [("KUBECONFIG", "/none".to_string())];
+    let mut refused = Running::start(&binary("x86_64", "proxmox-csi-controller"), None, "no-kubeconfig", &line, &env);
+    let code = refused.ended().await;
+    assert!(code == Some(1) && refused.log().contains("kubeconfig /none: it is not there"), "{code:?}: {}", refused.log());
 }
 
 #[test]
