@@ -57,12 +57,16 @@ impl Access {
     /// token.
     ///
     /// # Errors
-    /// The pod does not say its namespace.
+    /// The pod does not say its namespace, or whether it has a token.
     pub fn in_cluster() -> Result<Option<Self>, Failure> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let folder = Path::new(SERVICE_ACCOUNT);
         let token = folder.join("token");
-        let (Some(host), true) = (variable("KUBERNETES_SERVICE_HOST"), token.exists()) else { return Ok(None) };
+        let Some(host) = variable("KUBERNETES_SERVICE_HOST") else { return Ok(None) };
+        // One that cannot be looked at is not one that is not there: without the Lease two controllers would act.
+        if !token.try_exists().map_err(|cause| format!("{}: {cause}; let the controller's user read it", token.display()))? {
+            return Ok(None);
+        }
         let host = if host.contains(':') { format!("[{host}]") } else { host };
         let port = variable("KUBERNETES_SERVICE_PORT_HTTPS").or_else(|| variable("KUBERNETES_SERVICE_PORT"));
         let url = format!("https://{host}:{}", port.unwrap_or_else(|| "443".into()));
