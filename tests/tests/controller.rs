@@ -31,9 +31,19 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/list.rs"]
+mod list;
+#[path = "controller/modify.rs"]
+mod modify;
+#[path = "controller/owner.rs"]
+mod owner;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
 mod race;
+#[path = "controller/rivals.rs"]
+mod rivals;
+#[path = "controller/takeover.rs"]
+mod takeover;
 #[path = "controller/trouble.rs"]
 mod trouble;

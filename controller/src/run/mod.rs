@@ -6,6 +6,7 @@
 mod batch;
 mod claim;
 mod cluster;
+mod condition;
 mod create;
 mod delete;
 mod doubt;
@@ -13,6 +14,8 @@ mod evidence;
 mod expand;
 mod kubernetes;
 mod leftover;
+mod list;
+mod modify;
 mod publish;
 mod queue;
 mod region;
@@ -34,9 +37,11 @@ use crate::placement::Refusal;
 use crate::pve::Client;
 use crate::pve::api::{self, Storage};
 use crate::request::Capacity;
+pub use condition::Condition;
 pub use create::Created;
 use doubt::DOUBT_AGE;
 pub use expand::Expanded;
+pub use list::{Listed, Page};
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
 
@@ -181,6 +186,12 @@ impl Controller {
         })
     }
 
+    /// Whether Kubernetes can be asked.
+    #[must_use]
+    pub fn has_kubernetes(&self) -> bool {
+        self.kube.is_some()
+    }
+
     /// Whether this controller still acts: without a Lease always.
     ///
     /// # Errors
@@ -296,7 +307,13 @@ fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, b
             let regions = config.clusters.iter().map(|cluster| {
                 let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
                 let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
-                let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
+                let rules = Rules {
+                    fenced: cluster.fenced.clone(),
+                    attach_to_protected: features.attach_to_protected,
+                    attach_only_owned: features.attach_only_owned,
+                    owners: features.delete_also_owned_by.iter().copied().chain([features.controller_vmid]).collect(),
+                    capmox: features.capmox,
+                };
                 let known = before.and_then(|before| before.regions.get(&cluster.region));
                 let region = match known.filter(|region| region.client().is_of(&cluster.url)) {
                     Some(region) => {
@@ -307,7 +324,8 @@ fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, b
                 };
                 (cluster.region.clone(), region)
             });
-            let clusters = Clusters { features, regions: regions.collect() };
+            let regions = regions.collect();
+            let clusters = Clusters { features, regions };
             let files = files.into_iter().map(|file| (file.clone(), stamp_of(&file))).collect();
             Loaded { clusters: Ok(Arc::new(clusters)), files, looked_at }
         }
