@@ -31,6 +31,8 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/privileges.rs"]
+mod privileges;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
