@@ -31,6 +31,8 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/look.rs"]
+mod look;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
