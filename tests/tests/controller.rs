@@ -33,6 +33,8 @@ mod lease;
 mod life;
 #[path = "controller/privileges.rs"]
 mod privileges;
+#[path = "controller/look.rs"]
+mod look;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]

@@ -25,6 +25,8 @@ use zeroize::Zeroizing;
 
 use crate::config::{ClusterConfig, Credentials};
 use crate::fence::Fence;
+use crate::look::health::Heard;
+use crate::look::metrics::{self, Lock};
 use crate::secret::Secret;
 pub use api::{Method, Request};
 pub use error::{Cause, Error, Meaning};
@@ -84,6 +86,10 @@ pub struct Client {
     hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
     in_flight: Arc<AtomicUsize>,
     fence: Fence,
+    /// The cluster's name, for the metrics.
+    region: String,
+    /// Whether Proxmox answers.
+    pub(crate) heard: Heard,
     /// Calls so far: each has its number on the wire, so that two that say the same are told apart.
     calls: AtomicU64,
 }
@@ -145,6 +151,8 @@ impl Client {
             hosts: Mutex::default(),
             in_flight: Arc::default(),
             fence: Fence::default(),
+            region: cluster.region.clone(),
+            heard: Heard::default(),
             calls: AtomicU64::default(),
         }
     }
@@ -172,14 +180,14 @@ impl Client {
     /// # Errors
     /// Every status above 399, and every way not to get an answer.
     pub async fn call(self: &Arc<Self>, request: Request) -> Result<Value, Error> {
-        let (client, call, is_write) = (Arc::clone(self), request.name(), request.is_write());
+        let (client, call, is_write, endpoint) = (Arc::clone(self), request.name(), request.is_write(), request.endpoint());
         // First the node's place: who waits for a node that hangs must not hold one of the cluster's.
         let of_host = request.host().map(|host| self.host(host));
         let _of_host = match &of_host {
-            Some(host) => host.acquire().await.ok(),
+            Some(host) => metrics::waited(Lock::HostCalls, host.acquire()).await.ok(),
             None => None,
         };
-        let _at_a_time = self.at_a_time.acquire().await;
+        let _at_a_time = metrics::waited(Lock::ClusterCalls, self.at_a_time.acquire()).await;
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
         let flight = Flight::begin(&self.in_flight);
         let sent = Arc::clone(&flight);
@@ -188,10 +196,13 @@ impl Client {
             let _sent = sent;
             client.call_blocking(&request, &number.to_string())
         };
+        let begun = Instant::now();
         let answer = match tokio::task::spawn_blocking(work).await {
             Ok(answer) => answer,
             Err(cause) => Err(Error { call, cause: Cause::NoAnswer(format!("our own call broke off: {cause}")) }),
         };
+        metrics::count_request(&endpoint, &self.region, &answer, begun.elapsed());
+        self.heard.note(&answer);
         if is_write && answer.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
             self.fence.note_unknown();
         }

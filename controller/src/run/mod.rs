@@ -16,6 +16,7 @@ mod leftover;
 mod publish;
 mod queue;
 mod region;
+pub mod seen;
 mod unpublish;
 pub(crate) mod when;
 
