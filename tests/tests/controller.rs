@@ -37,3 +37,5 @@ mod process;
 mod race;
 #[path = "controller/trouble.rs"]
 mod trouble;
+#[path = "controller/urls.rs"]
+mod urls;

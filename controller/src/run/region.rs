@@ -177,7 +177,8 @@ impl Region {
 
     /// The config file changed; what is known of the cluster stays known.
     pub(crate) fn renew(&self, client: Client, rules: Rules) {
-        *locked(&self.client) = Arc::new(client);
+        let mut held = locked(&self.client);
+        *held = Arc::new(client.instead_of(&held));
         *locked(&self.rules) = rules;
     }
 
