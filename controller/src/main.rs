@@ -19,9 +19,9 @@ use proto::health;
 use proto::identity::Identity;
 use proto::serve::{self, Endpoint, Socket, with_identity};
 
-/// Each call to Proxmox holds one thread while it waits. Enough for three clusters that hang and one that does not, and for
-/// the Lease besides; threads are made when needed only.
-const MAX_BLOCKING_THREADS: usize = 4 * controller::pve::CALLS_PER_CLUSTER + 8;
+/// Each call holds one thread while it waits. So many that clusters which hang, all of them even, take none from another one, nor
+/// from the Lease; they are made when needed only.
+const MAX_BLOCKING_THREADS: usize = controller::config::MAX_CLUSTERS * controller::pve::THREADS_PER_CLUSTER + controller::kube::THREADS;
 /// Idle threads go, and their stacks with them.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Kubernetes gives a pod 30 s between SIGTERM and SIGKILL.

@@ -31,13 +31,15 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
-#[path = "controller/privileges.rs"]
-mod privileges;
 #[path = "controller/look.rs"]
 mod look;
+#[path = "controller/privileges.rs"]
+mod privileges;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
 mod race;
 #[path = "controller/trouble.rs"]
 mod trouble;
+#[path = "controller/urls.rs"]
+mod urls;

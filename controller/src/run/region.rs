@@ -181,8 +181,9 @@ impl Region {
 
     /// The config file changed; what is known of the cluster stays known.
     pub(crate) fn renew(&self, client: Client, rules: Rules) {
-        client.heard.follow(&self.client().heard);
-        *locked(&self.client) = Arc::new(client);
+        let mut held = locked(&self.client);
+        client.heard.follow(&held.heard);
+        *held = Arc::new(client.instead_of(&held));
         *locked(&self.rules) = rules;
     }
 
