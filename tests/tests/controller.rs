@@ -33,10 +33,14 @@ mod lease;
 mod life;
 #[path = "controller/list.rs"]
 mod list;
+#[path = "controller/look.rs"]
+mod look;
 #[path = "controller/modify.rs"]
 mod modify;
 #[path = "controller/owner.rs"]
 mod owner;
+#[path = "controller/privileges.rs"]
+mod privileges;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
@@ -47,3 +51,5 @@ mod rivals;
 mod takeover;
 #[path = "controller/trouble.rs"]
 mod trouble;
+#[path = "controller/urls.rs"]
+mod urls;

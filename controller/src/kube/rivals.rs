@@ -109,8 +109,10 @@ impl Kube {
     async fn leave_out_ours(self: &Arc<Self>, seen: &mut BTreeMap<String, Attacher>) {
         let here = self.api.namespace().to_owned();
         let Some(one) = seen.get(&here) else { return };
-        let is_beside_us = self.lease().is_some_and(|lease| lease.pod() == one.holder);
-        let pod = format!("/api/v1/namespaces/{here}/pods/{}", crate::pve::api::percent_encoded(&one.holder, ""));
+        // client-go's own identity is the pod's name, and may have something behind it.
+        let holder = one.holder.split('_').next().unwrap_or_default();
+        let is_beside_us = self.lease().is_some_and(|lease| lease.pod() == holder);
+        let pod = format!("/api/v1/namespaces/{here}/pods/{}", crate::pve::api::percent_encoded(holder, ""));
         let has_gone = match self.get(pod).await {
             Ok(None) => true,
             Ok(Some(pod)) => {

@@ -140,7 +140,12 @@ impl Controller {
         let is_past = |region: &str| after.as_ref().is_some_and(|after| region < after.region.as_str());
         let mut volumes: BTreeMap<VolumeHandle, Listed> = BTreeMap::new();
         for (name, region) in clusters.regions.iter().filter(|(name, _)| !is_past(name)) {
-            let of_region = region.volumes(&owners, self.kube.as_ref(), &nodes, clusters.regions.len() == 1).await;
+            let only = clusters.regions.len() == 1;
+            let of_region = match (region.resources(ago(EVIDENCE_AGE)).await, &self.kube) {
+                // One cluster that is away must not keep what is known of the others from anybody.
+                (Err(error), Some(kube)) if !only => region.volumes_by_kubernetes(kube, &nodes, &error.to_string()).await,
+                _ => region.volumes(&owners, self.kube.as_ref(), &nodes, only).await,
+            };
             volumes.extend(of_region.map_err(|error| error.during(&format!("region {name}")))?);
         }
         let most = if page.max_entries == 0 { MAX_ENTRIES } else { page.max_entries.min(MAX_ENTRIES) };
@@ -186,6 +191,23 @@ impl Region {
             (listed.handle.clone(), listed)
         });
         Ok(listed.collect())
+    }
+
+    /// The PVs of a cluster that does not answer, and where Kubernetes has them attached.
+    async fn volumes_by_kubernetes(&self, kube: &Arc<Kube>, nodes: &[CsiNode], why: &str) -> Result<BTreeMap<VolumeHandle, Listed>, Error> {
+        let mut all = BTreeMap::new();
+        for pv in kube.pvs().await.map_err(Error::unavailable)?.iter() {
+            let Some(handle) = pv.handle.parse::<VolumeHandle>().ok().filter(|handle| handle.region == self.name) else { continue };
+            let (size_bytes, condition) = (self.noted_size(&handle.volid()), condition(&Place::Unread(why.into()), &[]));
+            all.insert(handle.clone(), Listed { handle, size_bytes, nodes: Vec::new(), condition });
+        }
+        for node in nodes {
+            for (given, is_attached) in kube.attached_to(&node.name).await.map_err(Error::unavailable)? {
+                let listed = given.parse::<VolumeHandle>().ok().filter(|_| is_attached).and_then(|handle| all.get_mut(&handle));
+                listed.into_iter().for_each(|listed| listed.nodes.push(node.node_id.clone()));
+            }
+        }
+        Ok(all)
     }
 
     /// What the storages list, read side by side; `unread`: zone and storage → why not.

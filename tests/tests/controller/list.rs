@@ -181,3 +181,28 @@ async fn a_volume_that_is_not_well_is_abnormal() {
     assert!(status.published_node_ids.is_empty());
     assert!(status.volume_condition.unwrap().message.contains("QEMU does not have it"));
 }
+
+/// One cluster that is away keeps nobody from seeing what is in the other; what it has is as Kubernetes has it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_that_does_not_answer_hides_no_other() {
+    let here = standard().await;
+    let volume = here.volume("pvc-1", "local").await;
+    let dead = crate::bed::clusters("http://127.0.0.1:1/api2/json").replace("fsn1", "hel1").replacen("clusters:\n", "", 1);
+    let both = crate::bed::with_config(std::sync::Arc::clone(&here.sim), &(crate::bed::clusters(here.sim.url()) + &dead));
+    let kubernetes = Kubernetes::start().await.unwrap();
+    kubernetes.node("node-101", "node-101/101");
+    kubernetes.node("away", "away/101");
+    kubernetes.pv("pv-away", "hel1/pve9/local/9999/vm-9999-pvc-1.raw");
+    kubernetes.attachment("pv-away", "away", true);
+    let by = controller_of(&kubernetes, &both);
+    publish_by(&by, &volume, "node-101/101").await.unwrap();
+    let entries = all(&by).await;
+    let rows: Vec<(&str, Vec<String>, bool)> = entries.iter().map(|one| (id(one), how(one).0, how(one).1)).collect();
+    assert_eq!(
+        rows,
+        [
+            ("fsn1/pve1/local/9999/vm-9999-pvc-1.raw", vec!["node-101/101".to_string()], false),
+            ("hel1/pve9/local/9999/vm-9999-pvc-1.raw", vec!["away/101".to_string()], true),
+        ]
+    );
+}

@@ -140,6 +140,11 @@ async fn a_detached_volume_gets_it_at_the_next_attach_and_at_all_later_ones() {
         &["volumeattributesclasses/gold", "give the controller's ServiceAccount"],
     );
     assert!(bed.traces(101, &volume).is_empty());
+    // What is attached already needs no class.
+    kubernetes.breaks("GET /apis/storage.k8s.io/v1/volumeattributesclasses", None);
+    publish_by(&fresh, &volume, "node-101/101").await.unwrap();
+    kubernetes.breaks("GET /apis/storage.k8s.io/v1/volumeattributesclasses", Some(403));
+    publish_by(&fresh, &volume, "node-101/101").await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
