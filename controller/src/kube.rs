@@ -23,7 +23,7 @@ pub use client::{Access, THREADS};
 use events::Events;
 pub use lease::Lease;
 use reads::Attachment;
-pub use reads::CsiNode;
+pub use reads::{Claim, CsiNode};
 
 /// A sentence: which call, and why not.
 pub type Failure = String;

@@ -7,6 +7,8 @@ mod attach;
 mod batch;
 #[path = "controller/bed.rs"]
 mod bed;
+#[path = "controller/capacity.rs"]
+mod capacity;
 #[path = "controller/check.rs"]
 mod check;
 #[path = "controller/claims.rs"]
@@ -39,6 +41,10 @@ mod privileges;
 mod process;
 #[path = "controller/race.rs"]
 mod race;
+#[path = "controller/spread.rs"]
+mod spread;
+#[path = "controller/storages.rs"]
+mod storages;
 #[path = "controller/trouble.rs"]
 mod trouble;
 #[path = "controller/urls.rs"]

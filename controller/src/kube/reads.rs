@@ -20,6 +20,23 @@ const READING_AGE: Duration = Duration::from_secs(5);
 /// Kubernetes' own word for a node that is off: kubectl taint node NAME node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
+/// A claim is asked about while its volume waits.
+const CLAIM_LIMIT: Duration = Duration::from_secs(3);
+/// The scheduler's word: the claim's pod goes to that node.
+const SELECTED_NODE: &str = "/metadata/annotations/volume.kubernetes.io~1selected-node";
+
+/// A PersistentVolumeClaim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// Where it is.
+    pub namespace: String,
+    /// Its name there.
+    pub name: String,
+    pub(super) uid: String,
+    /// The scheduler has selected a node for its pod.
+    pub has_node: bool,
+}
+
 /// A node that has our node agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CsiNode {
@@ -93,6 +110,18 @@ impl Kube {
         Ok(taints.into_iter().flatten().any(|taint| text(taint, "/key").as_deref() == Some(OUT_OF_SERVICE)))
     }
 
+    /// A claim as it is now; nothing where there is none.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub async fn claim(self: &Arc<Self>, namespace: &str, name: &str) -> Result<Option<Claim>, Failure> {
+        let segment = |text| crate::pve::api::percent_encoded(text, "");
+        let path = format!("/api/v1/namespaces/{}/persistentvolumeclaims/{}", segment(namespace), segment(name));
+        let Some(claim) = self.answered(Call { limit: CLAIM_LIMIT, ..Call::get(path) }).await? else { return Ok(None) };
+        let uid = text(&claim, "/metadata/uid").unwrap_or_default();
+        Ok(Some(Claim { namespace: namespace.into(), name: name.into(), uid, has_node: text(&claim, SELECTED_NODE).is_some() }))
+    }
+
     async fn attachments(self: &Arc<Self>) -> Result<Arc<Vec<Attachment>>, Failure> {
         let mut held = self.attachments.lock().await;
         if let Some((_, attachments)) = held.as_ref().filter(|(at, _)| at.elapsed() < READING_AGE) {
@@ -161,7 +190,10 @@ impl Kube {
 
     /// Nothing for 404.
     pub(super) async fn get(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
-        let call = Call::get(path);
+        self.answered(Call::get(path)).await
+    }
+
+    async fn answered(self: &Arc<Self>, call: Call) -> Result<Option<Value>, Failure> {
         let name = call.name();
         let answer = self.api.call(call).await?;
         match answer.status {

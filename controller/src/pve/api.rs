@@ -3,9 +3,13 @@
 //! Numbers may come as strings and booleans as 0/1; unknown fields are passed over; what decides something must be
 //! there, or the answer is refused.
 
+mod contents;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
+
+pub use contents::{contents, read_contents};
 
 use super::drive::{Line, VmConfig};
 use super::error::{Cause, Error};

@@ -255,6 +255,11 @@ impl Region {
         Ok(resources)
     }
 
+    /// A node that was said to be there is not: the next one who asks reads again.
+    pub(super) async fn distrust_resources(&self) {
+        *self.resources.lock().await = None;
+    }
+
     #[cfg(test)]
     pub(super) async fn put_resources(&self, read_at: Instant, resources: Resources) {
         *self.resources.lock().await = Some((read_at, Arc::new(resources)));
