@@ -192,6 +192,17 @@ impl Served {
                 return Ok(());
             }
         };
+        let alone = tokio::select! {
+            alone = kube.check_alone() => alone,
+            () = &mut *stop => {
+                lease.release(true).await;
+                return Ok(());
+            }
+        };
+        if let Err(why) = alone {
+            lease.release(true).await;
+            bail!("{why}");
+        }
         let mut why = None;
         let all_is_known = self
             .until(async {

@@ -196,7 +196,7 @@ REFUSED = [
     ({"provisionerName": "csi.example.com"}, "provisionerName"),
     ({"controller": {"attacher": {"image": {"digest": "latest"}}}}, "controller/attacher/image/digest"),
     ({"controller": {"snapshotter": {"enabled": True}}}, "controller.snapshotter.enabled: snapshots are not built yet"),
-    ({"config": {"features": {"provider": "capmox"}}}, "config.features.provider: capmox is not built yet"),
+    ({"config": {"features": {"provider": "proxmox"}}}, "config/features/provider"),
     ({"storageClass": [{"name": "a", "storage": "b", "extraParameters": {"replicate": "true"}}]}, "storageClass[0].extraParameters.replicate: replicated volumes are not built yet"),
     ({"storageClass": [{"name": "a", "storage": "b", "extraParameters": {"replicateZones": "x"}}]}, "storageClass[0].extraParameters.replicateZones"),
     ({"node": {"plugin": {"image": {"repository": "registry.example.com/node", "tag": "v9.9.9"}}}}, "node.plugin.image.tag"),

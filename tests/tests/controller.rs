@@ -33,18 +33,28 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/list.rs"]
+mod list;
 #[path = "controller/look.rs"]
 mod look;
+#[path = "controller/modify.rs"]
+mod modify;
+#[path = "controller/owner.rs"]
+mod owner;
 #[path = "controller/privileges.rs"]
 mod privileges;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
 mod race;
+#[path = "controller/rivals.rs"]
+mod rivals;
 #[path = "controller/spread.rs"]
 mod spread;
 #[path = "controller/storages.rs"]
 mod storages;
+#[path = "controller/takeover.rs"]
+mod takeover;
 #[path = "controller/trouble.rs"]
 mod trouble;
 #[path = "controller/urls.rs"]

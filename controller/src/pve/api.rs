@@ -604,6 +604,24 @@ pub fn free(host: &str, storage: &str, volid: &str, delay_s: Option<u8>) -> Requ
     }
 }
 
+/// `GET …/content?content=images&vmid=N`: the images that carry an owner's number; those that are not shown to us are left out.
+#[must_use]
+pub fn content(host: &str, storage: &str, owner: u32) -> Request {
+    Request::new(Method::Get, content_path(host, storage, None)).with("content", "images").with("vmid", owner.to_string())
+}
+
+/// Reads [`content`]: volid → bytes, where the storage says them at once.
+///
+/// # Errors
+/// No list, or an entry without its volid.
+pub fn read_content(call: &str, data: &Value) -> Result<BTreeMap<String, Option<u64>>, Error> {
+    let read = |entry| {
+        let volid = text_of(entry, "volid").ok_or_else(|| misread(call, "an image without its volid"))?;
+        Ok((volid, number_of(entry, "size").filter(|size| *size > 0)))
+    };
+    list(call, data)?.iter().map(read).collect()
+}
+
 /// `GET …/content/{volid}`: one volume.
 #[must_use]
 pub fn volume(host: &str, storage: &str, volid: &str) -> Request {

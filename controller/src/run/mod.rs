@@ -8,6 +8,7 @@ mod binding;
 mod capacity;
 mod claim;
 mod cluster;
+mod condition;
 mod create;
 mod delete;
 mod doubt;
@@ -15,6 +16,8 @@ mod evidence;
 mod expand;
 mod kubernetes;
 mod leftover;
+mod list;
+mod modify;
 mod placed;
 mod publish;
 mod queue;
@@ -37,9 +40,11 @@ use crate::kube::Kube;
 use crate::placement::{Refusal, is_up};
 use crate::pve::Client;
 use crate::pve::api::{self, Storage};
+pub use condition::Condition;
 pub use create::Created;
 use doubt::DOUBT_AGE;
 pub use expand::Expanded;
+pub use list::{Listed, Page};
 use placed::Ledger;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
@@ -194,6 +199,12 @@ impl Controller {
         })
     }
 
+    /// Whether Kubernetes can be asked.
+    #[must_use]
+    pub fn has_kubernetes(&self) -> bool {
+        self.kube.is_some()
+    }
+
     /// Whether this controller still acts: without a Lease always.
     ///
     /// # Errors
@@ -291,7 +302,13 @@ fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, befo
         let regions = config.clusters.iter().map(|cluster| {
             let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
             let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
-            let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
+            let rules = Rules {
+                fenced: cluster.fenced.clone(),
+                attach_to_protected: features.attach_to_protected,
+                attach_only_owned: features.attach_only_owned,
+                owners: features.delete_also_owned_by.iter().copied().chain([features.controller_vmid]).collect(),
+                capmox: features.capmox,
+            };
             let known = before.and_then(|before| before.regions.get(&cluster.region));
             let region = match known.filter(|region| region.client().is_of(&cluster.urls)) {
                 Some(region) => {
@@ -302,7 +319,8 @@ fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, befo
             };
             (cluster.region.clone(), region)
         });
-        Arc::new(Clusters { features, regions: regions.collect() })
+        let regions = regions.collect();
+        Arc::new(Clusters { features, regions })
     });
     Loaded { clusters, files, looked_at }
 }

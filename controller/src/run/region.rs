@@ -13,6 +13,8 @@ use tokio::time::Instant;
 
 use super::claim::Claims;
 use super::doubt::Doubt;
+use super::list::Listings;
+use super::modify::Modified;
 use super::queue::Queue;
 use crate::attach;
 use crate::kube::Kube;
@@ -102,6 +104,12 @@ pub(crate) struct Rules {
     pub(crate) fenced: BTreeSet<String>,
     /// Attach to protected VMs, too.
     pub(crate) attach_to_protected: bool,
+    /// Attach nothing that carries another owner's VMID.
+    pub(crate) attach_only_owned: bool,
+    /// Owner VMIDs whose volumes are ours to delete.
+    pub(crate) owners: BTreeSet<u32>,
+    /// Nodes are found by their Node objects, as Cluster API writes them.
+    pub(crate) capmox: bool,
 }
 
 type StatesOfHost = Arc<AsyncMutex<Option<(Instant, BTreeMap<u32, VmState>)>>>;
@@ -136,6 +144,8 @@ pub(crate) struct Region {
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
     sizes: Mutex<HashMap<String, u64>>,
+    pub(super) listings: Listings,
+    pub(super) modified: Mutex<Modified>,
     pub(super) claims: Claims,
     /// When we began to know.
     pub(super) begun: Instant,
@@ -173,6 +183,8 @@ impl Region {
             leftovers: Mutex::default(),
             most_hosts: Mutex::default(),
             sizes: Mutex::default(),
+            listings: Listings::default(),
+            modified: Mutex::default(),
             claims: Claims::default(),
             begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
@@ -450,6 +462,12 @@ impl Region {
 
     /// Notes the size of a volume that we made or grew.
     pub(crate) fn note_size(&self, volid: &str, bytes: u64) {
+        self.listings.note_changed(volid);
+        self.keep_size(volid, bytes);
+    }
+
+    /// Notes the size of a volume as it was read.
+    pub(crate) fn keep_size(&self, volid: &str, bytes: u64) {
         let mut sizes = locked(&self.sizes);
         if sizes.len() >= MAX_SIZES {
             sizes.clear();
@@ -472,8 +490,13 @@ impl Region {
         let delay = permit.is_some().then_some(DELAY_S);
         let answer = self.client().call(api::free(host, storage, volid, delay)).await;
         drop(permit);
+        self.listings.note_changed(volid);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client().wait(&upid, Instant::now()).await,
+            Some(upid) => {
+                let freed = self.client().wait(&upid, Instant::now()).await;
+                self.listings.note_changed(volid);
+                freed
+            }
             None => Ok(()),
         }
     }
