@@ -35,8 +35,8 @@ pub struct Kube {
     events: Events,
     attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
     nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
-    /// PV → volume handle, which never changes.
-    handles: Mutex<HashMap<String, String>>,
+    /// PV → when it was read, and its volume handle.
+    handles: Mutex<HashMap<String, (Instant, String)>>,
 }
 
 impl fmt::Debug for Kube {
