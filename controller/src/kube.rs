@@ -37,8 +37,8 @@ pub struct Kube {
     attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
     nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
     pvs: AsyncMutex<Option<(Instant, Arc<Vec<Pv>>)>>,
-    /// PV → volume handle, which never changes.
-    handles: Mutex<HashMap<String, String>>,
+    /// PV → when it was read, and its volume handle.
+    handles: Mutex<HashMap<String, (Instant, String)>>,
 }
 
 impl fmt::Debug for Kube {

@@ -25,6 +25,8 @@ const LIFECYCLE: &str = "csi.proxmox.sinextra.dev~1lifecycle";
 const INSTANCE_ID: &str = "/metadata/annotations/proxmox.sinextra.dev~1instance-id";
 /// VolumeAttributesClasses are GA since Kubernetes 1.34, and beta from 1.31.
 const CLASS_APIS: [&str; 2] = ["/apis/storage.k8s.io/v1", "/apis/storage.k8s.io/v1beta1"];
+/// A PV's handle never changes, but another PV may get its name.
+const HANDLE_AGE: Duration = Duration::from_secs(60);
 /// Kubernetes' own word for a node that is off: kubectl taint node NAME node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
@@ -125,11 +127,22 @@ impl Kube {
                 Attached::Handle(handle) => Some(handle.clone()),
                 Attached::Pv(pv) => self.handle_of(pv).await?,
             };
-            if let Some(handle) = handle {
-                *handles.entry(handle).or_default() |= attachment.is_attached;
-            }
+            // Gone under its attachment (its finalizer was taken away): nothing can be said of the node.
+            let handle = handle
+                .ok_or_else(|| format!("node {node} has a VolumeAttachment without its PV; remove it: kubectl get volumeattachment"))?;
+            *handles.entry(handle).or_default() |= attachment.is_attached;
         }
         Ok(handles)
+    }
+
+    /// Nodes to which something of ours is attached, and of which there is no CSINode any more.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub async fn nodes_forgotten(self: &Arc<Self>) -> Result<Vec<String>, Failure> {
+        let (attachments, nodes) = (self.attachments().await?, self.nodes().await?);
+        let gone = attachments.iter().map(|attachment| &attachment.node).filter(|name| nodes.iter().all(|node| node.name != **name));
+        Ok(gone.cloned().collect::<std::collections::BTreeSet<_>>().into_iter().collect())
     }
 
     /// Whether a person, or something that knows, has said that the node is off.
@@ -252,13 +265,14 @@ impl Kube {
     /// Nothing where the PV is gone.
     async fn handle_of(self: &Arc<Self>, pv: &str) -> Result<Option<String>, Failure> {
         let known = self.handles.lock().unwrap_or_else(PoisonError::into_inner).get(pv).cloned();
-        if known.is_some() {
-            return Ok(known);
+        if let Some((_, handle)) = known.filter(|(at, _)| at.elapsed() < HANDLE_AGE) {
+            return Ok(Some(handle));
         }
+        let at = Instant::now();
         let path = format!("/api/v1/persistentvolumes/{pv}");
         let Some(volume) = self.get(path.clone()).await? else { return Ok(None) };
         let handle = text(&volume, "/spec/csi/volumeHandle").ok_or_else(|| format!("GET {path}: no volumeHandle"))?;
-        self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), handle.clone());
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), (at, handle.clone()));
         Ok(Some(handle))
     }
 
