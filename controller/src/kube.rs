@@ -24,7 +24,7 @@ pub use client::{Access, THREADS};
 use events::Events;
 pub use lease::Lease;
 use reads::Attachment;
-pub use reads::{CsiNode, Machine, Pv};
+pub use reads::{Claim, CsiNode, Machine, Pv};
 
 /// A sentence: which call, and why not.
 pub type Failure = String;
@@ -37,8 +37,8 @@ pub struct Kube {
     attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
     nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
     pvs: AsyncMutex<Option<(Instant, Arc<Vec<Pv>>)>>,
-    /// PV → volume handle, which never changes.
-    handles: Mutex<HashMap<String, String>>,
+    /// PV → when it was read, and its volume handle.
+    handles: Mutex<HashMap<String, (Instant, String)>>,
 }
 
 impl fmt::Debug for Kube {

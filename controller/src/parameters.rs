@@ -11,6 +11,7 @@ use proto::{VolumeHandle, volume_context};
 
 use crate::error::Error;
 use crate::mutable::{self, Mutable, Options};
+use crate::placement::Room;
 use crate::pve::drive::Drive;
 
 /// What this version formats. An empty fstype means the first.
@@ -40,10 +41,17 @@ const INODE_SIZES: &[u64] = &[128, 256, 512, 1024, 2048, 4096];
 /// xfs inode sizes, with checksums; at most half a block.
 const XFS_INODE_SIZES: &[u64] = &[512, 1024, 2048];
 
+/// How much of the storage stays free.
+const STORAGE_RESERVE: &str = "storageReserve";
+/// How many times a thin storage's size all its volumes may have together.
+const STORAGE_OVERCOMMIT: &str = "storageOvercommit";
+
 /// Every key that CreateVolume knows.
 const KNOWN: &[&str] = &[
     "storage",
     "storageFormat",
+    STORAGE_RESERVE,
+    STORAGE_OVERCOMMIT,
     "cache",
     "aio",
     "ssd",
@@ -74,6 +82,8 @@ pub struct Parameters {
     pub storage: String,
     /// `raw` or `qcow2`, if given.
     pub format: Option<String>,
+    /// How much of the storage new volumes may have; only of a class.
+    pub room: Room,
     cache: Option<String>,
     aio: Option<String>,
     ssd: Option<bool>,
@@ -126,6 +136,7 @@ impl Parameters {
             filesystem(given.get(key).map_or("", String::as_str))?;
         }
         let mut parameters = Self::read(given, boolean)?;
+        parameters.room = Self::room_of_class(given)?;
         parameters.luks = luks::of_class(given)?;
         parameters.fstype = ["csi.storage.k8s.io/fstype", "fstype"].iter().find_map(|key| given.get(*key).cloned()).unwrap_or_default();
         if parameters.storage.is_empty() {
@@ -135,6 +146,15 @@ impl Parameters {
             return Err("parameter replicate is not supported by this version; remove it or write false".into());
         }
         Ok((parameters, warnings))
+    }
+
+    /// What a class says of the room on its storage.
+    ///
+    /// # Errors
+    /// A sentence with the key, the value and what would be right.
+    pub fn room_of_class(given: &HashMap<String, String>) -> Result<Room, String> {
+        let text = |key: &str| given.get(key).map(String::as_str).filter(|value| !value.is_empty());
+        Room::read(text(STORAGE_RESERVE), text(STORAGE_OVERCOMMIT))
     }
 
     /// Whether the class speaks of LUKS: it is an encrypting one then, with or without a secret for the provisioner.
@@ -228,6 +248,7 @@ impl Parameters {
                 None => String::new(),
             },
             format: one_of("storageFormat", FORMATS)?,
+            room: Room::default(),
             cache: one_of("cache", CACHES)?,
             aio: one_of("aio", AIOS)?,
             ssd: flag("ssd")?,
@@ -475,6 +496,14 @@ mod tests {
     }
 
     #[test]
+    fn parameter_storage_reserve_and_overcommit() {
+        for pairs in [[("storageReserve", "10%")], [("storageOvercommit", "1.5")]] {
+            assert_eq!(context_of(&pairs), expected(&[("storage", "ds")]), "of new volumes only");
+            assert_eq!(drive_of(&pairs, false), format!("backup=0,iothread=1,replicate=0,{END}"));
+        }
+    }
+
+    #[test]
     fn parameter_block_size() {
         assert_eq!(context_of(&[("blockSize", "2048")]), expected(&[("storage", "ds"), ("blockSize", "2048")]));
         assert_eq!(drive_of(&[("blockSize", "2048")], false), format!("backup=0,iothread=1,replicate=0,{END}"));
@@ -526,6 +555,14 @@ mod tests {
             ("blockSize", "8192", "4096"),
             ("inodeSize", "100", "power of two"),
             ("storageFormat", "vmdk", "qcow2"),
+            ("storageReserve", "100%", "below 100%"),
+            ("storageReserve", "10G", "20Gi"),
+            ("storageReserve", "-1", "20Gi"),
+            ("storageReserve", "99999999Pi", "20Gi"),
+            ("storageOvercommit", "0.9", "from 1 to 100"),
+            ("storageOvercommit", "101", "from 1 to 100"),
+            ("storageOvercommit", "1.234", "two decimals"),
+            ("storageOvercommit", "x", "1.5"),
             ("storage", "a,b", "storage"),
             ("replicate", "true", "not supported"),
             ("replicateZones", "a,b", "not supported"),

@@ -11,7 +11,7 @@ use zeroize::Zeroize as _;
 use crate::error::Error;
 use crate::mutable::Mutable;
 use crate::parameters::{Parameters, filesystem};
-use crate::placement::{DEFAULT_SIZE_BYTES, Term, Want};
+use crate::placement::{DEFAULT_SIZE_BYTES, Order, Room, Term, Want};
 
 /// CSI: a name may have 128 bytes; longer ones are cut by nobody.
 const MAX_NAME_BYTES: usize = 128;
@@ -30,6 +30,8 @@ pub struct Create {
     pub want: Want,
     /// How its drive will be.
     pub parameters: Parameters,
+    /// Whom it is for: namespace and name, where the provisioner says it (`--extra-create-metadata`).
+    pub claim: Option<(String, String)>,
     /// To be logged.
     pub warnings: Vec<String>,
 }
@@ -112,6 +114,8 @@ pub struct Capacity {
     pub storage: Option<String>,
     /// Everywhere where nothing is said.
     pub term: Option<Term>,
+    /// How much of the storage new volumes of the class may have.
+    pub room: Room,
 }
 
 impl TryFrom<csi::CreateVolumeRequest> for Create {
@@ -158,14 +162,19 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
         } else {
             parameters.fit_ext4(required_bytes)?;
         }
+        let metadata = |key: &str| request.parameters.get(&format!("csi.storage.k8s.io/pvc/{key}")).cloned();
+        let claim = metadata("namespace").zip(metadata("name"));
+        let (terms, order) = terms(request.accessibility_requirements.unwrap_or_default(), metadata("name").as_deref())?;
         let want = Want {
             storage: parameters.storage.clone(),
             required_bytes,
             limit_bytes,
-            terms: terms(request.accessibility_requirements.unwrap_or_default())?,
+            terms,
+            order,
             format: parameters.format.clone(),
+            room: parameters.room,
         };
-        Ok(Self { name: request.name, want, parameters, warnings })
+        Ok(Self { name: request.name, want, parameters, claim, warnings })
     }
 }
 
@@ -251,7 +260,8 @@ impl TryFrom<csi::GetCapacityRequest> for Capacity {
             Some(topology) if !topology.segments.is_empty() => Some(term(&topology.segments)?),
             _ => None,
         };
-        Ok(Self { storage, term })
+        let room = Parameters::room_of_class(&request.parameters).map_err(Error::invalid)?;
+        Ok(Self { storage, term, room })
     }
 }
 
@@ -313,15 +323,18 @@ fn range_of(range: csi::CapacityRange) -> Result<(u64, Option<u64>), Error> {
     }
 }
 
-fn terms(requirement: csi::TopologyRequirement) -> Result<Vec<Term>, Error> {
+/// The preferred terms first, and what their order means.
+fn terms(requirement: csi::TopologyRequirement, claim: Option<&str>) -> Result<(Vec<Term>, Order), Error> {
     let mut terms: Vec<Term> = Vec::new();
-    for topology in requirement.preferred.iter().chain(&requirement.requisite) {
-        let term = term(&topology.segments)?;
+    let preferred = requirement.preferred.iter().map(|topology| term(&topology.segments)).collect::<Result<Vec<_>, _>>()?;
+    let requisite = requirement.requisite.iter().map(|topology| term(&topology.segments)).collect::<Result<Vec<_>, _>>()?;
+    let order = Order::of(&preferred, claim);
+    for term in preferred.into_iter().chain(requisite) {
         if !terms.contains(&term) {
             terms.push(term);
         }
     }
-    Ok(terms)
+    Ok((terms, order))
 }
 
 fn term(segments: &HashMap<String, String>) -> Result<Term, Error> {

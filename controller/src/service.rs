@@ -118,20 +118,27 @@ fn status(error: Error) -> Status {
     Status::new(error.code, error.text.chars().take(MAX_MESSAGE_CHARS).collect::<String>())
 }
 
+/// One entry for each zone; of the region alone where there is none.
+fn topologies(region: &str, zones: &[String]) -> Vec<csi::Topology> {
+    let of_region = (proto::TOPOLOGY_REGION.to_string(), region.to_string());
+    if zones.is_empty() {
+        return vec![csi::Topology { segments: [of_region].into() }];
+    }
+    let of_zone = |zone: &String| [of_region.clone(), (proto::TOPOLOGY_ZONE.to_string(), zone.clone())];
+    zones.iter().map(|zone| csi::Topology { segments: of_zone(zone).into() }).collect()
+}
+
 fn no_snapshots() -> Status {
     Status::unimplemented("snapshots are not built yet; nothing was touched, and those that the reference driver made are still there")
 }
 
 fn volume(listed: &Listed) -> csi::Volume {
-    let mut segments = std::collections::HashMap::from([(proto::TOPOLOGY_REGION.to_string(), listed.handle.region.clone())]);
-    if !listed.handle.zone.is_empty() {
-        segments.insert(proto::TOPOLOGY_ZONE.into(), listed.handle.zone.clone());
-    }
+    let zone = Some(listed.handle.zone.clone()).filter(|zone| !zone.is_empty());
     csi::Volume {
         volume_id: listed.handle.to_string(),
         // CSI: 0 is "not known".
         capacity_bytes: listed.size_bytes.map_or(0, signed),
-        accessible_topology: vec![csi::Topology { segments }],
+        accessible_topology: topologies(&listed.handle.region, zone.as_slice()),
         ..Default::default()
     }
 }
@@ -154,16 +161,13 @@ impl Service for ControllerService {
         // The provisioner tells the claim itself, and there is no PV yet.
         self.alone(&create.name.clone(), None, timeout, async move {
             let created = controller.create(create).await?;
-            let segments = [
-                (proto::TOPOLOGY_REGION.to_string(), created.handle.region.clone()),
-                (proto::TOPOLOGY_ZONE.to_string(), created.handle.zone.clone()),
-            ];
+            let accessible_topology = topologies(&created.handle.region, &created.zones);
             Ok(csi::CreateVolumeResponse {
                 volume: Some(csi::Volume {
                     volume_id: created.handle.to_string(),
                     capacity_bytes: signed(created.capacity_bytes),
                     volume_context: created.volume_context,
-                    accessible_topology: vec![csi::Topology { segments: segments.into() }],
+                    accessible_topology,
                     ..Default::default()
                 }),
             })

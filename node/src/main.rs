@@ -243,7 +243,9 @@ fn run(args: Args) -> Result<(), String> {
     let own_folder = folders.first().map(|folder| folder.join("plugins").join(proto::DRIVER_NAME).join("csi.sock"));
     let csi_socket = args.kubelet_registration_path.or(own_folder).unwrap_or_default();
     let kubelet = args.plugin_registration_path.map(|folder| Kubelet { folder, csi_socket });
-    let node = Arc::new(Node::new(Folders::new(folders)?).called(&args.node_id));
+    let node = Arc::new(
+        Node::new(Folders::new(folders)?).called(&args.node_id).remembering_in(endpoint.path().parent().unwrap_or(Path::new("/"))),
+    );
     let configured = Configured {
         node_id: args.node_id,
         vmid: args.vmid,

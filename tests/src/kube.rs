@@ -176,8 +176,20 @@ impl Kubernetes {
 
     /// As somebody else's process would.
     pub fn give_lease_to(&self, holder: &str) {
-        let spec = json!({"holderIdentity": holder, "leaseDurationSeconds": 15});
-        self.put(&format!("{LEASES}/{}", proto::DRIVER_NAME), json!({"metadata": {"name": proto::DRIVER_NAME}, "spec": spec}));
+        let mut lease = self.lease().unwrap_or_else(|| json!({"metadata": {"name": proto::DRIVER_NAME}, "spec": {}}));
+        if let Some(spec) = lease.pointer_mut("/spec").and_then(Value::as_object_mut) {
+            spec.insert("holderIdentity".into(), holder.into());
+            spec.insert("leaseDurationSeconds".into(), 15.into());
+        }
+        self.put(&format!("{LEASES}/{}", proto::DRIVER_NAME), lease);
+    }
+
+    /// As a controller that knew the outcome of all its writes left it: the next one takes it at once.
+    pub fn lease_given_back(&self) {
+        let annotations = json!({"csi.proxmox.sinextra.dev/given-back-by": "an-earlier-one"});
+        let spec = json!({"holderIdentity": "", "leaseDurationSeconds": 15});
+        let lease = json!({"metadata": {"name": proto::DRIVER_NAME, "annotations": annotations}, "spec": spec});
+        self.put(&format!("{LEASES}/{}", proto::DRIVER_NAME), lease);
     }
 
     pub fn delete_lease(&self) {

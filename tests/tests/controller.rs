@@ -7,6 +7,8 @@ mod attach;
 mod batch;
 #[path = "controller/bed.rs"]
 mod bed;
+#[path = "controller/capacity.rs"]
+mod capacity;
 #[path = "controller/check.rs"]
 mod check;
 #[path = "controller/claims.rs"]
@@ -47,6 +49,10 @@ mod process;
 mod race;
 #[path = "controller/rivals.rs"]
 mod rivals;
+#[path = "controller/spread.rs"]
+mod spread;
+#[path = "controller/storages.rs"]
+mod storages;
 #[path = "controller/takeover.rs"]
 mod takeover;
 #[path = "controller/trouble.rs"]

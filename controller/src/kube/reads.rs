@@ -25,8 +25,27 @@ const LIFECYCLE: &str = "csi.proxmox.sinextra.dev~1lifecycle";
 const INSTANCE_ID: &str = "/metadata/annotations/proxmox.sinextra.dev~1instance-id";
 /// VolumeAttributesClasses are GA since Kubernetes 1.34, and beta from 1.31.
 const CLASS_APIS: [&str; 2] = ["/apis/storage.k8s.io/v1", "/apis/storage.k8s.io/v1beta1"];
+/// A PV's handle never changes, but another PV may get its name.
+const HANDLE_AGE: Duration = Duration::from_secs(60);
 /// Kubernetes' own word for a node that is off: kubectl taint node NAME node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
+
+/// A claim is asked about while its volume waits.
+const CLAIM_LIMIT: Duration = Duration::from_secs(3);
+/// The scheduler's word: the claim's pod goes to that node.
+const SELECTED_NODE: &str = "/metadata/annotations/volume.kubernetes.io~1selected-node";
+
+/// A PersistentVolumeClaim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// Where it is.
+    pub namespace: String,
+    /// Its name there.
+    pub name: String,
+    pub(super) uid: String,
+    /// The scheduler has selected a node for its pod.
+    pub has_node: bool,
+}
 
 /// A node that has our node agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,11 +127,22 @@ impl Kube {
                 Attached::Handle(handle) => Some(handle.clone()),
                 Attached::Pv(pv) => self.handle_of(pv).await?,
             };
-            if let Some(handle) = handle {
-                *handles.entry(handle).or_default() |= attachment.is_attached;
-            }
+            // Gone under its attachment (its finalizer was taken away): nothing can be said of the node.
+            let handle = handle
+                .ok_or_else(|| format!("node {node} has a VolumeAttachment without its PV; remove it: kubectl get volumeattachment"))?;
+            *handles.entry(handle).or_default() |= attachment.is_attached;
         }
         Ok(handles)
+    }
+
+    /// Nodes to which something of ours is attached, and of which there is no CSINode any more.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub async fn nodes_forgotten(self: &Arc<Self>) -> Result<Vec<String>, Failure> {
+        let (attachments, nodes) = (self.attachments().await?, self.nodes().await?);
+        let gone = attachments.iter().map(|attachment| &attachment.node).filter(|name| nodes.iter().all(|node| node.name != **name));
+        Ok(gone.cloned().collect::<std::collections::BTreeSet<_>>().into_iter().collect())
     }
 
     /// Whether a person, or something that knows, has said that the node is off.
@@ -123,6 +153,18 @@ impl Kube {
         let Some(node) = self.get(format!("/api/v1/nodes/{node}")).await? else { return Ok(false) };
         let taints = node.pointer("/spec/taints").and_then(Value::as_array);
         Ok(taints.into_iter().flatten().any(|taint| text(taint, "/key").as_deref() == Some(OUT_OF_SERVICE)))
+    }
+
+    /// A claim as it is now; nothing where there is none.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub async fn claim(self: &Arc<Self>, namespace: &str, name: &str) -> Result<Option<Claim>, Failure> {
+        let segment = |text| crate::pve::api::percent_encoded(text, "");
+        let path = format!("/api/v1/namespaces/{}/persistentvolumeclaims/{}", segment(namespace), segment(name));
+        let Some(claim) = self.answered(Call { limit: CLAIM_LIMIT, ..Call::get(path) }).await? else { return Ok(None) };
+        let uid = text(&claim, "/metadata/uid").unwrap_or_default();
+        Ok(Some(Claim { namespace: namespace.into(), name: name.into(), uid, has_node: text(&claim, SELECTED_NODE).is_some() }))
     }
 
     async fn attachments(self: &Arc<Self>) -> Result<Arc<Vec<Attachment>>, Failure> {
@@ -223,13 +265,14 @@ impl Kube {
     /// Nothing where the PV is gone.
     async fn handle_of(self: &Arc<Self>, pv: &str) -> Result<Option<String>, Failure> {
         let known = self.handles.lock().unwrap_or_else(PoisonError::into_inner).get(pv).cloned();
-        if known.is_some() {
-            return Ok(known);
+        if let Some((_, handle)) = known.filter(|(at, _)| at.elapsed() < HANDLE_AGE) {
+            return Ok(Some(handle));
         }
+        let at = Instant::now();
         let path = format!("/api/v1/persistentvolumes/{pv}");
         let Some(volume) = self.get(path.clone()).await? else { return Ok(None) };
         let handle = text(&volume, "/spec/csi/volumeHandle").ok_or_else(|| format!("GET {path}: no volumeHandle"))?;
-        self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), handle.clone());
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), (at, handle.clone()));
         Ok(Some(handle))
     }
 
@@ -252,7 +295,10 @@ impl Kube {
 
     /// Nothing for 404.
     pub(super) async fn get(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
-        let call = Call::get(path);
+        self.answered(Call::get(path)).await
+    }
+
+    async fn answered(self: &Arc<Self>, call: Call) -> Result<Option<Value>, Failure> {
         let name = call.name();
         let answer = self.api.call(call).await?;
         match answer.status {

@@ -62,6 +62,13 @@ impl Controller {
             // Asking again is the look: a volume that is gone is OK, or said to be missing.
             freed = region.free(&host, &handle.storage, &handle.volid()).await;
         }
+        if freed.as_ref().is_err_and(|error| error.meaning() == Meaning::Other) {
+            // Not every plugin says plainly that there was nothing (btrfs).
+            let looked = region.volume_size(&host, &handle.storage, &handle.volid()).await;
+            if looked.as_ref().is_err_and(|error| error.meaning() == Meaning::NoSuchVolume) {
+                freed = Ok(());
+            }
+        }
         match freed {
             Err(error) if error.meaning() != Meaning::NoSuchVolume => Err(Error::from(error).during(&step)),
             _ => {

@@ -46,7 +46,7 @@ impl Region {
         self.check_built(handle).await?;
         let host = self.host_of(handle).await?.ok_or_else(|| Error::not_found("no Proxmox node has its storage"))?;
         let mut actual = self.volume_size(&host, &handle.storage, &volid).await?;
-        let plugin = self.plugintype(&handle.storage).await?.and_then(|name| Plugin::named(&name)).unwrap_or(Plugin::Lvm);
+        let plugin = self.plugintype(&handle.storage).await?.and_then(|name| Plugin::of(&name, &handle.disk)).unwrap_or(Plugin::Lvm);
         let wanted = size(plugin, request.required_bytes, request.limit_bytes).map_err(Error::out_of_range)?;
         if request.limit_bytes.is_some_and(|limit| actual > limit) {
             return Err(Error::out_of_range(format!("it has {actual} bytes already; a volume cannot be made smaller")));

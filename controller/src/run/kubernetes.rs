@@ -10,6 +10,7 @@ use super::evidence::{Reference, View};
 use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::error::Error;
 use crate::kube::{CsiNode, Kube, Machine};
+use crate::pve;
 use crate::pve::api::Vm;
 use crate::request::{NodeId, node_id};
 
@@ -76,6 +77,16 @@ impl Region {
         confirmed.is_ok()
     }
 
+    /// Before a write that takes something away: with an unchanged digest Proxmox carries it out however late it comes, and our clock
+    /// may have stood still since it was decided (the whole machine was paused). Without a Lease nothing is asked.
+    ///
+    /// # Errors
+    /// It is not ours now, so that `call` is not sent.
+    pub(super) async fn check_acts_now(&self, call: &str) -> Result<(), pve::Error> {
+        let Some(lease) = self.kube.as_ref().and_then(|kube| kube.lease()) else { return Ok(()) };
+        lease.confirm().await.map_err(|why| pve::Error { call: call.into(), cause: pve::Cause::NotSent(why) })
+    }
+
     /// The Kubernetes nodes that this VM is, by the ids that their agents gave.
     async fn nodes_of(&self, kube: &Arc<Kube>, vmid: u32) -> Result<Vec<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
@@ -97,10 +108,17 @@ impl Region {
                 Err(_) => true,
             };
             if is_it {
-                found.push(node.name.clone());
+                found.push(node);
             }
         }
-        Ok(found)
+        // Another region may have a VM of that number: then the name says which is meant, as last seen (a silent node's VMs lose it).
+        let is_named = |id: &str| match node_id(id) {
+            Ok(NodeId::Vmid(of, _)) => self.was_named(vmid, &of),
+            Ok(NodeId::Name(_)) | Err(_) => false,
+        };
+        let named: Vec<_> = found.iter().copied().filter(|node| is_named(&node.node_id)).collect();
+        let these = if found.len() > 1 && !named.is_empty() { named } else { found };
+        Ok(these.into_iter().map(|node| node.name.clone()).collect())
     }
 
     /// Whether a node whose VM has another name could be that VM, by its Node object.
@@ -242,7 +260,12 @@ impl Region {
             handle.is_some_and(|handle| handle.region == self.name && handle.volid() == volid)
         };
         let mut found = Vec::new();
-        for node in self.nodes_of(kube, vmid).await? {
+        let mut nodes = self.nodes_of(kube, vmid).await?;
+        if nodes.is_empty() {
+            // Its objects are gone with the Kubernetes node, what was attached to it may still be: any of those could be it.
+            nodes = kube.nodes_forgotten().await.map_err(Error::unavailable)?;
+        }
+        for node in nodes {
             if kube.attached_to(&node).await.map_err(Error::unavailable)?.keys().any(is_ours) {
                 found.push(Reference { vmid, host: host.into(), key: node, view: View::Attachment, off: None });
             }

@@ -4,6 +4,8 @@
 //! task of its own (see `service`), so that a client that goes away leaves nothing half noted.
 
 mod batch;
+mod binding;
+mod capacity;
 mod claim;
 mod cluster;
 mod condition;
@@ -16,6 +18,7 @@ mod kubernetes;
 mod leftover;
 mod list;
 mod modify;
+mod placed;
 mod publish;
 mod queue;
 mod region;
@@ -23,9 +26,9 @@ pub mod seen;
 mod unpublish;
 pub(crate) mod when;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::VolumeHandle;
@@ -34,15 +37,15 @@ use tokio::time::Instant;
 use crate::config::{Features, Reading, Stamp, stamp_of};
 use crate::error::Error;
 use crate::kube::Kube;
-use crate::placement::Refusal;
+use crate::placement::{Refusal, is_up};
 use crate::pve::Client;
 use crate::pve::api::{self, Storage};
-use crate::request::Capacity;
 pub use condition::Condition;
 pub use create::Created;
 use doubt::DOUBT_AGE;
 pub use expand::Expanded;
 pub use list::{Listed, Page};
+use placed::Ledger;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
 
@@ -107,6 +110,9 @@ pub struct Controller {
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
     tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
+    placed: Mutex<Ledger>,
+    /// Regions and storages whose claims were told that they are bound before their pods are scheduled.
+    told_of_binding: Mutex<BTreeSet<(String, String)>>,
 }
 
 impl Controller {
@@ -127,7 +133,16 @@ impl Controller {
             }
             Err(why) => proto::error!("{why}"),
         }
-        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried: Mutex::default() }
+        let (tried, placed, told_of_binding) = Default::default();
+        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried, placed, told_of_binding }
+    }
+
+    fn told_of_binding(&self) -> MutexGuard<'_, BTreeSet<(String, String)>> {
+        self.told_of_binding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn placed(&self) -> MutexGuard<'_, Ledger> {
+        self.placed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether there is a config to work with.
@@ -222,32 +237,6 @@ impl Controller {
         loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client().calls_in_flight()).sum()
     }
 
-    /// Bytes free in all, and in the zone with most; unknown storages and zones have none.
-    ///
-    /// # Errors
-    /// Proxmox's.
-    pub async fn capacity(&self, wanted: &Capacity) -> Result<(u64, u64), Error> {
-        let clusters = self.clusters()?;
-        let (mut sum, mut most) = (0u64, 0u64);
-        let (region_wanted, zone_wanted) = wanted.term.as_ref().map_or((None, None), |term| (term.region.as_ref(), term.zone.as_ref()));
-        for (name, region) in clusters.regions.iter().filter(|(name, _)| region_wanted.is_none_or(|wanted| wanted == *name)) {
-            let resources =
-                region.resources(ago(EVIDENCE_AGE)).await.map_err(|error| Error::from(error).during(&format!("region {name}")))?;
-            let counts = |one: &&Storage| {
-                one.active
-                    && one.images
-                    && !one.shared
-                    && wanted.storage.as_ref().is_none_or(|wanted| *wanted == one.storage)
-                    && zone_wanted.is_none_or(|wanted| *wanted == one.host)
-            };
-            for storage in resources.storages.iter().filter(counts) {
-                let free = storage.total_bytes.saturating_sub(storage.used_bytes);
-                (sum, most) = (sum.saturating_add(free), most.max(free));
-            }
-        }
-        Ok((sum, most))
-    }
-
     /// Makes sure that a volume is there.
     ///
     /// # Errors
@@ -269,22 +258,30 @@ impl Region {
     /// Proxmox's; or the storage is not listed, so that nothing can be said.
     async fn host_of(&self, handle: &VolumeHandle) -> Result<Option<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let of_storage: Vec<&Storage> = resources.storages.iter().filter(|storage| storage.storage == handle.storage).collect();
+        if of_storage.iter().any(|storage| storage.shared) {
+            // Any node that has it, for a handle with a zone (the reference driver's, by hand) as well.
+            let up = of_storage.iter().filter(|storage| is_up(&resources, storage));
+            let host = up.min_by_key(|storage| storage.host != handle.zone).map(|storage| storage.host.clone());
+            return host.map(Some).ok_or_else(|| {
+                Error::unavailable(format!("storage {:?} is active on no Proxmox node of region {}", handle.storage, handle.region))
+            });
+        }
         if resources.hosts.contains_key(&handle.zone) {
             return Ok(Some(handle.zone.clone()));
         }
-        let mut with_storage = resources.storages.iter().filter(|storage| storage.storage == handle.storage).peekable();
         if !handle.zone.is_empty() {
-            if with_storage.peek().is_none() {
+            if of_storage.is_empty() {
                 return Err(Error::precondition(format!(
                     "Proxmox node {} is not in the cluster, and storage {:?} is not shown to us, so that it cannot be told whether the volume \
                      is elsewhere; give the token's role Datastore.Audit on /storage/{}, or enable the storage",
                     handle.zone, handle.storage, handle.storage
                 )));
             }
-            // Local to the node that is gone, and gone with it; a shared one is still there.
-            return Ok(with_storage.find(|storage| storage.shared && storage.active).map(|storage| storage.host.clone()));
+            // Local to the node that is gone, and gone with it.
+            return Ok(None);
         }
-        Ok(with_storage.find(|storage| storage.active).map(|storage| storage.host.clone()))
+        Ok(of_storage.into_iter().find(|storage| storage.active).map(|storage| storage.host.clone()))
     }
 
     /// The storage's plugin as Proxmox names it, where it is shown.

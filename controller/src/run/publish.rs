@@ -96,7 +96,7 @@ impl Region {
             Done::Attached { lun, drive, vm, written } => {
                 // New, or ours and never looked after: its answer was lost, or that look failed.
                 let is_fresh = written.is_some() || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
-                if is_fresh && !self.was_alone().await {
+                if is_fresh {
                     self.settle_rivals(handle, &vm, written.unwrap_or_else(Instant::now)).await?;
                 }
                 self.published(&request, &vm, lun, &drive).await
@@ -202,10 +202,20 @@ impl Region {
     /// Our claim is in the config since `written`. Another controller may have written its own at the same moment: of two, the higher VMID
     /// takes its own out again, and the lower waits for that, and yields too if the other stays.
     async fn settle_rivals(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, written: Instant) -> Result<(), Error> {
-        let begun = Instant::now();
-        let mut since = written;
+        let (begun, mut since) = (Instant::now(), written);
+        // With the Lease that other one is not of this Lease, and all VMs need not be read for it.
+        let mut newcomers = match self.has_lease() {
+            true => {
+                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid));
+                was_alone.then_some(newcomers)
+            }
+            false => None,
+        };
         loop {
-            let references = self.references(handle, since, Some(vm.vmid), Depth::Config).await;
+            let references = match newcomers.take() {
+                Some(newcomers) => newcomers,
+                None => self.references(handle, since, Some(vm.vmid), Depth::Config).await,
+            };
             let rival = match references {
                 Ok(references) => references.into_iter().find(Reference::counts),
                 Err(error) => {
