@@ -94,7 +94,7 @@ pub struct Client {
     calls: AtomicU64,
 }
 
-/// What a call's number travels as.
+/// What a call's number travels as: that of the RPC that it is made for, as the log has it, and its own.
 const NUMBER_HEADER: &str = "X-Request-Id";
 
 /// A call that has not ended: it lasts as long as its last clone.
@@ -169,6 +169,12 @@ impl Client {
         self.url == url
     }
 
+    /// Where it talks to.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
     /// Places of one Proxmox node.
     fn host(&self, host: &str) -> Arc<Semaphore> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -192,9 +198,10 @@ impl Client {
         let flight = Flight::begin(&self.in_flight);
         let sent = Arc::clone(&flight);
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
+        let number = format!("{:x}.{number}", proto::log::call());
         let work = move || {
             let _sent = sent;
-            client.call_blocking(&request, &number.to_string())
+            client.call_blocking(&request, &number)
         };
         let begun = Instant::now();
         let answer = match tokio::task::spawn_blocking(work).await {
