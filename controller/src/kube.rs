@@ -18,8 +18,8 @@ use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
 use crate::fence::Fence;
-pub use client::Access;
 use client::Api;
+pub use client::{Access, THREADS};
 use events::Events;
 pub use lease::Lease;
 use reads::Attachment;

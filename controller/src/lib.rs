@@ -10,6 +10,7 @@ pub mod deadline;
 pub mod error;
 pub mod fence;
 pub mod kube;
+pub mod look;
 pub mod parameters;
 pub mod placement;
 pub mod pve;

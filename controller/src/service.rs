@@ -57,6 +57,12 @@ impl ControllerService {
         Self { controller, busy: Arc::default() }
     }
 
+    /// What it serves.
+    #[must_use]
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.controller
+    }
+
     /// Whether no call goes on, also none whose caller has given up.
     #[must_use]
     pub fn is_idle(&self) -> bool {

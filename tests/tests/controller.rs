@@ -33,6 +33,10 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/look.rs"]
+mod look;
+#[path = "controller/privileges.rs"]
+mod privileges;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
@@ -43,3 +47,5 @@ mod spread;
 mod storages;
 #[path = "controller/trouble.rs"]
 mod trouble;
+#[path = "controller/urls.rs"]
+mod urls;

@@ -59,6 +59,33 @@ impl Request {
         format!("{method} {}", self.path)
     }
 
+    /// `GET /nodes/{node}/qemu/{vmid}/pending`: the same for all nodes, VMs, storages, volumes and tasks.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        let name = self.name();
+        let (mut endpoint, mut before) = (String::new(), "");
+        for part in name.split('/') {
+            let shown = match before {
+                "nodes" => "{node}",
+                "qemu" | "lxc" => "{vmid}",
+                "storage" => "{storage}",
+                "tasks" => "{upid}",
+                "content" => "{volume}",
+                _ => part,
+            };
+            if !endpoint.is_empty() {
+                endpoint.push('/');
+            }
+            endpoint.push_str(shown);
+            if before == "content" {
+                // A volume's id may have slashes.
+                break;
+            }
+            before = if shown == part { part } else { "" };
+        }
+        endpoint
+    }
+
     /// The Proxmox node that it is about, as the path has it; nothing for calls that any node answers by itself.
     #[must_use]
     pub fn host(&self) -> Option<&str> {
@@ -638,6 +665,14 @@ mod tests {
         assert_eq!(request.name(), "POST /nodes/pve1/qemu/101/config");
         assert_eq!(request.target(), "/nodes/pve1/qemu/101/config");
         assert_eq!(request.body(), "scsi1=a%3Ab%2Cro%3D1%3Bx&digest=abc&background_delay=5");
+        assert_eq!(request.endpoint(), "POST /nodes/{node}/qemu/{vmid}/config");
+        assert_eq!(resources().endpoint(), "GET /cluster/resources");
+        assert_eq!(
+            volume("qemu", "content", "local:9999/vm-9999-a.raw").endpoint(),
+            "GET /nodes/{node}/storage/{storage}/content/{volume}",
+            "names that are words of the path"
+        );
+        assert_eq!(allocate("n", "s", 1, "a", "raw", 1).endpoint(), "POST /nodes/{node}/storage/{storage}/content");
         let mut several = Change::plug("scsi1", "a:b");
         several.delete.extend(["scsi2".into(), "scsi3".into()]);
         several.revert.insert("scsi4".into());

@@ -16,6 +16,7 @@ use super::cluster::Off;
 use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::attach::{Seen, unexplained};
 use crate::error::Error;
+use crate::look::metrics::{self, Lock};
 use crate::pve::api::{Resources, VmState};
 use crate::pve::drive::{is_disk_slot, volume_of};
 use crate::pve::{self, Meaning};
@@ -274,7 +275,7 @@ impl Region {
         let step = || format!("whether container {vmid} on {host} holds {volid} cannot be told");
         let off = self.off(&host).await?;
         let read = {
-            let _turn = self.readers.acquire().await;
+            let _turn = metrics::waited(Lock::Readers, self.readers.acquire()).await;
             self.container(&host, vmid, if off.is_some() { self.begun } else { since }).await
         };
         let lines = match read {
@@ -367,7 +368,7 @@ impl Region {
         let read = {
             // Who finds it read, or waits until another has read it, takes no place from those who read.
             let is_read = depth != Depth::Snapshots && self.is_read(vmid, &host, since).await;
-            let _turn = if is_read { None } else { self.readers.acquire().await.ok() };
+            let _turn = if is_read { None } else { metrics::waited(Lock::Readers, self.readers.acquire()).await.ok() };
             self.read(vmid, &host, state, since, depth).await
         };
         match read {

@@ -19,18 +19,19 @@ mod placed;
 mod publish;
 mod queue;
 mod region;
+pub mod seen;
 mod unpublish;
 pub(crate) mod when;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use proto::VolumeHandle;
 use tokio::time::Instant;
 
-use crate::config::{self, Features};
+use crate::config::{Features, Reading, Stamp, stamp_of};
 use crate::error::Error;
 use crate::kube::Kube;
 use crate::placement::{Refusal, is_up};
@@ -90,13 +91,10 @@ struct Clusters {
 #[derive(Debug)]
 struct Loaded {
     clusters: Result<Arc<Clusters>, String>,
-    /// What was read, and when it was last changed.
+    /// What was read, and as it was before.
     files: Vec<(PathBuf, Stamp)>,
     looked_at: Instant,
 }
-
-/// Enough to notice a change, also by a swapped symlink (a Kubernetes secret).
-type Stamp = Option<(SystemTime, u64)>;
 
 /// The controller without its gRPC.
 #[derive(Debug)]
@@ -283,38 +281,30 @@ impl Region {
     }
 }
 
-/// Reads the file. A region of the same name and url as before keeps what it knows: who held what on a node that is off now,
+/// Reads the file. A region of the same name, with one of its urls as before, keeps what it knows: who held what on a node that is off now,
 /// and which of our writes are in doubt.
-fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, before: Option<&Arc<Clusters>>) -> Loaded {
+fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, before: Option<&Arc<Clusters>>) -> Loaded {
     let looked_at = Instant::now();
-    match config::load(path) {
-        Ok((config, files)) => {
-            let features = config.features;
-            let regions = config.clusters.iter().map(|cluster| {
-                let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
-                let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
-                let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
-                let known = before.and_then(|before| before.regions.get(&cluster.region));
-                let region = match known.filter(|region| region.client().is_of(&cluster.url)) {
-                    Some(region) => {
-                        region.renew(client, rules);
-                        Arc::clone(region)
-                    }
-                    None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
-                };
-                (cluster.region.clone(), region)
-            });
-            let clusters = Clusters { features, regions: regions.collect() };
-            let files = files.into_iter().map(|file| (file.clone(), stamp_of(&file))).collect();
-            Loaded { clusters: Ok(Arc::new(clusters)), files, looked_at }
-        }
-        Err(why) => Loaded { clusters: Err(why), files: vec![(path.clone(), stamp_of(path))], looked_at },
-    }
-}
-
-fn stamp_of(path: &PathBuf) -> Stamp {
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
+    let Reading { config, files } = Reading::of(path);
+    let clusters = config.map(|config| {
+        let features = config.features;
+        let regions = config.clusters.iter().map(|cluster| {
+            let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
+            let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
+            let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
+            let known = before.and_then(|before| before.regions.get(&cluster.region));
+            let region = match known.filter(|region| region.client().is_of(&cluster.urls)) {
+                Some(region) => {
+                    region.renew(client, rules);
+                    Arc::clone(region)
+                }
+                None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
+            };
+            (cluster.region.clone(), region)
+        });
+        Arc::new(Clusters { features, regions: regions.collect() })
+    });
+    Loaded { clusters, files, looked_at }
 }
 
 impl From<Refusal> for Error {

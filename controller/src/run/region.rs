@@ -16,6 +16,7 @@ use super::doubt::Doubt;
 use super::queue::Queue;
 use crate::attach;
 use crate::kube::Kube;
+use crate::look::metrics::{self, Lock};
 use crate::pve::api::{self, Change, Resources, VmState};
 use crate::pve::drive::{Line, VmConfig};
 use crate::pve::{self, Client};
@@ -89,9 +90,9 @@ pub(super) struct VmSlot {
     pub(super) lock: Mutex<Option<(String, SystemTime)>>,
     /// Held from the look to the verified end of a change.
     changing: Arc<AsyncMutex<()>>,
-    known: AsyncMutex<Option<Known>>,
+    pub(super) known: AsyncMutex<Option<Known>>,
     /// Slots where QEMU keeps leftovers until the VM restarts, and the process that keeps them.
-    leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
+    pub(super) leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
 }
 
 /// What the config file says of a cluster, beside how it is reached.
@@ -116,9 +117,11 @@ pub(crate) struct Region {
     /// Who says what was attached to VMs that cannot be read.
     pub(super) kube: Option<Arc<Kube>>,
     resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
+    /// The same, for who only looks and never waits.
+    pub(super) last_resources: Mutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
     /// In order: who waits for several of them waits in the same order every time.
-    vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
+    pub(super) vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
     pub(super) containers: Mutex<HashMap<u32, ContainerSlot>>,
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
@@ -157,6 +160,7 @@ impl Region {
             rules: Mutex::new(rules),
             kube,
             resources: AsyncMutex::default(),
+            last_resources: Mutex::default(),
             states: Mutex::default(),
             vms: Mutex::default(),
             containers: Mutex::default(),
@@ -177,7 +181,9 @@ impl Region {
 
     /// The config file changed; what is known of the cluster stays known.
     pub(crate) fn renew(&self, client: Client, rules: Rules) {
-        *locked(&self.client) = Arc::new(client);
+        let mut held = locked(&self.client);
+        client.heard.follow(&held.heard);
+        *held = Arc::new(client.instead_of(&held));
         *locked(&self.rules) = rules;
     }
 
@@ -199,7 +205,7 @@ impl Region {
 
     /// Waits until no other call changes this VM.
     pub(crate) async fn change_alone(&self, vmid: u32) -> OwnedMutexGuard<()> {
-        Arc::clone(&self.vm(vmid).changing).lock_owned().await
+        metrics::waited(Lock::Vm, Arc::clone(&self.vm(vmid).changing).lock_owned()).await
     }
 
     /// Whether one of our own calls changes this VM now.
@@ -244,6 +250,7 @@ impl Region {
         let call = request.name();
         let resources = Arc::new(api::read_resources(&call, &self.client().call(request).await?)?);
         self.note_hosts(&resources);
+        *locked(&self.last_resources) = Some((read_at, Arc::clone(&resources)));
         *held = Some((read_at, Arc::clone(&resources)));
         Ok(resources)
     }

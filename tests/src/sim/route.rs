@@ -261,6 +261,7 @@ async fn dispatch(cluster: Arc<Cluster>, call: Call) -> Result<Reply, ApiError> 
         Endpoint::Nodes => inventory::nodes(&cluster, &call),
         Endpoint::Permissions => inventory::permissions(&cluster, &call),
         Endpoint::Ticket => login(&cluster, &call).await,
+        Endpoint::TicketPage => Ok(serde_json::Value::Null.into()),
         Endpoint::StorageConfigs => content::configs(&cluster, &call),
         Endpoint::StorageConfig => content::config(&cluster, &call),
         Endpoint::NodeStorages => content::storages(&cluster, &call),
