@@ -92,19 +92,19 @@ impl Controller {
     }
 
     async fn make(&self, clusters: &Clusters, request: &Create) -> Result<(Place, u64), Error> {
-        let places = self.places(clusters, request).await?;
-        if let Some((place, size_bytes)) = earlier(places.get(1..).unwrap_or_default()).await? {
-            return Ok((place, fitting(&request.want, size_bytes)?));
-        }
-        match self.allocate(clusters, request, &places).await {
-            Ok(made) => Ok(made),
-            Err(failed) if failed.is_host_off => {
-                // Nothing was sent; what is read now knows better who is there.
-                let places = self.places(clusters, request).await?;
-                self.allocate(clusters, request, &places).await.map_err(|failed| failed.error)
+        for is_last in [false, true] {
+            let places = self.places(clusters, request).await?;
+            if let Some((place, size_bytes)) = earlier(places.get(1..).unwrap_or_default()).await? {
+                return Ok((place, fitting(&request.want, size_bytes)?));
             }
-            Err(failed) => Err(failed.error),
+            match self.allocate(clusters, request, &places).await {
+                Ok(made) => return Ok(made),
+                // Nothing was sent; what is read next knows better who is there.
+                Err(failed) if failed.is_host_off && !is_last => (),
+                Err(failed) => return Err(failed.error),
+            }
         }
+        Err(Error::internal("no try to create it was the last"))
     }
 
     /// The candidates in order, from a snapshot that is read again before anything is refused.
@@ -114,14 +114,14 @@ impl Controller {
         let begun = tried.as_ref().map(|(_, begun)| *begun);
         let tried = tried.map(|(handle, _)| handle);
         let owner = clusters.features.controller_vmid;
-        let mut found = self.choose(request, &self.look_for(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
+        let mut found = self.choose(request, &self.storages_seen(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
         let lacks_tried = |found: &[Candidate]| tried.as_ref().is_some_and(|tried| !found.iter().any(|one| is_of(one, tried)));
         let refused = |found: &Result<Vec<Candidate>, Refusal>| match found {
             Ok(found) => with_room(want, found).is_err() || lacks_tried(found),
             Err(_) => true,
         };
         if refused(&found) {
-            found = self.choose(request, &self.look_for(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
+            found = self.choose(request, &self.storages_seen(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
         }
         let found = found?;
         if let Some(tried) = &tried
@@ -143,7 +143,7 @@ impl Controller {
     }
 
     /// What is there, read since `since`. A region that is not asked for is still known by its name, but not read.
-    async fn look_for(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Look, Error> {
+    async fn storages_seen(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Look, Error> {
         let mut look = Look::default();
         for (name, region) in &clusters.regions {
             let is_asked_for =
