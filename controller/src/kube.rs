@@ -70,6 +70,12 @@ impl Kube {
         self.lease.as_ref()
     }
 
+    /// The namespace that we are in.
+    #[must_use]
+    pub(crate) fn namespace(&self) -> &str {
+        self.api.namespace()
+    }
+
     /// Closed where there is a Lease and it is not ours.
     #[must_use]
     pub fn fence(&self) -> Fence {
@@ -83,6 +89,6 @@ impl Kube {
     }
 }
 
-fn text(value: &Value, pointer: &str) -> Option<String> {
+pub(crate) fn text(value: &Value, pointer: &str) -> Option<String> {
     value.pointer(pointer)?.as_str().filter(|text| !text.is_empty()).map(String::from)
 }

@@ -92,7 +92,7 @@ impl ControllerService {
     ) -> Result<Response<T>, Status> {
         let turn = self.turn(volume).map_err(status)?;
         let (controller, volume) = (Arc::clone(&self.controller), volume.to_owned());
-        let task = tokio::spawn(async move {
+        let task = tokio::spawn(proto::log::carried(async move {
             let done = deadline::within(timeout.as_deref(), work).await;
             drop(turn);
             // Stopped in the middle, perhaps: what was true then need not be true any more.
@@ -101,7 +101,7 @@ impl ControllerService {
                 controller.tell(&volume, reason, error);
             }
             done
-        });
+        }));
         match task.await {
             Ok(done) => done.map(Response::new).map_err(status),
             Err(cause) => Err(status(Error::internal(format!("the call broke off: {cause}")))),

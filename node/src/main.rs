@@ -49,6 +49,7 @@ const FLAGS: &[Flag] = &[
     Flag::value("kubeconfig", Some("KUBECONFIG")),
     Flag::value("master", Some("MASTER")),
     Flag::value("v", Some("LOG_LEVEL")).called("verbosity"),
+    Flag::value("log-format", Some("LOG_FORMAT")),
     Flag::switch("version"),
 ];
 
@@ -100,6 +101,9 @@ struct Args {
     /// how much is logged: error, warn, info, debug, or klog's number; written -v 4 or --v=4 [LOG_LEVEL]
     #[argh(option, default = "\"info\".into()")]
     verbosity: String,
+    /// text or json [LOG_FORMAT]
+    #[argh(option, default = "\"text\".into()")]
+    log_format: String,
     /// print the version and end
     #[argh(switch)]
     version: bool,
@@ -186,6 +190,7 @@ fn begin(given: &[String]) -> Result<ExitCode, String> {
         return Ok(said(concat!("proxmox-csi-node ", env!("CARGO_PKG_VERSION"))));
     }
     proto::log::set_level(&args.verbosity)?;
+    proto::log::set_format(&args.log_format)?;
     run(args)?;
     Ok(ExitCode::SUCCESS)
 }

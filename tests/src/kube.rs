@@ -27,7 +27,8 @@ const ATTACHMENTS: &str = "/apis/storage.k8s.io/v1/volumeattachments";
 const PVS: &str = "/api/v1/persistentvolumes";
 const NODES: &str = "/api/v1/nodes";
 /// What is a list when nothing is in it.
-const PLURALS: [&str; 6] = ["leases", "csinodes", "volumeattachments", "persistentvolumes", "nodes", "events"];
+const PLURALS: [&str; 8] =
+    ["leases", "csinodes", "volumeattachments", "persistentvolumes", "nodes", "events", "storageclasses", "persistentvolumeclaims"];
 
 #[derive(Debug, Default)]
 struct State {

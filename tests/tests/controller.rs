@@ -25,6 +25,8 @@ mod detach;
 mod events;
 #[path = "controller/expand.rs"]
 mod expand;
+#[path = "controller/flows.rs"]
+mod flows;
 #[path = "controller/hold.rs"]
 mod hold;
 #[path = "controller/kube.rs"]

@@ -276,6 +276,22 @@ impl Kube {
         Ok(Some(handle))
     }
 
+    /// All objects of a kind, as they are.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(crate) async fn objects(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
+        self.list(path).await
+    }
+
+    /// One object; nothing where it is not there.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(crate) async fn object(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
+        self.get(path).await
+    }
+
     async fn list(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
         let (mut all, mut next) = (Vec::new(), String::new());
         for _ in 0..MAX_PAGES {

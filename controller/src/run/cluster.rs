@@ -87,7 +87,7 @@ impl Controller {
 }
 
 /// As DNS compares names; a VM may carry the domain, too.
-pub(super) fn is_name_of(vm: &str, node: &str) -> bool {
+pub(crate) fn is_name_of(vm: &str, node: &str) -> bool {
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_ascii_lowercase();
     vm.eq_ignore_ascii_case(node) || (first(vm) == first(node) && vm.contains('.') != node.contains('.'))
 }

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use proto::VolumeHandle;
+use proto::log::carried;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -200,7 +201,7 @@ impl Region {
         if depth != Depth::Config {
             for (vmid, host) in self.containers_in_reach(handle, since).await? {
                 let (region, volid) = (Arc::clone(self), volid.clone());
-                reading.spawn(async move { region.references_of_container(vmid, host, &volid, since).await });
+                reading.spawn(carried(async move { region.references_of_container(vmid, host, &volid, since).await }));
             }
         }
         for (vmid, (host, state)) in self.who_could_hold(handle, since, depth).await? {
@@ -208,7 +209,7 @@ impl Region {
                 continue;
             }
             let (region, volid) = (Arc::clone(self), volid.clone());
-            reading.spawn(async move { region.references_of(vmid, host, state, &volid, since, depth).await });
+            reading.spawn(carried(async move { region.references_of(vmid, host, state, &volid, since, depth).await }));
         }
         while let Some(read) = reading.join_next().await {
             match read.map_err(|cause| Error::internal(format!("a reading broke off: {cause}")))? {
@@ -280,12 +281,12 @@ impl Region {
             // What is off carries nothing out.
             if resources.hosts.get(&host).is_some_and(|status| status != "offline") && self.may_have_earlier_writes(&host) {
                 let region = Arc::clone(self);
-                looking.spawn(async move {
+                looking.spawn(carried(async move {
                     let Err(error) = region.check_no_earlier_write(&host).await else { return Ok(()) };
                     // Gone off since the cluster was read, perhaps: then it carries nothing out.
                     let now = region.resources(Instant::now()).await?;
                     if now.hosts.get(&host).is_some_and(|status| status == "offline") { Ok(()) } else { Err(error) }
-                });
+                }));
             }
         }
         while let Some(looked) = looking.join_next().await {
@@ -376,10 +377,10 @@ impl Region {
         let mut reading = JoinSet::new();
         for host in hosts {
             let region = Arc::clone(self);
-            reading.spawn(async move {
+            reading.spawn(carried(async move {
                 let states = region.states(&host, since).await;
                 (host, states)
-            });
+            }));
         }
         let mut read = BTreeMap::new();
         while let Some(one) = reading.join_next().await {

@@ -7,13 +7,14 @@ mod batch;
 mod binding;
 mod capacity;
 mod claim;
-mod cluster;
+pub(crate) mod cluster;
 mod condition;
 mod create;
 mod delete;
 mod doubt;
-mod evidence;
+pub(crate) mod evidence;
 mod expand;
+pub mod holders;
 mod kubernetes;
 mod leftover;
 mod list;
@@ -21,7 +22,7 @@ mod modify;
 mod placed;
 mod publish;
 mod queue;
-mod region;
+pub(crate) mod region;
 pub mod seen;
 mod unpublish;
 pub(crate) mod when;
@@ -48,6 +49,7 @@ pub use list::{Listed, Page};
 use placed::Ledger;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
+pub(crate) use unpublish::words;
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
@@ -78,7 +80,7 @@ fn is_tested(version: &str) -> bool {
 }
 
 /// What is said of a region at start; an error: nobody tried that release.
-fn greeting(region: &str, version: &str) -> Result<String, String> {
+pub(crate) fn greeting(region: &str, version: &str) -> Result<String, String> {
     let known = format!("region {region}: Proxmox VE {version}");
     if is_tested(version) {
         return Ok(known);
@@ -88,9 +90,9 @@ fn greeting(region: &str, version: &str) -> Result<String, String> {
 
 /// All clusters of the config file.
 #[derive(Debug)]
-struct Clusters {
-    features: Features,
-    regions: BTreeMap<String, Arc<Region>>,
+pub(crate) struct Clusters {
+    pub(crate) features: Features,
+    pub(crate) regions: BTreeMap<String, Arc<Region>>,
 }
 
 #[derive(Debug)]
@@ -169,7 +171,7 @@ impl Controller {
         }
     }
 
-    fn clusters(&self) -> Result<Arc<Clusters>, Error> {
+    pub(crate) fn clusters(&self) -> Result<Arc<Clusters>, Error> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.looked_at.elapsed() >= CONFIG_AGE {
             loaded.looked_at = Instant::now();

@@ -151,7 +151,7 @@ impl Region {
 }
 
 /// Why a VM cannot take or give a disk, and the line that makes it able.
-pub(super) fn words(refusal: &Refusal, vmid: u32) -> Error {
+pub(crate) fn words(refusal: &Refusal, vmid: u32) -> Error {
     match refusal {
         Refusal::Template => Error::precondition(format!("VM {vmid} is a template, which never runs")),
         Refusal::NotRunning => Error::unavailable(format!("VM {vmid} is not running; it gets its disk when it runs: qm start {vmid}")),
