@@ -227,7 +227,7 @@ impl Region {
     ///
     /// # Errors
     /// As [`Region::vm_of`].
-    pub(super) async fn vm_of_node(&self, node: &CsiNode, is_only: bool) -> Result<Option<Vm>, Error> {
+    pub(crate) async fn vm_of_node(&self, node: &CsiNode, is_only: bool) -> Result<Option<Vm>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         match node_id(&node.node_id) {
             // A number alone may be another cluster's.
