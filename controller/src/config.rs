@@ -2,21 +2,31 @@
 //!
 //! A key that is not known, known under another spelling, or given twice is refused with its line and what would be
 //! right: the reference driver passes over such keys, and a `controllerVMID` without effect costs volumes.
-//! Reading is split: [`parse`] is pure over the text; [`load`] reads the file and the credential files it names.
+//! Reading is split: [`parse`] is pure over the text; [`Reading`] reads the file and the files it names.
+
+mod reach;
 
 use std::collections::BTreeSet;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use serde_yaml::{Mapping, Value};
+use zeroize::Zeroizing;
 
 use crate::secret::Secret;
+pub use reach::{Fingerprint, MAX_URLS, Trust};
 
 /// The owner in our disks' names where the file does not say: the reference driver's.
 const DEFAULT_CONTROLLER_VMID: u32 = 9999;
 /// Proxmox's own bounds of a VMID; the reference driver asks for more than 100.
 const CONTROLLER_VMIDS: std::ops::RangeInclusive<u32> = 101..=999_999_999;
+/// Whose volumes may be deleted, too: Proxmox's own bounds.
+const VMIDS: std::ops::RangeInclusive<u32> = 100..=999_999_999;
 /// A clusters file is a page; this bounds what a wrong mount makes us read.
 const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Each may hold threads of ours when it hangs: how many there are in all rests on this.
+pub const MAX_CLUSTERS: usize = 32;
 
 /// Everything the file says.
 #[derive(Debug, Clone)]
@@ -28,17 +38,29 @@ pub struct Config {
 }
 
 /// The file's `features`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Features {
     /// The VMID that our disks carry as their owner; no such VM needs to exist.
     pub controller_vmid: u32,
     /// Attach to VMs with `protection: 1` though their disks cannot be detached until that is taken off.
     pub attach_to_protected: bool,
+    /// Attach only volumes whose names carry our owner VMID, or one of those that we delete for.
+    pub attach_only_owned: bool,
+    /// More owner VMIDs whose volumes are ours to delete: an earlier `controllerVmID`, say.
+    pub delete_also_owned_by: BTreeSet<u32>,
+    /// Nodes are found by what their Node objects say, as Cluster API's provider (capmox) writes it.
+    pub capmox: bool,
 }
 
 impl Default for Features {
     fn default() -> Self {
-        Self { controller_vmid: DEFAULT_CONTROLLER_VMID, attach_to_protected: false }
+        Self {
+            controller_vmid: DEFAULT_CONTROLLER_VMID,
+            attach_to_protected: false,
+            attach_only_owned: false,
+            delete_also_owned_by: BTreeSet::new(),
+            capmox: false,
+        }
     }
 }
 
@@ -47,10 +69,10 @@ impl Default for Features {
 pub struct ClusterConfig {
     /// Its name in volume handles and topology.
     pub region: String,
-    /// `http(s)://host:port/api2/json`, without a slash at the end.
-    pub url: String,
-    /// `true`: the certificate is not verified.
-    pub insecure: bool,
+    /// At least one, each `http(s)://host:port/api2/json` without a slash at the end, and all of the same cluster.
+    pub urls: Vec<String>,
+    /// What makes us believe that it is the one.
+    pub trust: Trust,
     /// How we are known there.
     pub credentials: Credentials,
     /// Proxmox nodes of which the operator says that they are off: what their VMs hold counts as let go while the cluster
@@ -87,8 +109,8 @@ enum Source {
 #[derive(Debug)]
 struct ClusterText {
     region: String,
-    url: String,
-    insecure: bool,
+    urls: Vec<String>,
+    trust: Trust,
     credentials: CredentialSources,
     fenced: BTreeSet<String>,
 }
@@ -103,56 +125,131 @@ enum CredentialSources {
 pub type Refusal = String;
 
 const TOP_KEYS: &[&str] = &["features", "clusters"];
-const FEATURE_KEYS: &[&str] = &["provider", "controllerVmID", "attachToProtectedVMs"];
-const CLUSTER_KEYS: &[&str] =
-    &["url", "insecure", "token_id", "token_id_file", "token_secret", "token_secret_file", "username", "password", "region", "fencedNodes"];
+const FEATURE_KEYS: &[&str] = &["provider", "controllerVmID", "attachToProtectedVMs", "attachOnlyOwned", "deleteAlsoOwnedBy"];
+const CLUSTER_KEYS: &[&str] = &[
+    "url",
+    "urls",
+    "insecure",
+    "caFile",
+    "fingerprint",
+    "token_id",
+    "token_id_file",
+    "token_secret",
+    "token_secret_file",
+    "username",
+    "password",
+    "region",
+    "fencedNodes",
+];
 
-/// Reads `path` and the credential files that it names. Also gives every file that was read, so that a change is noticed.
+/// Reads `path` and the files that it names. Also gives every file that was read.
 ///
 /// # Errors
 /// A sentence naming the file, the line where there is one, and what would be right.
 pub fn load(path: &Path) -> Result<(Config, Vec<PathBuf>), Refusal> {
-    let mut files = vec![path.to_path_buf()];
-    let text = read_bounded(path).map_err(|why| format!("config file {}: {why}", path.display()))?;
-    let (features, texts) = parse(&text).map_err(|why| format!("config file {}: {why}", path.display()))?;
-    let mut clusters = Vec::new();
-    for cluster in texts {
-        let region = cluster.region;
-        let mut resolve = |key: &str, source: Source| match source {
-            Source::Inline(secret) => Ok(secret),
-            Source::File(file) => {
-                // What is no path may be the secret itself, pasted under the wrong key: it is not shown.
-                let shown = if file.is_absolute() { file.display().to_string() } else { "(no absolute path)".into() };
-                let wrong = |why: &str| format!("config file {}: region {region:?}: {key} {shown} {why}", path.display());
-                let secret = read_bounded(&file).map_err(|why| wrong(&why))?;
-                let secret = secret.trim();
-                if secret.is_empty() || secret.contains(char::is_whitespace) {
-                    return Err(wrong("should hold one word"));
-                }
-                let secret = Secret::new(secret.into());
-                files.push(file);
-                Ok(secret)
-            }
-        };
+    let reading = Reading::of(path);
+    reading.config.map(|config| (config, reading.files.into_iter().map(|(file, _)| file).collect()))
+}
+
+/// Enough to notice a change, also by a swapped symlink (a Kubernetes secret): device, inode, seconds and nanoseconds of the
+/// last change, bytes. Nothing: it is not there.
+pub type Stamp = Option<(u64, u64, i64, i64, u64)>;
+
+/// A file as it is now.
+#[must_use]
+pub fn stamp_of(path: &Path) -> Stamp {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec(), metadata.len()))
+}
+
+/// What reading the file gave, and every file that was looked at, as it was before: a change of any is a reason to read again, also
+/// where the reading failed.
+#[derive(Debug)]
+pub struct Reading {
+    /// A sentence: what is wrong with the file, and what would be right.
+    pub config: Result<Config, Refusal>,
+    /// In the order of reading, `path` first.
+    pub files: Vec<(PathBuf, Stamp)>,
+}
+
+impl Reading {
+    /// Reads `path` and the files that it names.
+    #[must_use]
+    pub fn of(path: &Path) -> Self {
+        let mut reading = Self { config: Err(Refusal::new()), files: Vec::new() };
+        reading.config = reading.read_all(path).map_err(|why| format!("config file {}: {why}", path.display()));
+        reading
+    }
+
+    fn read_all(&mut self, path: &Path) -> Result<Config, Refusal> {
+        let text = self.bytes(path).and_then(text_of)?;
+        let (features, texts) = parse(&text)?;
+        let mut clusters = Vec::new();
+        for cluster in texts {
+            let region = cluster.region.clone();
+            let one = self.cluster(cluster).map_err(|why| format!("region {region:?}: {why}"))?;
+            clusters.push(one);
+        }
+        Ok(Config { features, clusters })
+    }
+
+    fn cluster(&mut self, cluster: ClusterText) -> Result<ClusterConfig, Refusal> {
         let credentials = match cluster.credentials {
             CredentialSources::Token { id, secret } => {
-                let id = resolve("token_id_file", id)?.reveal().to_string();
-                check_token_id(&id).map_err(|why| format!("config file {}: region {region:?}: {why}", path.display()))?;
-                Credentials::Token { id, secret: resolve("token_secret_file", secret)? }
+                let id = self.secret("token_id_file", id)?.reveal().to_string();
+                check_token_id(&id)?;
+                Credentials::Token { id, secret: self.secret("token_secret_file", secret)? }
             }
             CredentialSources::Password { username, password } => Credentials::Password { username, password },
         };
-        clusters.push(ClusterConfig { region, url: cluster.url, insecure: cluster.insecure, credentials, fenced: cluster.fenced });
+        let trust = match cluster.trust {
+            Trust::Ca { file, .. } => {
+                let pem = self.bytes(&file).map_err(|why| format!("caFile {} {why}", file.display()))?;
+                if crate::pve::http::certificates(&pem).is_empty() {
+                    return Err(format!("caFile {} has no certificate (PEM) in it", file.display()));
+                }
+                Trust::Ca { file, pem: pem.to_vec() }
+            }
+            trust => trust,
+        };
+        Ok(ClusterConfig { region: cluster.region, urls: cluster.urls, trust, credentials, fenced: cluster.fenced })
     }
-    Ok((Config { features, clusters }, files))
+
+    fn secret(&mut self, key: &str, source: Source) -> Result<Secret, Refusal> {
+        let file = match source {
+            Source::Inline(secret) => return Ok(secret),
+            Source::File(file) => file,
+        };
+        // What is no path may be the secret itself, pasted under the wrong key: it is not shown.
+        let shown = if file.is_absolute() { file.display().to_string() } else { "(no absolute path)".into() };
+        let secret = self.bytes(&file).and_then(text_of).map_err(|why| format!("{key} {shown} {why}"))?;
+        let secret = secret.trim();
+        if secret.is_empty() || secret.contains(char::is_whitespace) {
+            return Err(format!("{key} {shown} should hold one word"));
+        }
+        Ok(Secret::new(secret.into()))
+    }
+
+    /// Stamped first: what changes meanwhile is read again.
+    fn bytes(&mut self, path: &Path) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+        let stamp = stamp_of(path);
+        self.files.push((path.into(), stamp));
+        let bytes = stamp.map_or(0, |(_, _, _, _, bytes)| bytes);
+        if bytes > MAX_FILE_BYTES {
+            return Err(format!("has {bytes} bytes; more than {MAX_FILE_BYTES} is no such file"));
+        }
+        let mut read = Zeroizing::new(Vec::new());
+        let file = std::fs::File::open(path).map_err(|cause| format!("cannot be read: {cause}"))?;
+        file.take(MAX_FILE_BYTES).read_to_end(&mut read).map_err(|cause| format!("cannot be read: {cause}"))?;
+        Ok(read)
+    }
 }
 
-fn read_bounded(path: &Path) -> Result<String, Refusal> {
-    let size = std::fs::metadata(path).map_err(|cause| format!("cannot be read: {cause}"))?.len();
-    if size > MAX_FILE_BYTES {
-        return Err(format!("has {size} bytes; more than {MAX_FILE_BYTES} is no such file"));
+fn text_of(bytes: Zeroizing<Vec<u8>>) -> Result<Zeroizing<String>, Refusal> {
+    match std::str::from_utf8(&bytes) {
+        Ok(text) => Ok(Zeroizing::new(text.to_string())),
+        Err(_) => Err("is no text (UTF-8)".into()),
     }
-    std::fs::read_to_string(path).map_err(|cause| format!("cannot be read: {cause}"))
 }
 
 fn parse(text: &str) -> Result<(Features, Vec<ClusterText>), Refusal> {
@@ -168,8 +265,10 @@ fn parse(text: &str) -> Result<(Features, Vec<ClusterText>), Refusal> {
     let Some(Value::Sequence(list)) = top.get("clusters") else {
         return Err("has no clusters; write clusters: and under it a list with url, region and token_id, token_secret of each".into());
     };
-    if list.is_empty() {
-        return Err("has an empty list of clusters; at least one is needed".into());
+    match list.len() {
+        0 => return Err("has an empty list of clusters; at least one is needed".into()),
+        1..=MAX_CLUSTERS => (),
+        more => return Err(format!("has {more} clusters; at most {MAX_CLUSTERS} are served by one controller")),
     }
     let mut clusters: Vec<ClusterText> = Vec::new();
     let mut regions = BTreeSet::new();
@@ -194,7 +293,7 @@ fn parse(text: &str) -> Result<(Features, Vec<ClusterText>), Refusal> {
 #[cfg(fuzzing)]
 pub fn fuzz(text: &str) -> Result<(u32, Vec<(String, String)>), Refusal> {
     let (features, clusters) = parse(text)?;
-    Ok((features.controller_vmid, clusters.into_iter().map(|cluster| (cluster.region, cluster.url)).collect()))
+    Ok((features.controller_vmid, clusters.into_iter().map(|cluster| (cluster.region, cluster.urls.join(" "))).collect()))
 }
 
 fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<Features, Refusal> {
@@ -204,19 +303,11 @@ fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<Features, Refusa
         Some(_) => return Err("features should be a mapping with controllerVmID".into()),
     };
     known_keys(map, FEATURE_KEYS, "features", lines, 0)?;
-    if let Some(provider) = map.get("provider") {
-        match provider.as_str() {
-            Some("default") => (),
-            Some("capmox") => {
-                return Err(format!(
-                    "{}features.provider capmox is not supported by this version; node ids should carry the VMID (name/vmid), or VMs the \
-                     node's name: write default",
-                    lines.of_key("provider", 0)
-                ));
-            }
-            _ => return Err(format!("{}features.provider should be default", lines.of_key("provider", 0))),
-        }
-    }
+    let capmox = match map.get("provider").map(|provider| provider.as_str()) {
+        None | Some(Some("default")) => false,
+        Some(Some("capmox")) => true,
+        _ => return Err(format!("{}features.provider should be default or capmox", lines.of_key("provider", 0))),
+    };
     let controller_vmid = match map.get("controllerVmID") {
         None | Some(Value::Null) => DEFAULT_CONTROLLER_VMID,
         Some(given) => given
@@ -225,7 +316,23 @@ fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<Features, Refusa
             .filter(|id| CONTROLLER_VMIDS.contains(id))
             .ok_or_else(|| format!("{}controllerVmID should be a number from 101 to 999999999", lines.of_key("controllerVmID", 0)))?,
     };
-    Ok(Features { controller_vmid, attach_to_protected: flag(map, "attachToProtectedVMs", "features", lines, 0)? })
+    let attach_to_protected = flag(map, "attachToProtectedVMs", "features", lines, 0)?;
+    let attach_only_owned = flag(map, "attachOnlyOwned", "features", lines, 0)?;
+    Ok(Features { controller_vmid, attach_to_protected, attach_only_owned, delete_also_owned_by: owners(map, lines)?, capmox })
+}
+
+/// VMIDs: a list, or nothing.
+fn owners(map: &Mapping, lines: &Lines<'_>) -> Result<BTreeSet<u32>, Refusal> {
+    let key = "deleteAlsoOwnedBy";
+    let wrong = || format!("{}features: {key} should be a list of numbers from 100 to 999999999", lines.of_key(key, 0));
+    match map.get(key) {
+        None | Some(Value::Null) => Ok(BTreeSet::new()),
+        Some(Value::Sequence(list)) => {
+            let vmid = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).filter(|id| VMIDS.contains(id));
+            list.iter().map(|value| vmid(value).ok_or_else(wrong)).collect()
+        }
+        Some(_) => Err(wrong()),
+    }
 }
 
 fn flag(map: &Mapping, key: &str, place: &str, lines: &Lines<'_>, nth: usize) -> Result<bool, Refusal> {
@@ -267,12 +374,10 @@ fn cluster(value: &Value, index: usize, lines: &Lines<'_>) -> Result<ClusterText
     }
     let insecure = flag(map, "insecure", &place, lines, index)?;
     let fenced = fenced(map, &place, lines, index)?;
-    let url = text("url")?.ok_or_else(|| format!("{place} has no url; write https://HOST:8006/api2/json"))?;
-    // What stands before an `@` may be a password: then the url is not shown.
-    let shown = if url.contains('@') { "(with a user or password in it)".into() } else { format!("{url:?}") };
-    let url = base_url(&url).map_err(|why| format!("{}{place}: url {shown} {why}", lines.of_key("url", index)))?;
+    let urls = reach::urls(map, &place, lines, index)?;
+    let trust = reach::trust(map, insecure, &urls, &place, lines, index)?;
     let credentials = credentials(&place, &text)?;
-    Ok(ClusterText { region, url, insecure, credentials, fenced })
+    Ok(ClusterText { region, urls, trust, credentials, fenced })
 }
 
 /// One way of credentials, whole: a token (each half inline or in a file) or a user with a password.
@@ -315,23 +420,6 @@ fn check_token_id(id: &str) -> Result<(), Refusal> {
     });
     let plain = !id.contains(|c: char| c.is_control() || c.is_whitespace() || matches!(c, '=' | ';' | ','));
     if fits && plain { Ok(()) } else { Err("token_id should look like user@realm!tokenname".into()) }
-}
-
-/// Accepts the host alone, with `/api2/json`, and with a slash at the end.
-fn base_url(given: &str) -> Result<String, &'static str> {
-    let (scheme, rest) = given.split_once("://").ok_or("should begin with https:// or http://")?;
-    if !matches!(scheme, "http" | "https") {
-        return Err("should begin with https:// or http://");
-    }
-    let rest = rest.trim_end_matches('/');
-    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-    if host.is_empty() || host.contains('@') || host.contains(|c: char| c.is_whitespace() || matches!(c, '?' | '#' | '\\')) {
-        return Err("has no plain host; write https://HOST:8006/api2/json");
-    }
-    match path {
-        "" | "api2" | "api2/json" => Ok(format!("{scheme}://{host}/api2/json")),
-        _ => Err("has a path that is not Proxmox's; write https://HOST:8006/api2/json"),
-    }
 }
 
 fn known_keys(map: &Mapping, known: &[&str], place: &str, lines: &Lines<'_>, nth: usize) -> Result<(), Refusal> {
@@ -398,13 +486,13 @@ mod tests {
     fn the_reference_drivers_file_is_read() {
         let text = GOOD.replace("1234", "\"1234\"");
         let (features, clusters) = parse(&text).unwrap();
-        assert_eq!(features, Features { controller_vmid: 8000, attach_to_protected: false });
-        assert_eq!(clusters[0].url, "https://pve:8006/api2/json");
-        assert!(clusters[0].insecure);
+        assert_eq!(features, Features { controller_vmid: 8000, attach_to_protected: false, ..Features::default() });
+        assert_eq!(clusters[0].urls, ["https://pve:8006/api2/json"]);
+        assert_eq!(clusters[0].trust, Trust::Blind);
         assert_eq!(clusters[0].region, "r1");
         let two = format!("{text}  - {{url: 'http://b/', region: r2, username: root@pam, password: p}}\n");
         let (_, clusters) = parse(&two).unwrap();
-        assert_eq!(clusters[1].url, "http://b/api2/json");
+        assert_eq!(clusters[1].urls, ["http://b/api2/json"]);
         assert!(matches!(clusters[1].credentials, CredentialSources::Password { .. }));
     }
 
@@ -428,7 +516,7 @@ mod tests {
             ("controllerVmID: 8000", "controllerVmID: abc", &["line 3", "number"]),
             ("    insecure: true", "    insecur: true", &["line 6", "unknown key \"insecur\"", "insecure"]),
             ("    insecure: true", "    insecure: maybe", &["line 6", "true or false"]),
-            ("provider: default", "provider: capmox", &["line 2", "capmox", "default"]),
+            ("provider: default", "provider: proxmox", &["line 2", "capmox", "default"]),
             ("https://pve:8006/api2/json", "ftp://pve", &["line 5", "https://"]),
             ("https://pve:8006/api2/json", "https://root:1234@pve:8006", &["line 5", "no plain host"]),
             ("https://pve:8006/api2/json", "https://pve:8006/other", &["line 5", "api2/json"]),

@@ -49,6 +49,7 @@ const FLAGS: &[Flag] = &[
     Flag::value("kubeconfig", Some("KUBECONFIG")),
     Flag::value("master", Some("MASTER")),
     Flag::value("v", Some("LOG_LEVEL")).called("verbosity"),
+    Flag::value("log-format", Some("LOG_FORMAT")),
     Flag::switch("version"),
 ];
 
@@ -100,6 +101,9 @@ struct Args {
     /// how much is logged: error, warn, info, debug, or klog's number; written -v 4 or --v=4 [LOG_LEVEL]
     #[argh(option, default = "\"info\".into()")]
     verbosity: String,
+    /// text or json [LOG_FORMAT]
+    #[argh(option, default = "\"text\".into()")]
+    log_format: String,
     /// print the version and end
     #[argh(switch)]
     version: bool,
@@ -186,6 +190,7 @@ fn begin(given: &[String]) -> Result<ExitCode, String> {
         return Ok(said(concat!("proxmox-csi-node ", env!("CARGO_PKG_VERSION"))));
     }
     proto::log::set_level(&args.verbosity)?;
+    proto::log::set_format(&args.log_format)?;
     run(args)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -305,9 +310,12 @@ async fn serve(
     let registering = tokio::spawn(registration::run(kubelet, known, standing.clone(), stop.clone()));
     if let Some(listener) = pages {
         let (place, is_ready) = (socket.place(), standing.clone());
-        let alive = move || if place.is_ours() { Ok(()) } else { Err(format!("{} is not ours any more", place.path().display())) };
+        let nothing = String::new;
+        let alive = move || if place.is_ours() { Ok(nothing()) } else { Err(format!("{} is not ours any more", place.path().display())) };
         let metrics = move || metrics::page(is_ready.get().is_ok());
-        let pages = Pages { alive: Arc::new(alive), ready: Arc::new(move || standing.get()), metrics: Arc::new(metrics) };
+        let ready = move || standing.get().map(|()| nothing());
+        let metrics_path = "/metrics".into();
+        let pages = Pages { alive: Arc::new(alive), ready: Arc::new(ready), metrics_path, metrics: Arc::new(metrics) };
         let address = listener.local_addr().map_err(|cause| format!("metrics address: {cause}"))?;
         proto::info!("/healthz, /readyz and /metrics on {address}");
         tokio::spawn(health::serve(listener, pages));

@@ -119,7 +119,11 @@ fn overdue(volume: &Volume, progress: &Progress) -> String {
 /// On a thread that may block.
 #[must_use]
 pub fn aside(work: Box<dyn FnOnce() + Send>) -> tokio::task::JoinHandle<()> {
-    tokio::task::spawn_blocking(work)
+    let call = proto::log::call();
+    tokio::task::spawn_blocking(move || {
+        let _within = proto::log::enter(call);
+        work();
+    })
 }
 
 fn lost(volume: &Volume, why: impl std::fmt::Display) -> Status {

@@ -10,9 +10,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 use serde_yaml::Value as Yaml;
+use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use super::{Failure, text};
+use crate::config::Trust;
 use crate::fence::Fence;
 use crate::pve::http;
 use crate::secret::Secret;
@@ -25,6 +27,13 @@ const MAX_ANSWER_BYTES: u64 = 16 << 20;
 const MAX_SAID_CHARS: usize = 300;
 /// A list of 500 entries takes a tenth of a second; whoever waits for it waits for a volume.
 pub(super) const READ_LIMIT: Duration = Duration::from_secs(20);
+
+/// Calls at a time, each on a thread, which may stay for a while after its call was given up.
+const MOST_CALLS: usize = 24;
+/// The same for the Lease, whose calls must wait for no other: one in 3 s at most, each on its thread for 40 s at most.
+const MOST_OF_LEASE: usize = 16;
+/// All threads that these calls can ever hold.
+pub const THREADS: usize = MOST_CALLS + MOST_OF_LEASE;
 
 /// Where the API server is, and who we are to it.
 pub struct Access {
@@ -147,6 +156,10 @@ impl Call {
         Self { method: Method::Get, path: path.into(), body: Value::Null, limit: READ_LIMIT }
     }
 
+    fn is_of_lease(&self) -> bool {
+        self.path.contains("/leases")
+    }
+
     /// `GET /api/v1/nodes/NAME`
     pub(super) fn name(&self) -> String {
         format!("{} {}", self.method.name(), self.path)
@@ -176,6 +189,8 @@ pub(super) struct Api {
     agent: ureq::Agent,
     access: Access,
     in_flight: Arc<AtomicUsize>,
+    threads: Arc<Semaphore>,
+    threads_of_lease: Arc<Semaphore>,
 }
 
 impl fmt::Debug for Api {
@@ -206,8 +221,9 @@ impl Api {
     /// # Errors
     /// There are no certificates to trust.
     pub(super) fn new(access: Access) -> Result<Self, Failure> {
-        let agent = http::agent(access.url.starts_with("https://"), false, access.ca.as_deref())?;
-        Ok(Self { agent, access, in_flight: Arc::default() })
+        let agent = http::agent(access.url.starts_with("https://"), &Trust::System, access.ca.as_deref(), http::CONNECT_TIMEOUT)?;
+        let threads = |most| Arc::new(Semaphore::new(most));
+        Ok(Self { agent, access, in_flight: Arc::default(), threads: threads(MOST_CALLS), threads_of_lease: threads(MOST_OF_LEASE) })
     }
 
     pub(super) fn namespace(&self) -> &str {
@@ -226,12 +242,17 @@ impl Api {
         let (api, name, limit) = (Arc::clone(self), call.name(), call.limit);
         let flight = Flight::begin(&self.in_flight);
         let sent = Arc::clone(&flight);
-        let work = move || {
-            let _sent = sent;
-            api.call_blocking(&call)
+        let threads = Arc::clone(if call.is_of_lease() { &self.threads_of_lease } else { &self.threads });
+        let work = async move {
+            let thread = threads.acquire_owned().await;
+            let work = move || {
+                let _held = (sent, thread);
+                api.call_blocking(&call)
+            };
+            tokio::task::spawn_blocking(work).await
         };
         // Its thread goes on until its own, longer limit: a thread cannot be stopped.
-        match tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await {
+        match tokio::time::timeout(limit, work).await {
             Ok(done) => done.unwrap_or_else(|cause| Err(format!("our own call broke off: {cause}"))),
             Err(_) => Err(format!("Kubernetes API: {name}: no answer within {} s", limit.as_secs())),
         }
@@ -249,7 +270,7 @@ impl Api {
         };
         let url = format!("{}{}", self.access.url, call.path);
         // The fence is about Proxmox; this thread may have called that one before.
-        http::begin_call(Fence::default());
+        http::begin_call(Fence::default(), http::Gate::default());
         let with_body = |builder: ureq::RequestBuilder<ureq::typestate::WithBody>, kind: &str| {
             builder.header("Authorization", bearer.as_str()).header("Content-Type", kind).send(call.body.to_string())
         };

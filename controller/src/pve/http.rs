@@ -7,7 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ureq::Agent;
@@ -16,10 +16,12 @@ use ureq::tls::{PemItem, RootCerts, TlsConfig, TlsProvider};
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, RustlsConnector, TcpConnector, Transport};
 
+use super::pin::PinConnector;
+use crate::config::Trust;
 use crate::fence::Fence;
 
-/// A host that takes longer to accept is down or far: the call is repeated anyway.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A host that takes longer to accept, TLS included, is down or far: the call is repeated anyway.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Proxmox's own proxy gives up after 30 s without output (596): our limit only catches what says nothing at all.
 const CALL_TIMEOUT: Duration = Duration::from_secs(40);
 /// pveproxy closes an idle connection after 5.0 s; younger ones are safe to reuse.
@@ -45,15 +47,54 @@ thread_local! {
     static REASON: RefCell<String> = const { RefCell::new(String::new()) };
     static SENT: Cell<bool> = const { Cell::new(false) };
     static FENCE: RefCell<Fence> = RefCell::new(Fence::default());
+    static GATE: RefCell<Gate> = RefCell::new(Gate::default());
     static HELD_BACK: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Forgets the last call on this thread. The next one goes out only while `fence` is open.
-pub(crate) fn begin_call(fence: Fence) {
+/// Between the one who waits for a request and the thread that makes it: whether it went out, or never will.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Gate(Arc<Mutex<Passage>>);
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Passage {
+    #[default]
+    Open,
+    Passed,
+    Shut,
+}
+
+impl Gate {
+    fn passage(&self) -> std::sync::MutexGuard<'_, Passage> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets nothing out from now on. Whether that is in time: nothing went out before.
+    pub(super) fn shut(&self) -> bool {
+        let mut passage = self.passage();
+        if *passage == Passage::Open {
+            *passage = Passage::Shut;
+        }
+        *passage == Passage::Shut
+    }
+
+    /// Whether bytes may go out.
+    fn pass(&self) -> bool {
+        let mut passage = self.passage();
+        if *passage == Passage::Open {
+            *passage = Passage::Passed;
+        }
+        *passage == Passage::Passed
+    }
+}
+
+/// Forgets the last call on this thread. The next one goes out only while `fence` is open, and `gate` was not shut.
+pub(crate) fn begin_call(fence: Fence, gate: Gate) {
     REASON.with_borrow_mut(String::clear);
     SENT.set(false);
     FENCE.set(fence);
+    GATE.set(gate);
     HELD_BACK.set(None);
+    super::pin::refused();
 }
 
 /// Why the last request on this thread was not let out.
@@ -76,20 +117,25 @@ pub(super) fn be_patient(limit: Duration) {
     let _ = PATIENCE.set(limit);
 }
 
-/// A pool. `ca_bundle`: the file to trust instead of the system's.
+/// A pool. `bundle`: the file to trust instead of the system's, where the system's is trusted. `connect`: as [`CONNECT_TIMEOUT`].
 ///
 /// # Errors
 /// A sentence: no certificates to trust were found.
-pub(crate) fn agent(https: bool, insecure: bool, ca_bundle: Option<&Path>) -> Result<Agent, String> {
-    let mut tls = TlsConfig::builder()
-        .provider(TlsProvider::Rustls)
-        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
-    // Without roots ureq panics at the first connection: they are always set, if only to none.
-    tls = if https && !insecure {
-        tls.root_certs(RootCerts::from(trusted(ca_bundle)?))
-    } else {
-        tls.root_certs(RootCerts::new_with_certs(&[])).disable_verification(insecure)
+pub(crate) fn agent(https: bool, trust: &Trust, bundle: Option<&Path>, connect: Duration) -> Result<Agent, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let pins = PinConnector::new(trust.pins(), &provider)?;
+    let roots = match trust {
+        _ if !https => Vec::new(),
+        Trust::System => trusted(bundle)?,
+        Trust::Ca { pem, .. } => certificates(pem),
+        Trust::Pinned(_) | Trust::Blind => Vec::new(),
     };
+    // Without roots ureq panics at the first connection: they are always set, if only to none.
+    let tls = TlsConfig::builder()
+        .provider(TlsProvider::Rustls)
+        .unversioned_rustls_crypto_provider(provider)
+        .root_certs(RootCerts::from(roots))
+        .disable_verification(*trust == Trust::Blind);
     let config: Config = Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
@@ -97,7 +143,8 @@ pub(crate) fn agent(https: bool, insecure: bool, ca_bundle: Option<&Path>) -> Re
         .proxy(None)
         .tls_config(tls.build())
         .user_agent(concat!("proxmox-csi/", env!("CARGO_PKG_VERSION")))
-        .timeout_connect(Some(CONNECT_TIMEOUT))
+        .timeout_resolve(Some(connect))
+        .timeout_connect(Some(connect))
         .timeout_global(Some(PATIENCE.get().copied().unwrap_or(CALL_TIMEOUT)))
         .max_idle_age(MAX_IDLE_AGE)
         .max_idle_connections(MAX_IDLE_CONNECTIONS)
@@ -105,8 +152,17 @@ pub(crate) fn agent(https: bool, insecure: bool, ca_bundle: Option<&Path>) -> Re
         .input_buffer_size(BUFFER_BYTES)
         .output_buffer_size(BUFFER_BYTES)
         .build();
-    let chain = ().chain(TcpConnector::default()).chain(RustlsConnector::default()).chain(WatchConnector);
+    let chain = ().chain(TcpConnector::default()).chain(pins).chain(RustlsConnector::default()).chain(WatchConnector);
     Ok(Agent::with_parts(config, chain, DefaultResolver::default()))
+}
+
+/// The certificates in a PEM file.
+pub(crate) fn certificates(pem: &[u8]) -> Vec<ureq::tls::Certificate<'static>> {
+    let certificate = |item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(certificate),
+        _ => None,
+    };
+    ureq::tls::parse_pem(pem).filter_map(certificate).collect()
 }
 
 fn trusted(ca_bundle: Option<&Path>) -> Result<Vec<ureq::tls::Certificate<'static>>, String> {
@@ -116,19 +172,14 @@ fn trusted(ca_bundle: Option<&Path>) -> Result<Vec<ureq::tls::Certificate<'stati
     };
     for path in &candidates {
         let Ok(text) = std::fs::read(path) else { continue };
-        let certificates: Vec<_> = ureq::tls::parse_pem(&text)
-            .filter_map(|item| match item {
-                Ok(PemItem::Certificate(certificate)) => Some(certificate),
-                _ => None,
-            })
-            .collect();
+        let certificates = certificates(&text);
         if !certificates.is_empty() {
             return Ok(certificates);
         }
     }
     let names: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
     Err(format!(
-        "no certificates to trust in {}; mount the CA's certificate and name it in SSL_CERT_FILE, or write insecure: true",
+        "no certificates to trust in {}; mount the CA's certificate and name it in SSL_CERT_FILE or as the cluster's caFile, or write its fingerprint, or insecure: true",
         names.join(", ")
     ))
 }
@@ -161,6 +212,10 @@ impl<T: Transport> Transport for Watch<T> {
         if let Err(why) = FENCE.with_borrow(Fence::check) {
             HELD_BACK.set(Some(why));
             return Err(ureq::Error::Io(std::io::ErrorKind::PermissionDenied.into()));
+        }
+        if !GATE.with_borrow(Gate::pass) {
+            HELD_BACK.set(Some("it was given up before it was sent".into()));
+            return Err(ureq::Error::Io(std::io::ErrorKind::TimedOut.into()));
         }
         self.awaited = true;
         SENT.set(true);
@@ -199,6 +254,7 @@ fn status_line(input: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Fingerprint;
 
     #[test]
     fn the_reason_is_all_after_the_status() {
@@ -211,9 +267,18 @@ mod tests {
 
     #[test]
     fn without_certificates_there_is_a_sentence() {
-        let why = agent(true, false, Some(Path::new("/nonexistent/ca.pem"))).unwrap_err();
+        let agent = |https, trust, bundle| agent(https, &trust, bundle, CONNECT_TIMEOUT);
+        let why = agent(true, Trust::System, Some(Path::new("/nonexistent/ca.pem"))).unwrap_err();
         assert!(why.contains("/nonexistent/ca.pem") && why.contains("insecure: true"), "{why}");
-        assert!(agent(true, true, None).is_ok());
-        assert!(agent(false, false, None).is_ok());
+        assert!(agent(true, Trust::Blind, None).is_ok());
+        assert!(agent(true, Trust::Pinned(vec![Fingerprint([7; 32])]), None).is_ok());
+        assert!(agent(false, Trust::System, None).is_ok());
+    }
+
+    #[test]
+    fn what_is_given_up_before_it_is_sent_is_never_sent() {
+        let (early, late) = (Gate::default(), Gate::default());
+        assert!(early.shut() && !early.pass() && early.shut());
+        assert!(late.pass() && !late.shut() && late.pass());
     }
 }

@@ -1,8 +1,9 @@
 //! Proxmox on the wire: a client of one cluster. Knows no CSI.
 //!
 //! `api` builds requests and reads answers, `http` owns the connections, `error` keeps Proxmox's words and says what
-//! they mean, `drive` is the grammar of a VM's drives. A request is sent once, except where nothing can have happened:
-//! a read whose pooled connection had been closed, and any call after a 401 whose ticket was renewed.
+//! they mean, `drive` is the grammar of a VM's drives, `urls` are the cluster's addresses. A request is sent once, except where
+//! nothing can have happened: a read whose connection broke or whose node fell silent, any call after a 401 whose ticket was
+//! renewed, and any call of which nothing went out.
 
 pub mod api;
 pub mod drive;
@@ -10,6 +11,8 @@ pub mod error;
 pub(crate) mod http;
 #[cfg(test)]
 pub(crate) mod known;
+mod pin;
+mod urls;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,14 +23,19 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use crate::config::{ClusterConfig, Credentials};
+use crate::config::{ClusterConfig, Credentials, MAX_URLS};
 use crate::fence::Fence;
+use crate::look::health::Heard;
+use crate::look::metrics::{self, Lock};
 use crate::secret::Secret;
 pub use api::{Method, Request};
 pub use error::{Cause, Error, Meaning};
+use http::Gate;
+use urls::{CONNECT_LIMIT, LOOK_AFTER, LOOK_AFTER_WRITE, LOOK_AGAIN, LOOK_LIMIT, Urls};
 
 /// A ticket lives 2 h; renewed well before.
 const TICKET_AGE: Duration = Duration::from_secs(105 * 60);
@@ -42,8 +50,13 @@ const TASK_POLL_PART: u32 = 4;
 /// Hot-plug may wait 10 s for the VM's lock and 60 s for QEMU; a task that runs longer is looked at by the next call.
 pub const TASK_DEADLINE: Duration = Duration::from_secs(100);
 
-/// Calls to one cluster at a time: each holds a thread of ours. A cluster that hangs so leaves threads to the others.
-pub const CALLS_PER_CLUSTER: usize = 16;
+/// Calls to one cluster at a time.
+const CALLS_PER_CLUSTER: usize = 16;
+/// Threads that those hold, and the ones that nobody waits for any more: their caller, or the url that they wait for, was given up.
+const CALL_THREADS: usize = 3 * CALLS_PER_CLUSTER;
+/// All that one cluster can ever hold, however it hangs. Whoever makes the threads makes so many per cluster, and more: then
+/// no cluster takes them from another one.
+pub const THREADS_PER_CLUSTER: usize = CALL_THREADS + MAX_URLS;
 /// Calls about one Proxmox node at a time: it works on three, and one that hangs must leave room for calls about the others.
 const CALLS_PER_HOST: usize = 6;
 
@@ -78,17 +91,49 @@ pub fn be_patient(limit: Duration) {
 /// A client of one Proxmox cluster.
 pub struct Client {
     agent: Result<ureq::Agent, String>,
-    url: String,
+    urls: Urls,
     auth: Auth,
     at_a_time: Semaphore,
     hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
-    in_flight: Arc<AtomicUsize>,
     fence: Fence,
-    /// Calls so far: each has its number on the wire, so that two that say the same are told apart.
-    calls: AtomicU64,
+    /// The cluster's name, for the metrics.
+    region: String,
+    /// Whether Proxmox answers.
+    pub(crate) heard: Heard,
+    shared: Arc<Shared>,
 }
 
-/// What a call's number travels as.
+/// What a client has in common with the one before it, whose calls may still go on.
+#[derive(Debug)]
+struct Shared {
+    in_flight: Arc<AtomicUsize>,
+    /// Calls so far: each has its number on the wire, so that two that say the same are told apart.
+    calls: AtomicU64,
+    threads: Arc<Semaphore>,
+    looks: Arc<Semaphore>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        let threads = |most| Arc::new(Semaphore::new(most));
+        Self { in_flight: Arc::default(), calls: AtomicU64::default(), threads: threads(CALL_THREADS), looks: threads(MAX_URLS) }
+    }
+}
+
+/// How a call did not succeed.
+struct Broken {
+    error: Error,
+    /// It is that url's fault: another one may do.
+    is_of_url: bool,
+}
+
+impl From<Error> for Broken {
+    fn from(error: Error) -> Self {
+        Self { error, is_of_url: false }
+    }
+}
+
+/// What a call's number travels as: that of the RPC that it is made for, as the log has it, and its own.
 const NUMBER_HEADER: &str = "X-Request-Id";
 
 /// A call that has not ended: it lasts as long as its last clone.
@@ -122,7 +167,7 @@ struct Ticket {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("url", &self.url).finish_non_exhaustive()
+        f.debug_struct("Client").field("urls", &self.urls.all).finish_non_exhaustive()
     }
 }
 
@@ -130,7 +175,10 @@ impl Client {
     /// Makes no call. Without certificates to trust, every call answers with the sentence that says so.
     #[must_use]
     pub fn new(cluster: &ClusterConfig, ca_bundle: Option<&Path>) -> Self {
-        let agent = http::agent(cluster.url.starts_with("https://"), cluster.insecure, ca_bundle);
+        let https = cluster.urls.iter().any(|url| url.starts_with("https://"));
+        let urls = Urls::new(cluster.urls.clone());
+        let connect = if urls.are_several() { CONNECT_LIMIT } else { http::CONNECT_TIMEOUT };
+        let agent = http::agent(https, &cluster.trust, ca_bundle, connect);
         let auth = match &cluster.credentials {
             Credentials::Token { id, secret } => Auth::Token(Zeroizing::new(format!("PVEAPIToken={id}={}", secret.reveal()))),
             Credentials::Password { username, password } => {
@@ -139,13 +187,14 @@ impl Client {
         };
         Self {
             agent,
-            url: cluster.url.clone(),
+            urls,
             auth,
             at_a_time: Semaphore::new(CALLS_PER_CLUSTER),
             hosts: Mutex::default(),
-            in_flight: Arc::default(),
             fence: Fence::default(),
-            calls: AtomicU64::default(),
+            region: cluster.region.clone(),
+            heard: Heard::default(),
+            shared: Arc::default(),
         }
     }
 
@@ -155,10 +204,22 @@ impl Client {
         Self { fence, ..self }
     }
 
-    /// Whether it talks to that address.
+    /// Takes the place of one whose calls may still go on: they count as this one's.
     #[must_use]
-    pub fn is_of(&self, url: &str) -> bool {
-        self.url == url
+    pub fn instead_of(self, before: &Self) -> Self {
+        Self { shared: Arc::clone(&before.shared), ..self }
+    }
+
+    /// Whether it talks to one of these addresses.
+    #[must_use]
+    pub fn is_of(&self, urls: &[String]) -> bool {
+        self.urls.all.iter().any(|url| urls.contains(url))
+    }
+
+    /// Where it talks to.
+    #[must_use]
+    pub fn url_in_use(&self) -> &str {
+        self.urls.at(self.urls.current().unwrap_or_default())
     }
 
     /// Places of one Proxmox node.
@@ -172,36 +233,153 @@ impl Client {
     /// # Errors
     /// Every status above 399, and every way not to get an answer.
     pub async fn call(self: &Arc<Self>, request: Request) -> Result<Value, Error> {
-        let (client, call, is_write) = (Arc::clone(self), request.name(), request.is_write());
+        let endpoint = request.endpoint();
         // First the node's place: who waits for a node that hangs must not hold one of the cluster's.
         let of_host = request.host().map(|host| self.host(host));
         let _of_host = match &of_host {
-            Some(host) => host.acquire().await.ok(),
+            Some(host) => metrics::waited(Lock::HostCalls, host.acquire()).await.ok(),
             None => None,
         };
-        let _at_a_time = self.at_a_time.acquire().await;
+        let _at_a_time = metrics::waited(Lock::ClusterCalls, self.at_a_time.acquire()).await;
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
-        let flight = Flight::begin(&self.in_flight);
-        let sent = Arc::clone(&flight);
-        let number = self.calls.fetch_add(1, Ordering::Relaxed);
-        let work = move || {
-            let _sent = sent;
-            client.call_blocking(&request, &number.to_string())
-        };
-        let answer = match tokio::task::spawn_blocking(work).await {
-            Ok(answer) => answer,
-            Err(cause) => Err(Error { call, cause: Cause::NoAnswer(format!("our own call broke off: {cause}")) }),
-        };
-        if is_write && answer.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
+        let flight = Flight::begin(&self.shared.in_flight);
+        let number = self.shared.calls.fetch_add(1, Ordering::Relaxed);
+        let number = format!("{:x}.{number}", proto::log::call());
+        let begun = Instant::now();
+        let answer = self.at_some_url(&request, &number, &flight).await;
+        metrics::count_request(&endpoint, &self.region, &answer, begun.elapsed());
+        self.heard.note(&answer);
+        if request.is_write() && answer.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
             self.fence.note_unknown();
         }
         answer
     }
 
+    /// At the url in use; where that fails and nothing can have happened, at the next one that answers.
+    async fn at_some_url(self: &Arc<Self>, request: &Request, number: &str, flight: &Arc<Flight>) -> Result<Value, Error> {
+        let begun = Instant::now();
+        for is_last in (0..self.urls.all.len()).map(|tries| tries + 1 == self.urls.all.len()) {
+            let index = self.url(begun).await.map_err(|why| Error { call: request.name(), cause: Cause::NotSent(why) })?;
+            let broken = match self.at(index, request, number, flight).await {
+                Ok(data) => return Ok(data),
+                Err(broken) => broken,
+            };
+            if broken.is_of_url && self.urls.note_dead(index) {
+                proto::warn!("{}: {}; the cluster's other urls are asked", self.urls.at(index), broken.error.words());
+            }
+            // A write that went out is never sent twice.
+            let is_nothing_done = matches!(broken.error.cause, Cause::NotSent(_)) || !request.is_write();
+            if is_last || !broken.is_of_url || !is_nothing_done {
+                return Err(broken.error);
+            }
+        }
+        Err(Error { call: request.name(), cause: Cause::NotSent("the cluster has no url".into()) })
+    }
+
+    /// The url in use, or the first that answers.
+    async fn url(self: &Arc<Self>, begun: Instant) -> Result<usize, String> {
+        if let Some(index) = self.urls.current() {
+            return Ok(index);
+        }
+        let _looking = self.urls.looking.lock().await;
+        // Another call has looked meanwhile.
+        match (self.urls.current(), self.urls.none(begun)) {
+            (Some(index), _) => return Ok(index),
+            (None, Some(why)) => return Err(why),
+            (None, None) => (),
+        }
+        let (mut looks, mut causes) = (JoinSet::new(), Vec::new());
+        for index in 0..self.urls.all.len() {
+            let client = Arc::clone(self);
+            looks.spawn(async move { (index, client.look(index).await) });
+        }
+        while let Some(looked) = looks.join_next().await {
+            match looked {
+                Ok((index, Ok(()))) => {
+                    self.urls.note_alive(index);
+                    proto::info!("calls go to {}", self.urls.at(index));
+                    return Ok(index);
+                }
+                Ok((index, Err(why))) => causes.push((index, why)),
+                Err(cause) => return Err(format!("our own look broke off: {cause}")),
+            }
+        }
+        Err(self.urls.note_none(causes))
+    }
+
+    /// Whether a url answers; without, why not.
+    async fn look(self: &Arc<Self>, index: usize) -> Result<(), String> {
+        let (client, thread) = (Arc::clone(self), Arc::clone(&self.shared.looks).acquire_owned().await);
+        let work = move || {
+            let _held = thread;
+            client.look_blocking(index)
+        };
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|cause| Err(format!("our own look broke off: {cause}")))
+    }
+
+    fn look_blocking(&self, index: usize) -> Result<(), String> {
+        let agent = self.agent.as_ref().map_err(Clone::clone)?;
+        let (begun, mut limit) = (Instant::now(), LOOK_LIMIT);
+        loop {
+            http::begin_call(Fence::default(), Gate::default());
+            // Any user's, answered by the proxy itself; without a token, for we may not have one yet.
+            let page = format!("{}/access/ticket", self.urls.at(index));
+            let answer = agent.get(&page).config().timeout_global(Some(limit)).build().call();
+            match answer.map(|answer| answer.status().as_u16()) {
+                // Of what stands before it.
+                Ok(status @ (502..=504)) => return Err(format!("{} answers {status} {}", self.urls.at(index), http::reason())),
+                Ok(_) => return Ok(()),
+                // A connection that had been closed, perhaps: one of now says more.
+                Err(_) if http::was_sent() && limit == LOOK_LIMIT && begun.elapsed() < LOOK_LIMIT / 2 => {
+                    limit = LOOK_LIMIT.saturating_sub(begun.elapsed());
+                }
+                Err(error) => return Err(self.explained(index, &error)),
+            }
+        }
+    }
+
+    /// On a thread; where there are other urls, not for longer than this one answers at all.
+    async fn at(self: &Arc<Self>, index: usize, request: &Request, number: &str, flight: &Arc<Flight>) -> Result<Value, Broken> {
+        let (gate, call) = (Gate::default(), request.name());
+        let work = {
+            let (client, request, number) = (Arc::clone(self), request.clone(), number.to_string());
+            let (gate, flight) = (gate.clone(), Arc::clone(flight));
+            let thread = Arc::clone(&self.shared.threads).acquire_owned().await;
+            move || {
+                let _held = (thread, flight);
+                client.call_blocking(index, &request, &number, &gate)
+            }
+        };
+        let mut working = tokio::task::spawn_blocking(work);
+        let mut pause = if request.is_write() { LOOK_AFTER_WRITE } else { LOOK_AFTER };
+        loop {
+            let silence = async {
+                match self.urls.are_several() {
+                    true => tokio::time::sleep(pause).await,
+                    false => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                answer = &mut working => return answer.unwrap_or_else(|cause| {
+                    Err(Error { call, cause: Cause::NoAnswer(format!("our own call broke off: {cause}")) }.into())
+                }),
+                () = silence => pause = LOOK_AGAIN,
+            }
+            if let Err(why) = self.look(index).await
+                && !working.is_finished()
+            {
+                let why = format!("{why}, while its answer was waited for");
+                let cause = if gate.shut() { Cause::NotSent(why) } else { Cause::NoAnswer(why) };
+                return Err(Broken { error: Error { call, cause }, is_of_url: true });
+            }
+        }
+    }
+
     /// Calls that have begun and not ended.
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
-        self.in_flight.load(Ordering::SeqCst)
+        self.shared.in_flight.load(Ordering::SeqCst)
     }
 
     /// Waits for a task to end well, which it hardly does before `earliest`: until then it is asked about once, for a refusal comes at
@@ -239,14 +417,13 @@ impl Client {
     }
 
     /// A repetition keeps its number.
-    fn call_blocking(&self, request: &Request, number: &str) -> Result<Value, Error> {
-        let first = self.attempt(request, number);
-        match &first {
-            Err(Error { cause: Cause::NoAnswer(why), .. }) if request.method == Method::Get && !why.contains("timeout") => {
-                self.attempt(request, number)
-            }
+    fn call_blocking(&self, index: usize, request: &Request, number: &str, gate: &Gate) -> Result<Value, Broken> {
+        let attempt = || self.attempt(index, request, number, gate);
+        let first = attempt();
+        match first.as_ref().err().map(|broken| &broken.error.cause) {
+            Some(Cause::NoAnswer(why)) if request.method == Method::Get && !why.contains("timeout") => attempt(),
             // 401 means not done, so even a write may be repeated under a new ticket.
-            Err(Error { cause: Cause::Answer { status: 401, .. }, .. }) if self.forget_ticket() => self.attempt(request, number),
+            Some(Cause::Answer { status: 401, .. }) if self.forget_ticket() => attempt(),
             _ => first,
         }
     }
@@ -259,61 +436,76 @@ impl Client {
         }
     }
 
-    fn attempt(&self, request: &Request, number: &str) -> Result<Value, Error> {
+    fn attempt(&self, index: usize, request: &Request, number: &str, gate: &Gate) -> Result<Value, Broken> {
         let number = (NUMBER_HEADER, number);
         match &self.auth {
-            Auth::Token(header) => self.send(request, &[number, ("Authorization", header.as_str())]),
+            Auth::Token(header) => self.send(index, request, &[number, ("Authorization", header.as_str())], gate),
             Auth::Password { username, password, ticket } => {
-                let ticket = self.ticket(username, password, ticket)?;
+                let ticket = self.ticket(index, username, password, ticket)?;
                 let cookie = Zeroizing::new(format!("PVEAuthCookie={}", api::percent_encoded(&ticket.cookie, "")));
-                self.send(request, &[number, ("Cookie", cookie.as_str()), ("CSRFPreventionToken", ticket.csrf.as_str())])
+                self.send(index, request, &[number, ("Cookie", cookie.as_str()), ("CSRFPreventionToken", ticket.csrf.as_str())], gate)
             }
         }
     }
 
     /// The ticket held, or a new one; parallel calls wait for the one that asks.
-    fn ticket(&self, username: &str, password: &Secret, held: &Mutex<Option<Ticket>>) -> Result<Ticket, Error> {
+    fn ticket(&self, index: usize, username: &str, password: &Secret, held: &Mutex<Option<Ticket>>) -> Result<Ticket, Broken> {
         let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(ticket) = held.as_ref().filter(|ticket| ticket.made.elapsed() < TICKET_AGE) {
             return Ok(ticket.clone());
         }
         let request = api::ticket(username, password.reveal());
-        let data = self.send(&request, &[])?;
+        let data = self.send(index, &request, &[], &Gate::default()).map_err(|broken| {
+            // What the ticket is for was not sent.
+            let cause = match broken.error.cause {
+                Cause::NoAnswer(why) => Cause::NotSent(why),
+                cause => cause,
+            };
+            Broken { error: Error { cause, ..broken.error }, ..broken }
+        })?;
         let (cookie, csrf) = api::read_ticket(&request.name(), &data)?;
         let ticket = Ticket { cookie: Zeroizing::new(cookie), csrf: Zeroizing::new(csrf), made: Instant::now() };
         *held = Some(ticket.clone());
         Ok(ticket)
     }
 
-    fn send(&self, request: &Request, headers: &[(&str, &str)]) -> Result<Value, Error> {
+    fn send(&self, index: usize, request: &Request, headers: &[(&str, &str)], gate: &Gate) -> Result<Value, Broken> {
         let failed = |cause: Cause| Error { call: request.name(), cause };
         let agent = self.agent.as_ref().map_err(|why| failed(Cause::NotSent(why.clone())))?;
-        http::begin_call(if request.is_write() { self.fence.clone() } else { Fence::default() });
-        let answer = self.exchange(agent, request, headers);
+        http::begin_call(if request.is_write() { self.fence.clone() } else { Fence::default() }, gate.clone());
+        let answer = self.exchange(agent, index, request, headers);
         let (status, text) = answer.map_err(|error| {
-            let why = self.explained(&error);
-            failed(if http::was_sent() { Cause::NoAnswer(why) } else { Cause::NotSent(why) })
+            let why = self.explained(index, &error);
+            let is_of_url = http::held_back().is_none() && !matches!(error, ureq::Error::BodyExceedsLimit(_));
+            Broken { error: failed(if http::was_sent() { Cause::NoAnswer(why) } else { Cause::NotSent(why) }), is_of_url }
         })?;
         if let Some(to) = TRANSCRIPT.get().filter(|_| !request.is_login()) {
             let parameters = if matches!(request.method, Method::Get | Method::Delete) { request.target() } else { request.body() };
             to(&Exchange { call: request.name(), parameters, status, reason: http::reason(), answer: &text });
         }
+        let url = self.urls.at(index);
         if (300..400).contains(&status) {
-            let why = format!("{} answers {status}, a redirection; the url should begin with https://", self.url);
-            return Err(failed(Cause::NotSent(why)));
+            let why = format!("{url} answers {status}, a redirection; the url should begin with https://");
+            return Err(failed(Cause::NotSent(why)).into());
         }
         let body: Option<Value> = serde_json::from_str(&text).ok();
         if status >= 400 {
-            return Err(failed(api::refusal(status, http::reason(), body, &text)));
+            return Err(failed(api::refusal(status, http::reason(), body, &text)).into());
         }
         match body {
             Some(Value::Object(mut body)) if body.contains_key("data") => Ok(body.remove("data").unwrap_or(Value::Null)),
-            _ => Err(failed(Cause::Shape(format!("status {status} without JSON data; is {} Proxmox VE's API?", self.url)))),
+            _ => Err(failed(Cause::Shape(format!("status {status} without JSON data; is {url} Proxmox VE's API?"))).into()),
         }
     }
 
-    fn exchange(&self, agent: &ureq::Agent, request: &Request, headers: &[(&str, &str)]) -> Result<(u16, String), ureq::Error> {
-        let url = format!("{}{}", self.url, request.target());
+    fn exchange(
+        &self,
+        agent: &ureq::Agent,
+        index: usize,
+        request: &Request,
+        headers: &[(&str, &str)],
+    ) -> Result<(u16, String), ureq::Error> {
+        let url = format!("{}{}", self.urls.at(index), request.target());
         let mut answer = match request.method {
             Method::Get => with_headers(agent.get(&url), headers).call()?,
             Method::Delete => with_headers(agent.delete(&url), headers).call()?,
@@ -328,18 +520,23 @@ impl Client {
     }
 
     /// Our words for what ureq met: what, where, and what to do about it.
-    fn explained(&self, error: &ureq::Error) -> String {
+    fn explained(&self, index: usize, error: &ureq::Error) -> String {
         if let Some(why) = http::held_back() {
             return why;
         }
-        let url = &self.url;
+        let url = self.urls.at(index);
+        if let Some(seen) = pin::refused() {
+            return format!(
+                "the certificate of {url} has the fingerprint {seen}, which the config file does not name; write it there if it was renewed"
+            );
+        }
         let text = error.to_string();
         let certificate = matches!(error, ureq::Error::Rustls(_) | ureq::Error::Tls(_))
             || ["certificate", "UnknownIssuer", "handshake"].iter().any(|word| text.contains(word));
         if certificate && !http::was_sent() {
             return format!(
-                "the TLS certificate of {url} is not trusted ({text}); put its CA into SSL_CERT_FILE, use the name it was made for, or write \
-                 insecure: true"
+                "the TLS certificate of {url} is not trusted ({text}); put its CA into SSL_CERT_FILE or name it as caFile, use the name it was made for, \
+                 or write its fingerprint, or insecure: true"
             );
         }
         match error {

@@ -1,7 +1,10 @@
 //! What a cluster says of itself: which VM a node id names, whether everything is shown to us, who is quorate, who is off.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Controller;
@@ -18,6 +21,9 @@ const PERMISSIONS_AGE: Duration = EVIDENCE_AGE;
 /// "Now" for all VMs of a node, which are asked about one after the other: once per call, not once per VM. A node that comes
 /// back starts none of them within that time.
 const NOW_AGE: Duration = Duration::from_secs(1);
+
+/// What other clusters have of a name is asked to say more; a call of this cluster waits no longer for it.
+const ELSEWHERE_LIMIT: Duration = Duration::from_secs(3);
 
 /// A Proxmox node that is off.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,21 +67,27 @@ impl Controller {
     /// It is, by region.
     pub(super) async fn check_not_elsewhere(&self, region: &Region, node: &NodeId) -> Result<(), Error> {
         let (NodeId::Vmid(name, _) | NodeId::Name(name)) = node;
+        let mut looking = JoinSet::new();
         for (other, elsewhere) in self.clusters()?.regions.iter().filter(|(other, _)| **other != region.name) {
-            if let Some(vm) = elsewhere.vm_named(name).await {
-                return Err(Error::precondition(format!(
-                    "node {node} is VM {} on {} of region {other}, the volume is in region {}: a volume cannot leave its Proxmox cluster; \
-                     give the PV its nodeAffinity, or the pod a node of region {}",
-                    vm.vmid, vm.host, region.name, region.name
-                )));
-            }
+            let (other, elsewhere, name) = (other.clone(), Arc::clone(elsewhere), name.clone());
+            looking.spawn(async move {
+                // A cluster that hangs keeps nobody of another one waiting.
+                let found = tokio::time::timeout(ELSEWHERE_LIMIT, elsewhere.vm_named(&name)).await.ok().flatten();
+                found.map(|vm| (other, vm))
+            });
         }
-        Ok(())
+        let found: BTreeMap<_, _> = looking.join_all().await.into_iter().flatten().collect();
+        let Some((other, vm)) = found.into_iter().next() else { return Ok(()) };
+        Err(Error::precondition(format!(
+            "node {node} is VM {} on {} of region {other}, the volume is in region {}: a volume cannot leave its Proxmox cluster; give the PV \
+             its nodeAffinity, or the pod a node of region {}",
+            vm.vmid, vm.host, region.name, region.name
+        )))
     }
 }
 
 /// As DNS compares names; a VM may carry the domain, too.
-fn is_name_of(vm: &str, node: &str) -> bool {
+pub(crate) fn is_name_of(vm: &str, node: &str) -> bool {
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_ascii_lowercase();
     vm.eq_ignore_ascii_case(node) || (first(vm) == first(node) && vm.contains('.') != node.contains('.'))
 }
@@ -184,7 +196,7 @@ impl Region {
     /// By Proxmox's word since `since`; without Sys.Audit, by more than half of its nodes being online.
     ///
     /// # Errors
-    /// Proxmox's.
+    /// Proxmox's; without Sys.Audit and without that half, its name.
     pub(crate) async fn is_quorate(&self, since: Instant) -> Result<bool, Error> {
         let mut held = self.quorate.lock().await;
         if let Some((_, quorate)) = held.filter(|(read_at, _)| *read_at >= since) {
@@ -197,9 +209,17 @@ impl Region {
             Err(error) if error.meaning() == Meaning::Forbidden => {
                 let resources = self.resources(since.min(ago(STATE_AGE))).await?;
                 let online = resources.hosts.values().filter(|status| *status == "online").count();
+                let hosts = resources.hosts.len().max(*locked(&self.most_hosts));
                 // One that was part of a cluster and shows only itself has lost the others, not outlived them.
-                let alone = resources.hosts.len() == 1 && *locked(&self.most_hosts) == 1;
-                alone || online * 2 > resources.hosts.len().max(*locked(&self.most_hosts))
+                let alone = resources.hosts.len() == 1 && hosts == 1;
+                if !alone && online * 2 <= hosts {
+                    return Err(Error::denied(format!(
+                        "region {}: {online} of {hosts} Proxmox nodes are online, and we may not ask whether those have a quorum; give the \
+                         token's role Sys.Audit on /",
+                        self.name
+                    )));
+                }
+                true
             }
             Err(error) => return Err(error.into()),
         };
@@ -207,8 +227,18 @@ impl Region {
         Ok(quorate)
     }
 
-    /// Keeps since when nodes are off.
+    /// Whether that VM had this name when it last showed one.
+    #[must_use]
+    pub(super) fn was_named(&self, vmid: u32, name: &str) -> bool {
+        locked(&self.names).get(&vmid).is_some_and(|shown| is_name_of(shown, name))
+    }
+
+    /// Keeps since when nodes are off, and how VMs are named.
     pub(super) fn note_hosts(&self, resources: &Resources) {
+        let mut names = locked(&self.names);
+        names.retain(|vmid, _| resources.vms.contains_key(vmid));
+        names.extend(resources.vms.values().filter_map(|vm| Some((vm.vmid, vm.name.clone()?))));
+        drop(names);
         let mut most = locked(&self.most_hosts);
         *most = resources.hosts.len().max(*most);
         let mut offline = locked(&self.offline_since);

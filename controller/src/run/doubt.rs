@@ -125,7 +125,7 @@ mod tests {
 
     use super::super::region::{Rules, ago};
     use super::*;
-    use crate::config::{ClusterConfig, Credentials};
+    use crate::config::{ClusterConfig, Credentials, Trust};
     use crate::pve::Client;
     use crate::pve::api::{Resources, Vm};
     use crate::secret::Secret;
@@ -134,8 +134,8 @@ mod tests {
     #[tokio::test]
     async fn a_lost_write_is_not_forgotten_before_its_vm_was_looked_at() {
         let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
-        let url = "http://127.0.0.1:1/api2/json".into();
-        let cluster = ClusterConfig { region: "r".into(), url, insecure: false, credentials, fenced: BTreeSet::new() };
+        let urls = vec!["http://127.0.0.1:1/api2/json".into()];
+        let cluster = ClusterConfig { region: "r".into(), urls, trust: Trust::System, credentials, fenced: BTreeSet::new() };
         let region = Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None);
         let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };
         let resources = Resources { vms: BTreeMap::from([(101, vm)]), ..Resources::default() };

@@ -213,7 +213,7 @@ impl Region {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ClusterConfig, Credentials};
+    use crate::config::{ClusterConfig, Credentials, Trust};
     use crate::pve::Client;
     use crate::run::region::Rules;
     use crate::secret::Secret;
@@ -222,8 +222,8 @@ mod tests {
     #[tokio::test]
     async fn another_volumes_leftover_is_left_alone_while_a_call_works_on_it() {
         let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
-        let url = "http://127.0.0.1:1/api2/json".into();
-        let cluster = ClusterConfig { region: "r".into(), url, insecure: false, credentials, fenced: BTreeSet::new() };
+        let urls = vec!["http://127.0.0.1:1/api2/json".into()];
+        let cluster = ClusterConfig { region: "r".into(), urls, trust: Trust::System, credentials, fenced: BTreeSet::new() };
         let region = Arc::new(Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None));
         let [own, other]: [VolumeHandle; 2] = ["r//san/vm-9999-a", "r//san/vm-9999-b"].map(|id| id.parse().unwrap());
         let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };

@@ -4,41 +4,52 @@
 //! task of its own (see `service`), so that a client that goes away leaves nothing half noted.
 
 mod batch;
+mod binding;
+mod capacity;
 mod claim;
-mod cluster;
+pub(crate) mod cluster;
+mod condition;
 mod create;
 mod delete;
 mod doubt;
-mod evidence;
+pub(crate) mod evidence;
 mod expand;
+pub mod holders;
 mod kubernetes;
 mod leftover;
+mod list;
+mod modify;
+mod placed;
 mod publish;
 mod queue;
-mod region;
+pub(crate) mod region;
+pub mod seen;
 mod unpublish;
 pub(crate) mod when;
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use proto::VolumeHandle;
 use tokio::time::Instant;
 
-use crate::config::{self, Features};
+use crate::config::{Features, Reading, Stamp, stamp_of};
 use crate::error::Error;
 use crate::kube::Kube;
-use crate::placement::Refusal;
+use crate::placement::{Refusal, is_up};
 use crate::pve::Client;
 use crate::pve::api::{self, Storage};
-use crate::request::Capacity;
+pub use condition::Condition;
 pub use create::Created;
 use doubt::DOUBT_AGE;
 pub use expand::Expanded;
+pub use list::{Listed, Page};
+use placed::Ledger;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
+pub(crate) use unpublish::words;
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
@@ -69,7 +80,7 @@ fn is_tested(version: &str) -> bool {
 }
 
 /// What is said of a region at start; an error: nobody tried that release.
-fn greeting(region: &str, version: &str) -> Result<String, String> {
+pub(crate) fn greeting(region: &str, version: &str) -> Result<String, String> {
     let known = format!("region {region}: Proxmox VE {version}");
     if is_tested(version) {
         return Ok(known);
@@ -79,21 +90,18 @@ fn greeting(region: &str, version: &str) -> Result<String, String> {
 
 /// All clusters of the config file.
 #[derive(Debug)]
-struct Clusters {
-    features: Features,
-    regions: BTreeMap<String, Arc<Region>>,
+pub(crate) struct Clusters {
+    pub(crate) features: Features,
+    pub(crate) regions: BTreeMap<String, Arc<Region>>,
 }
 
 #[derive(Debug)]
 struct Loaded {
     clusters: Result<Arc<Clusters>, String>,
-    /// What was read, and when it was last changed.
+    /// What was read, and as it was before.
     files: Vec<(PathBuf, Stamp)>,
     looked_at: Instant,
 }
-
-/// Enough to notice a change, also by a swapped symlink (a Kubernetes secret).
-type Stamp = Option<(SystemTime, u64)>;
 
 /// The controller without its gRPC.
 #[derive(Debug)]
@@ -104,6 +112,9 @@ pub struct Controller {
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
     tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
+    placed: Mutex<Ledger>,
+    /// Regions and storages whose claims were told that they are bound before their pods are scheduled.
+    told_of_binding: Mutex<BTreeSet<(String, String)>>,
 }
 
 impl Controller {
@@ -124,7 +135,16 @@ impl Controller {
             }
             Err(why) => proto::error!("{why}"),
         }
-        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried: Mutex::default() }
+        let (tried, placed, told_of_binding) = Default::default();
+        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried, placed, told_of_binding }
+    }
+
+    fn told_of_binding(&self) -> MutexGuard<'_, BTreeSet<(String, String)>> {
+        self.told_of_binding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn placed(&self) -> MutexGuard<'_, Ledger> {
+        self.placed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether there is a config to work with.
@@ -151,7 +171,7 @@ impl Controller {
         }
     }
 
-    fn clusters(&self) -> Result<Arc<Clusters>, Error> {
+    pub(crate) fn clusters(&self) -> Result<Arc<Clusters>, Error> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.looked_at.elapsed() >= CONFIG_AGE {
             loaded.looked_at = Instant::now();
@@ -179,6 +199,12 @@ impl Controller {
             let known: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
             Error::precondition(format!("region {name:?} is not in the config file; known are {}", known.join(", ")))
         })
+    }
+
+    /// Whether Kubernetes can be asked.
+    #[must_use]
+    pub fn has_kubernetes(&self) -> bool {
+        self.kube.is_some()
     }
 
     /// Whether this controller still acts: without a Lease always.
@@ -213,32 +239,6 @@ impl Controller {
         loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client().calls_in_flight()).sum()
     }
 
-    /// Bytes free in all, and in the zone with most; unknown storages and zones have none.
-    ///
-    /// # Errors
-    /// Proxmox's.
-    pub async fn capacity(&self, wanted: &Capacity) -> Result<(u64, u64), Error> {
-        let clusters = self.clusters()?;
-        let (mut sum, mut most) = (0u64, 0u64);
-        let (region_wanted, zone_wanted) = wanted.term.as_ref().map_or((None, None), |term| (term.region.as_ref(), term.zone.as_ref()));
-        for (name, region) in clusters.regions.iter().filter(|(name, _)| region_wanted.is_none_or(|wanted| wanted == *name)) {
-            let resources =
-                region.resources(ago(EVIDENCE_AGE)).await.map_err(|error| Error::from(error).during(&format!("region {name}")))?;
-            let counts = |one: &&Storage| {
-                one.active
-                    && one.images
-                    && !one.shared
-                    && wanted.storage.as_ref().is_none_or(|wanted| *wanted == one.storage)
-                    && zone_wanted.is_none_or(|wanted| *wanted == one.host)
-            };
-            for storage in resources.storages.iter().filter(counts) {
-                let free = storage.total_bytes.saturating_sub(storage.used_bytes);
-                (sum, most) = (sum.saturating_add(free), most.max(free));
-            }
-        }
-        Ok((sum, most))
-    }
-
     /// Makes sure that a volume is there.
     ///
     /// # Errors
@@ -260,22 +260,30 @@ impl Region {
     /// Proxmox's; or the storage is not listed, so that nothing can be said.
     async fn host_of(&self, handle: &VolumeHandle) -> Result<Option<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let of_storage: Vec<&Storage> = resources.storages.iter().filter(|storage| storage.storage == handle.storage).collect();
+        if of_storage.iter().any(|storage| storage.shared) {
+            // Any node that has it, for a handle with a zone (the reference driver's, by hand) as well.
+            let up = of_storage.iter().filter(|storage| is_up(&resources, storage));
+            let host = up.min_by_key(|storage| storage.host != handle.zone).map(|storage| storage.host.clone());
+            return host.map(Some).ok_or_else(|| {
+                Error::unavailable(format!("storage {:?} is active on no Proxmox node of region {}", handle.storage, handle.region))
+            });
+        }
         if resources.hosts.contains_key(&handle.zone) {
             return Ok(Some(handle.zone.clone()));
         }
-        let mut with_storage = resources.storages.iter().filter(|storage| storage.storage == handle.storage).peekable();
         if !handle.zone.is_empty() {
-            if with_storage.peek().is_none() {
+            if of_storage.is_empty() {
                 return Err(Error::precondition(format!(
                     "Proxmox node {} is not in the cluster, and storage {:?} is not shown to us, so that it cannot be told whether the volume \
                      is elsewhere; give the token's role Datastore.Audit on /storage/{}, or enable the storage",
                     handle.zone, handle.storage, handle.storage
                 )));
             }
-            // Local to the node that is gone, and gone with it; a shared one is still there.
-            return Ok(with_storage.find(|storage| storage.shared && storage.active).map(|storage| storage.host.clone()));
+            // Local to the node that is gone, and gone with it.
+            return Ok(None);
         }
-        Ok(with_storage.find(|storage| storage.active).map(|storage| storage.host.clone()))
+        Ok(of_storage.into_iter().find(|storage| storage.active).map(|storage| storage.host.clone()))
     }
 
     /// The storage's plugin as Proxmox names it, where it is shown.
@@ -286,38 +294,37 @@ impl Region {
     }
 }
 
-/// Reads the file. A region of the same name and url as before keeps what it knows: who held what on a node that is off now,
+/// Reads the file. A region of the same name, with one of its urls as before, keeps what it knows: who held what on a node that is off now,
 /// and which of our writes are in doubt.
-fn load(path: &PathBuf, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, before: Option<&Arc<Clusters>>) -> Loaded {
+fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, before: Option<&Arc<Clusters>>) -> Loaded {
     let looked_at = Instant::now();
-    match config::load(path) {
-        Ok((config, files)) => {
-            let features = config.features;
-            let regions = config.clusters.iter().map(|cluster| {
-                let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
-                let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
-                let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
-                let known = before.and_then(|before| before.regions.get(&cluster.region));
-                let region = match known.filter(|region| region.client().is_of(&cluster.url)) {
-                    Some(region) => {
-                        region.renew(client, rules);
-                        Arc::clone(region)
-                    }
-                    None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
-                };
-                (cluster.region.clone(), region)
-            });
-            let clusters = Clusters { features, regions: regions.collect() };
-            let files = files.into_iter().map(|file| (file.clone(), stamp_of(&file))).collect();
-            Loaded { clusters: Ok(Arc::new(clusters)), files, looked_at }
-        }
-        Err(why) => Loaded { clusters: Err(why), files: vec![(path.clone(), stamp_of(path))], looked_at },
-    }
-}
-
-fn stamp_of(path: &PathBuf) -> Stamp {
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
+    let Reading { config, files } = Reading::of(path);
+    let clusters = config.map(|config| {
+        let features = config.features;
+        let regions = config.clusters.iter().map(|cluster| {
+            let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
+            let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
+            let rules = Rules {
+                fenced: cluster.fenced.clone(),
+                attach_to_protected: features.attach_to_protected,
+                attach_only_owned: features.attach_only_owned,
+                owners: features.delete_also_owned_by.iter().copied().chain([features.controller_vmid]).collect(),
+                capmox: features.capmox,
+            };
+            let known = before.and_then(|before| before.regions.get(&cluster.region));
+            let region = match known.filter(|region| region.client().is_of(&cluster.urls)) {
+                Some(region) => {
+                    region.renew(client, rules);
+                    Arc::clone(region)
+                }
+                None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
+            };
+            (cluster.region.clone(), region)
+        });
+        let regions = regions.collect();
+        Arc::new(Clusters { features, regions })
+    });
+    Loaded { clusters, files, looked_at }
 }
 
 impl From<Refusal> for Error {

@@ -16,6 +16,7 @@ pub(crate) enum Endpoint {
     Nodes,
     Permissions,
     Ticket,
+    TicketPage,
     StorageConfigs,
     StorageConfig,
     NodeStorages,
@@ -98,7 +99,7 @@ const STORE: Property = ("storage", Type::Storage, true);
 const DIGEST: Property = ("digest", Type::Text(40), false);
 const DELAY: Type = Type::Integer(1, 30);
 
-static ROUTES: [Route; 39] = [
+static ROUTES: [Route; 40] = [
     Route { method: "GET", path: "/version", endpoint: Endpoint::Version, protected: false, check: Check::Anybody, properties: &[] },
     Route {
         method: "GET",
@@ -149,6 +150,7 @@ static ROUTES: [Route; 39] = [
         check: Check::Anybody,
         properties: &[("path", Type::Text(256), false), ("userid", Type::Text(128), false)],
     },
+    Route { method: "GET", path: "/access/ticket", endpoint: Endpoint::TicketPage, protected: false, check: Check::World, properties: &[] },
     Route {
         method: "POST",
         path: "/access/ticket",
