@@ -10,6 +10,8 @@ pub mod deadline;
 pub mod error;
 pub mod fence;
 pub mod kube;
+pub mod look;
+pub mod mutable;
 pub mod parameters;
 pub mod placement;
 pub mod pve;

@@ -10,12 +10,14 @@ use std::time::Duration;
 use anyhow::bail;
 use argh::FromArgs;
 use controller::kube::{Access, Kube, lease};
+use controller::look::health::Standing;
 use controller::run::Controller;
 use controller::service::ControllerService;
 use proto::csi::controller_server::ControllerServer;
 use proto::flags::{self, Flag};
+use proto::health;
 use proto::identity::Identity;
-use proto::serve::{self, Endpoint};
+use proto::serve::{self, Endpoint, Socket, with_identity};
 
 /// Each call holds one thread while it waits. So many that clusters which hang, all of them even, take none from another one, nor
 /// from the Lease; they are made when needed only.
@@ -48,12 +50,12 @@ struct Arguments {
     /// outside of a pod: the Kubernetes API, by a kubeconfig with a token (KUBECONFIG)
     #[argh(option)]
     kubeconfig: Option<String>,
-    /// accepted, without effect yet (METRICS_ADDRESS)
+    /// address of /healthz, /readyz and the metrics, :8080 or 127.0.0.1:8080; off by default (METRICS_ADDRESS)
     #[argh(option)]
     metrics_address: Option<String>,
-    /// accepted, without effect yet (METRICS_PATH)
-    #[argh(option)]
-    metrics_path: Option<String>,
+    /// where the metrics are there (METRICS_PATH)
+    #[argh(option, default = "String::from(\"/metrics\")")]
+    metrics_path: String,
     /// how much is logged: error, warn, info, debug, or a number as klog's -v (LOG_LEVEL)
     #[argh(option, default = "String::from(\"info\")")]
     verbosity: String,
@@ -95,10 +97,11 @@ fn refuse(why: &str) -> ExitCode {
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
     proto::log::set_level(&arguments.verbosity).map_err(anyhow::Error::msg)?;
     let endpoint: Endpoint = arguments.csi_address.parse().map_err(anyhow::Error::msg)?;
-    let without_effect = [("--metrics-address", &arguments.metrics_address), ("--metrics-path", &arguments.metrics_path)];
-    for (flag, _) in without_effect.iter().filter(|(_, value)| value.is_some()) {
-        proto::warn!("{flag} has no effect in this version");
+    if !arguments.metrics_path.starts_with('/') {
+        bail!("--metrics-path {:?} should begin with a slash", arguments.metrics_path);
     }
+    let pages = arguments.metrics_address.as_deref().map(health::listen).transpose().map_err(anyhow::Error::msg)?;
+    let standing = Standing::new(arguments.cloud_config.clone());
     let kube = kubernetes(arguments.kubeconfig.as_deref()).map_err(anyhow::Error::msg)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -106,6 +109,10 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
         .thread_keep_alive(THREAD_KEEP_ALIVE)
         .build()?;
     runtime.block_on(async move {
+        if let Some(listener) = pages {
+            proto::info!("/healthz, /readyz and {} on {}", arguments.metrics_path, listener.local_addr()?);
+            tokio::spawn(health::serve(listener, standing.pages(&arguments.metrics_path)));
+        }
         let mut stop = Box::pin(async {
             if let Err(cause) = serve::terminated().await {
                 proto::error!("signals cannot be received: {cause}");
@@ -113,11 +120,11 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
         });
         match kube {
             None => {
-                let served = Served { endpoint, config: arguments.cloud_config, kube: None };
+                let served = Served { endpoint, config: arguments.cloud_config, kube: None, standing };
                 served.until(stop).await.map(drop)
             }
             Some(kube) => {
-                let served = Served { endpoint, config: arguments.cloud_config, kube: Some(Arc::clone(&kube)) };
+                let served = Served { endpoint, config: arguments.cloud_config, kube: Some(Arc::clone(&kube)), standing };
                 served.while_leading(&kube, &mut stop).await
             }
         }
@@ -149,6 +156,7 @@ struct Served {
     endpoint: Endpoint,
     config: PathBuf,
     kube: Option<Arc<Kube>>,
+    standing: Arc<Standing>,
 }
 
 impl Served {
@@ -162,7 +170,9 @@ impl Served {
         let greeting = Arc::clone(&controller);
         tokio::spawn(async move { greeting.greet().await });
         let service = ControllerService::new(Arc::clone(&controller));
-        serve::serve(&self.endpoint, identity, ControllerServer::new(service.clone()), stop, DRAIN).await?;
+        let socket = Socket::open(self.endpoint.path())?;
+        self.standing.act(&controller, socket.place());
+        socket.serve(with_identity(identity, ControllerServer::new(service.clone())), stop, DRAIN).await?;
         Ok(service.is_idle() && controller.knows_all_outcomes())
     }
 
@@ -182,6 +192,17 @@ impl Served {
                 return Ok(());
             }
         };
+        let alone = tokio::select! {
+            alone = kube.check_alone() => alone,
+            () = &mut *stop => {
+                lease.release(true).await;
+                return Ok(());
+            }
+        };
+        if let Err(why) = alone {
+            lease.release(true).await;
+            bail!("{why}");
+        }
         let mut why = None;
         let all_is_known = self
             .until(async {

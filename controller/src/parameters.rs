@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, HashMap};
 use proto::{VolumeHandle, volume_context};
 
 use crate::error::Error;
+use crate::mutable::{self, Mutable, Options};
+use crate::placement::Room;
 use crate::pve::drive::Drive;
 
 /// What this version formats. An empty fstype means the first.
@@ -39,10 +41,17 @@ const INODE_SIZES: &[u64] = &[128, 256, 512, 1024, 2048, 4096];
 /// xfs inode sizes, with checksums; at most half a block.
 const XFS_INODE_SIZES: &[u64] = &[512, 1024, 2048];
 
+/// How much of the storage stays free.
+const STORAGE_RESERVE: &str = "storageReserve";
+/// How many times a thin storage's size all its volumes may have together.
+const STORAGE_OVERCOMMIT: &str = "storageOvercommit";
+
 /// Every key that CreateVolume knows.
 const KNOWN: &[&str] = &[
     "storage",
     "storageFormat",
+    STORAGE_RESERVE,
+    STORAGE_OVERCOMMIT,
     "cache",
     "aio",
     "ssd",
@@ -73,6 +82,8 @@ pub struct Parameters {
     pub storage: String,
     /// `raw` or `qcow2`, if given.
     pub format: Option<String>,
+    /// How much of the storage new volumes may have; only of a class.
+    pub room: Room,
     cache: Option<String>,
     aio: Option<String>,
     ssd: Option<bool>,
@@ -90,6 +101,8 @@ pub struct Parameters {
     luks: Vec<(&'static str, String)>,
     /// The class' own word for a filesystem, where somebody has written one by hand.
     fstype: String,
+    /// What a VolumeAttributesClass says beside; the last one counts.
+    pub mutable: Vec<Mutable>,
 }
 
 impl Parameters {
@@ -123,6 +136,7 @@ impl Parameters {
             filesystem(given.get(key).map_or("", String::as_str))?;
         }
         let mut parameters = Self::read(given, boolean)?;
+        parameters.room = Self::room_of_class(given)?;
         parameters.luks = luks::of_class(given)?;
         parameters.fstype = ["csi.storage.k8s.io/fstype", "fstype"].iter().find_map(|key| given.get(*key).cloned()).unwrap_or_default();
         if parameters.storage.is_empty() {
@@ -132,6 +146,15 @@ impl Parameters {
             return Err("parameter replicate is not supported by this version; remove it or write false".into());
         }
         Ok((parameters, warnings))
+    }
+
+    /// What a class says of the room on its storage.
+    ///
+    /// # Errors
+    /// A sentence with the key, the value and what would be right.
+    pub fn room_of_class(given: &HashMap<String, String>) -> Result<Room, String> {
+        let text = |key: &str| given.get(key).map(String::as_str).filter(|value| !value.is_empty());
+        Room::read(text(STORAGE_RESERVE), text(STORAGE_OVERCOMMIT))
     }
 
     /// Whether the class speaks of LUKS: it is an encrypting one then, with or without a secret for the provisioner.
@@ -206,7 +229,8 @@ impl Parameters {
     /// # Errors
     /// A value that must not reach a drive string.
     pub fn of_context(given: &HashMap<String, String>) -> Result<Self, String> {
-        Self::read(given, |_, value| Ok(boolean("", value).unwrap_or(false)))
+        let read = Self::read(given, |_, value| Ok(boolean("", value).unwrap_or(false)))?;
+        Ok(Self { mutable: vec![Mutable::of_context(given)], ..read })
     }
 
     fn read(given: &HashMap<String, String>, boolean: impl Fn(&str, &str) -> Result<bool, String>) -> Result<Self, String> {
@@ -224,6 +248,7 @@ impl Parameters {
                 None => String::new(),
             },
             format: one_of("storageFormat", FORMATS)?,
+            room: Room::default(),
             cache: one_of("cache", CACHES)?,
             aio: one_of("aio", AIOS)?,
             ssd: flag("ssd")?,
@@ -237,6 +262,7 @@ impl Parameters {
             block_size: number("blockSize", text("blockSize"), |n| n == 0 || BLOCK_SIZES.contains(&n), "1024, 2048 or 4096")?,
             inode_size: number("inodeSize", text("inodeSize"), |n| n == 0 || INODE_SIZES.contains(&n), "a power of two from 128 to 4096")?,
             luks: Vec::new(),
+            mutable: Vec::new(),
             fstype: String::new(),
         })
     }
@@ -263,7 +289,25 @@ impl Parameters {
         ];
         context.extend(self.luks.iter().map(|(key, value)| ((*key).to_string(), value.clone())));
         context.extend(numbers.iter().filter(|(_, n)| *n > 0).map(|(key, n)| ((*key).to_string(), n.to_string())));
+        self.mutable.iter().for_each(|mutable| mutable.write_context(&mut context));
         context
+    }
+
+    /// Whether Proxmox keeps copies of the volume on other nodes, as the reference driver had it do.
+    #[must_use]
+    pub fn is_replicated(&self) -> bool {
+        self.replicate
+    }
+
+    /// Whether QEMU takes the limits of a new volume.
+    ///
+    /// # Errors
+    /// A sentence with the numbers.
+    pub fn check_limits(&self) -> Result<(), String> {
+        let limits = [("iops_rd", self.disk_iops), ("iops_wr", self.disk_iops), ("mbps_rd", self.disk_mbps), ("mbps_wr", self.disk_mbps)];
+        let mut options: Options = limits.iter().filter(|(_, n)| *n > 0).map(|(key, n)| ((*key).into(), n.to_string())).collect();
+        self.mutable.iter().for_each(|mutable| mutable.apply(&mut options));
+        mutable::check(&options)
     }
 
     /// Where nothing is said, `discard=on`: for a storage that has more room when a volume has less in it.
@@ -296,7 +340,10 @@ impl Parameters {
         if readonly {
             options.insert("ro", "1".into());
         }
-        Drive { volid: handle.volid(), options: options.into_iter().map(|(key, value)| (key.to_string(), value)).collect() }
+        let mut options: Options = options.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+        self.mutable.iter().for_each(|mutable| mutable.apply(&mut options));
+        mutable::mend(&mut options);
+        Drive { volid: handle.volid(), options }
     }
 }
 
@@ -449,6 +496,14 @@ mod tests {
     }
 
     #[test]
+    fn parameter_storage_reserve_and_overcommit() {
+        for pairs in [[("storageReserve", "10%")], [("storageOvercommit", "1.5")]] {
+            assert_eq!(context_of(&pairs), expected(&[("storage", "ds")]), "of new volumes only");
+            assert_eq!(drive_of(&pairs, false), format!("backup=0,iothread=1,replicate=0,{END}"));
+        }
+    }
+
+    #[test]
     fn parameter_block_size() {
         assert_eq!(context_of(&[("blockSize", "2048")]), expected(&[("storage", "ds"), ("blockSize", "2048")]));
         assert_eq!(drive_of(&[("blockSize", "2048")], false), format!("backup=0,iothread=1,replicate=0,{END}"));
@@ -500,6 +555,14 @@ mod tests {
             ("blockSize", "8192", "4096"),
             ("inodeSize", "100", "power of two"),
             ("storageFormat", "vmdk", "qcow2"),
+            ("storageReserve", "100%", "below 100%"),
+            ("storageReserve", "10G", "20Gi"),
+            ("storageReserve", "-1", "20Gi"),
+            ("storageReserve", "99999999Pi", "20Gi"),
+            ("storageOvercommit", "0.9", "from 1 to 100"),
+            ("storageOvercommit", "101", "from 1 to 100"),
+            ("storageOvercommit", "1.234", "two decimals"),
+            ("storageOvercommit", "x", "1.5"),
             ("storage", "a,b", "storage"),
             ("replicate", "true", "not supported"),
             ("replicateZones", "a,b", "not supported"),

@@ -1,12 +1,19 @@
-//! Where a new volume goes: requirement and cluster snapshot → zone and storage, size, disk name. Pure.
+//! Where a new volume goes: requirement, cluster snapshot and what was placed lately → zone and storage, size, disk name. Pure.
 //!
-//! Only storages local to one Proxmox node are provisioned by this version; a shared one is refused by name.
+//! A storage that several Proxmox nodes share is one place without a zone; any of its nodes carries the call.
 
-use std::collections::BTreeMap;
+mod room;
+mod spread;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 use crate::pve::api::{Resources, Storage};
+pub use room::{Promised, Room};
+pub use spread::{Load, Loads, Order};
+use spread::{Rank, ranked};
 
 /// Where the reference driver starts: no capacity_range at all.
 pub const DEFAULT_SIZE_BYTES: u64 = 10 << 30;
@@ -28,14 +35,18 @@ pub struct Want {
     pub required_bytes: u64,
     /// Bytes at most.
     pub limit_bytes: Option<u64>,
-    /// In order of preference; empty: anywhere.
+    /// Empty: anywhere.
     pub terms: Vec<Term>,
+    /// What the order of the terms means.
+    pub order: Order,
     /// `raw` or `qcow2`.
     pub format: Option<String>,
+    /// How much of the storage may be used and promised.
+    pub room: Room,
 }
 
 /// One topology segment: a region, a zone, or both.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Term {
     /// The Proxmox cluster.
     pub region: Option<String>,
@@ -43,19 +54,42 @@ pub struct Term {
     pub zone: Option<String>,
 }
 
-/// A zone that could hold the volume.
+impl Term {
+    /// Whether a place is in it.
+    #[must_use]
+    pub fn fits(&self, region: &str, zone: &str) -> bool {
+        self.region.as_ref().is_none_or(|wanted| wanted == region) && self.zone.as_ref().is_none_or(|wanted| wanted == zone)
+    }
+}
+
+/// A place that could hold the volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     /// The Proxmox cluster.
     pub region: String,
-    /// The Proxmox node.
+    /// The Proxmox node; empty: the storage is shared.
     pub zone: String,
+    /// The Proxmox node that carries the calls.
+    pub host: String,
+    /// The Proxmox nodes that reach it; empty: every one of the region.
+    pub reach: Vec<String>,
     /// The storage's plugin.
     pub plugin: Plugin,
     /// What is left there.
     pub free_bytes: u64,
     /// What the volume takes there.
     pub size_bytes: u64,
+}
+
+/// What is known when a place is looked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen<'a> {
+    /// Region → its cluster; empty for those that are not asked for.
+    pub regions: &'a BTreeMap<String, Arc<Resources>>,
+    /// What is in use by name, where a class limits that.
+    pub promised: &'a Promised,
+    /// What this controller placed lately, or is placing.
+    pub loads: &'a Loads,
 }
 
 /// How a storage names and sizes its volumes.
@@ -65,8 +99,12 @@ pub enum Plugin {
     File,
     /// lvm, lvmthin: extents.
     Lvm,
-    /// zfspool, zfs, rbd: whole MiB.
+    /// qcow2 on lvm (snapshot-as-volume-chain): any size, in extents that hold its tables too.
+    LvmChain,
+    /// zfspool, rbd: whole MiB.
     Block,
+    /// zfs (over iSCSI): whole MiB, by a command on another machine, whose errors Proxmox does not tell.
+    ZfsTarget,
 }
 
 impl Plugin {
@@ -76,18 +114,33 @@ impl Plugin {
         match plugintype {
             "dir" | "nfs" | "cifs" | "btrfs" => Some(Self::File),
             "lvm" | "lvmthin" => Some(Self::Lvm),
-            "zfspool" | "zfs" | "rbd" => Some(Self::Block),
+            "zfspool" | "rbd" => Some(Self::Block),
+            "zfs" => Some(Self::ZfsTarget),
             _ => None,
         }
+    }
+
+    /// The same for one volume, by its format or by its disk's name.
+    #[must_use]
+    pub fn of(plugintype: &str, format_or_disk: &str) -> Option<Self> {
+        match Self::named(plugintype) {
+            Some(Self::Lvm) if plugintype == "lvm" && format_or_disk.ends_with("qcow2") => Some(Self::LvmChain),
+            plugin => plugin,
+        }
+    }
+
+    /// Whether Proxmox wants the format at the end of the disk's name.
+    fn has_suffix(self) -> bool {
+        matches!(self, Self::File | Self::LvmChain)
     }
 
     /// The steps it allocates in, in bytes.
     #[must_use]
     pub fn step_bytes(self) -> u64 {
         match self {
-            Self::File => KIB,
+            Self::File | Self::LvmChain => KIB,
             Self::Lvm => LVM_EXTENT,
-            Self::Block => MIB,
+            Self::Block | Self::ZfsTarget => MIB,
         }
     }
 }
@@ -120,7 +173,8 @@ pub enum Refusal {
 ///
 /// # Errors
 /// No zone of the request has the storage, has it active, or has room.
-pub fn candidates(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resources>>) -> Result<Vec<Candidate>, Refusal> {
+pub fn candidates(want: &Want, seen: Seen<'_>) -> Result<Vec<Candidate>, Refusal> {
+    let regions = seen.regions;
     for term in &want.terms {
         if let Some(region) = term.region.as_ref().filter(|region| !regions.contains_key(*region)) {
             let known: Vec<&str> = regions.keys().map(String::as_str).collect();
@@ -138,16 +192,13 @@ pub fn candidates(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resourc
     if every.is_empty() {
         return Err(Refusal::Wrong(unknown_storage(want, regions)));
     }
-    let mut chosen: Vec<(&String, &Storage)> = Vec::new();
-    for fits in terms_of(want) {
-        let mut of_term: Vec<_> = every.iter().filter(|(region, storage)| fits(region, &storage.host)).copied().collect();
-        of_term.sort_by_key(|(_, storage)| std::cmp::Reverse(free(storage)));
-        for found in of_term {
-            if !chosen.iter().any(|(region, storage)| (*region, &storage.host) == (found.0, &found.1.host)) {
-                chosen.push(found);
-            }
-        }
-    }
+    // Where no term is met, the storage is nowhere; where there are none, everywhere.
+    let term_of = |region: &str, host: &str| match want.terms.is_empty() {
+        true => Some(0),
+        false => want.terms.iter().position(|term| term.fits(region, host)),
+    };
+    let chosen: Vec<(usize, &String, &Storage)> =
+        every.iter().filter_map(|(region, storage)| Some((term_of(region, &storage.host)?, *region, *storage))).collect();
     if chosen.is_empty() {
         let zones: Vec<String> = every.iter().map(|(region, storage)| format!("{region}/{}", storage.host)).collect();
         return Err(Refusal::NotHere(format!(
@@ -156,62 +207,98 @@ pub fn candidates(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resourc
             zones.join(", ")
         )));
     }
-    // A storage counts as active for five minutes after its node went silent; the node's own status is quicker.
-    let is_up = |region: &str, storage: &Storage| {
-        let status = regions.get(region).and_then(|all| all.hosts.get(&storage.host));
-        storage.active && status.is_none_or(|status| status != "offline")
-    };
-    usable(want, &chosen, is_up)
+    let of: BTreeSet<&str> = chosen.iter().map(|(_, region, _)| region.as_str()).collect();
+    if of.len() > 1 && want.terms.iter().all(|term| term.region.is_none()) {
+        return Err(Refusal::Wrong(format!(
+            "storage {:?} is in several regions ({}), and the request names none; set allowedTopologies with {} in the StorageClass, or let the \
+             provisioner send the nodes' topology",
+            want.storage,
+            of.into_iter().collect::<Vec<_>>().join(", "),
+            proto::TOPOLOGY_REGION
+        )));
+    }
+    usable(want, seen, &chosen)
 }
 
-fn usable(want: &Want, chosen: &[(&String, &Storage)], is_up: impl Fn(&str, &Storage) -> bool) -> Result<Vec<Candidate>, Refusal> {
-    let mut found = Vec::new();
-    let mut inactive = Vec::new();
-    for (region, storage) in chosen {
-        let name = &want.storage;
-        if storage.shared {
-            return Err(Refusal::Wrong(format!(
-                "storage {name:?} is shared between Proxmox nodes; this version provisions on storages local to one node"
-            )));
-        }
-        if !storage.images {
-            return Err(Refusal::Wrong(format!(
-                "storage {name:?} does not take VM disks; add \"Disk image\" to its content in Datacenter > Storage"
-            )));
-        }
-        let Some(plugin) = Plugin::named(&storage.plugin) else {
-            return Err(Refusal::Wrong(format!("storage {name:?} is of type {:?}, which takes no new disks", storage.plugin)));
-        };
-        if want.format.as_deref() == Some("qcow2") && plugin != Plugin::File {
-            return Err(Refusal::Wrong(format!(
-                "parameter storageFormat \"qcow2\" needs a file storage; {name:?} is of type {:?}: remove it",
-                storage.plugin
-            )));
-        }
-        let size_bytes = size(plugin, want.required_bytes, want.limit_bytes).map_err(Refusal::OutOfRange)?;
-        if is_up(region, storage) {
-            let free_bytes = free(storage);
-            found.push((
-                Candidate { region: (*region).clone(), zone: storage.host.clone(), plugin, free_bytes, size_bytes },
-                storage.total_bytes,
-            ));
-        } else {
+/// A storage counts as active for five minutes after its node went silent; the node's own status is quicker.
+#[must_use]
+pub fn is_up(all: &Resources, storage: &Storage) -> bool {
+    storage.active && all.hosts.get(&storage.host).is_none_or(|status| status != "offline")
+}
+
+/// What the storage of one node is good for.
+///
+/// # Errors
+/// It holds no such volumes, here or anywhere.
+fn fit(want: &Want, storage: &Storage) -> Result<(Plugin, u64), Refusal> {
+    let name = &want.storage;
+    let format = want.format.as_deref().unwrap_or("raw");
+    let Some(plugin) = Plugin::of(&storage.plugin, format) else {
+        return Err(Refusal::Wrong(format!(
+            "storage {name:?} is of type {:?}, which cannot hold new VM disks; those that can are dir, nfs, cifs, btrfs, lvm, lvmthin, zfspool, \
+             zfs and rbd",
+            storage.plugin
+        )));
+    };
+    if !storage.images {
+        return Err(Refusal::Wrong(format!(
+            "storage {name:?} does not take VM disks; add \"Disk image\" to its content in Datacenter > Storage"
+        )));
+    }
+    if format == "qcow2" && !plugin.has_suffix() {
+        return Err(Refusal::Wrong(format!(
+            "parameter storageFormat \"qcow2\" needs a file storage, or lvm with snapshot-as-volume-chain; {name:?} is of type {:?}: remove it",
+            storage.plugin
+        )));
+    }
+    if storage.plugin == "lvm" && want.room.is_overcommitting() {
+        return Err(Refusal::Wrong(format!("parameter storageOvercommit needs a thin storage; {name:?} is of type \"lvm\": remove it")));
+    }
+    let size_bytes = size(plugin, want.required_bytes, want.limit_bytes).map_err(Refusal::OutOfRange)?;
+    Ok((plugin, size_bytes))
+}
+
+fn usable(want: &Want, seen: Seen<'_>, chosen: &[(usize, &String, &Storage)]) -> Result<Vec<Candidate>, Refusal> {
+    let (mut found, mut inactive): (Vec<(Candidate, Rank)>, Vec<String>) = (Vec::new(), Vec::new());
+    let mut most_bytes = 0;
+    for (term, region, storage) in chosen {
+        let (plugin, size_bytes) = fit(want, storage)?;
+        let Some(all) = seen.regions.get(*region) else { continue };
+        if !is_up(all, storage) {
             inactive.push(format!("{region}/{}", storage.host));
+            continue;
+        }
+        // A shared one is one place, whichever of its nodes is asked; the first in the order of terms is.
+        let zone = if storage.shared { String::new() } else { storage.host.clone() };
+        let free_bytes = want.room.left_bytes(storage, seen.promised.of(region, storage));
+        most_bytes = most_bytes.max(want.room.most_bytes(storage));
+        let load = seen.loads.get(&(region.to_string(), zone.clone())).copied().unwrap_or_default();
+        let rank = Rank::new(*term, free_bytes, size_bytes, storage.total_bytes, load);
+        let reach = if storage.shared { reach(all, &storage.storage) } else { vec![storage.host.clone()] };
+        let host = storage.host.clone();
+        let candidate = Candidate { region: (*region).clone(), zone, host, reach, plugin, free_bytes, size_bytes };
+        match found.iter_mut().find(|(one, _)| storage.shared && (&one.region, &one.zone) == (&candidate.region, &candidate.zone)) {
+            None => found.push((candidate, rank)),
+            Some(one) if rank.term < one.1.term => *one = (candidate, rank),
+            Some(_) => (),
         }
     }
     if found.is_empty() {
         return Err(Refusal::NotHere(format!("storage {:?} is not active on {}", want.storage, inactive.join(", "))));
     }
-    if found.iter().all(|(candidate, total)| candidate.size_bytes > *total) {
-        let largest = found.iter().map(|(_, total)| *total).max().unwrap_or(0);
+    if found.iter().all(|(candidate, _)| candidate.size_bytes > most_bytes) {
         return Err(Refusal::OutOfRange(format!(
-            "required_bytes {} is beyond storage {:?}: the largest of the zones asked for has {largest} bytes in all",
+            "required_bytes {} is beyond storage {:?}: the largest of the zones asked for has {most_bytes} bytes in all",
             want.required_bytes, want.storage
         )));
     }
-    // Zones with room first; a stable sort keeps the order of preference.
-    found.sort_by_key(|(candidate, _)| candidate.free_bytes < candidate.size_bytes);
-    Ok(found.into_iter().map(|(candidate, _)| candidate).collect())
+    Ok(ranked(want.order, found))
+}
+
+/// The Proxmox nodes that have a storage; empty where all of the cluster do.
+fn reach(all: &Resources, storage: &str) -> Vec<String> {
+    let having: BTreeSet<&String> = all.storages.iter().filter(|one| one.storage == storage).map(|one| &one.host).collect();
+    if all.hosts.keys().all(|host| having.contains(host)) { Vec::new() } else { having.into_iter().cloned().collect() }
 }
 
 /// The first candidate, if it has room.
@@ -222,34 +309,17 @@ pub fn with_room<'a>(want: &Want, candidates: &'a [Candidate]) -> Result<&'a Can
     match candidates.first() {
         Some(first) if first.free_bytes >= first.size_bytes => Ok(first),
         _ => {
-            let room: Vec<String> = candidates.iter().map(|one| format!("{}/{}: {} bytes", one.region, one.zone, one.free_bytes)).collect();
+            let room: Vec<String> = candidates.iter().map(|one| format!("{}/{}: {} bytes", one.region, one.host, one.free_bytes)).collect();
             Err(Refusal::NotHere(format!(
-                "storage {:?} has no room for {} bytes in the zones asked for (free: {})",
+                "storage {:?} has no room for {} bytes in the zones asked for ({}: {}{})",
                 want.storage,
                 want.required_bytes,
-                room.join(", ")
+                if want.room == Room::default() { "free" } else { "left" },
+                room.join(", "),
+                want.room
             )))
         }
     }
-}
-
-fn free(storage: &Storage) -> u64 {
-    storage.total_bytes.saturating_sub(storage.used_bytes)
-}
-
-type Fits<'a> = Box<dyn Fn(&str, &str) -> bool + 'a>;
-
-fn terms_of(want: &Want) -> Vec<Fits<'_>> {
-    if want.terms.is_empty() {
-        return vec![Box::new(|_, _| true)];
-    }
-    let fits = |term: &'_ Term| -> Fits<'_> {
-        let (wanted_region, wanted_zone) = (term.region.clone(), term.zone.clone());
-        Box::new(move |region, zone| {
-            wanted_region.as_ref().is_none_or(|wanted| wanted == region) && wanted_zone.as_ref().is_none_or(|wanted| wanted == zone)
-        })
-    };
-    want.terms.iter().map(fits).collect()
 }
 
 fn unknown_storage(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resources>>) -> String {
@@ -267,14 +337,14 @@ fn unknown_storage(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resour
     )
 }
 
-/// Bytes to ask for: whole MiB, or the storage's step where the limit is narrower, never above the limit.
+/// Bytes to ask for: whole MiB (LVM: whole extents), or the storage's step where the limit is narrower, never above the limit.
 ///
 /// # Errors
 /// The storage has no size between the two.
 pub fn size(plugin: Plugin, required_bytes: u64, limit_bytes: Option<u64>) -> Result<u64, String> {
     let up = |step: u64| required_bytes.checked_next_multiple_of(step);
     let fits = |bytes: &u64| limit_bytes.is_none_or(|limit| *bytes <= limit);
-    let coarse = up(if plugin == Plugin::Lvm && limit_bytes.is_some() { LVM_EXTENT } else { MIB });
+    let coarse = up(if plugin == Plugin::Lvm { LVM_EXTENT } else { MIB });
     coarse.filter(fits).or_else(|| up(plugin.step_bytes()).filter(fits)).ok_or_else(|| {
         let limit = limit_bytes.map_or_else(String::new, |limit| format!(" and limit_bytes {limit}"));
         format!(
@@ -284,11 +354,19 @@ pub fn size(plugin: Plugin, required_bytes: u64, limit_bytes: Option<u64>) -> Re
     })
 }
 
+/// A volume's size as a guest will see it, from what Proxmox shows of one that should have `size_bytes`: of a qcow2 on LVM it shows
+/// the logical volume, which holds the tables for every block of it, too (`qemu-img measure`: fully allocated).
+#[must_use]
+pub fn virtual_bytes(plugin: Plugin, size_bytes: u64, shown_bytes: u64) -> u64 {
+    let most = size_bytes.saturating_add(size_bytes / 4096).saturating_add(2 * LVM_EXTENT);
+    if plugin == Plugin::LvmChain && (size_bytes..=most).contains(&shown_bytes) { size_bytes } else { shown_bytes }
+}
+
 /// The image's name without a folder: `vm-<owner>-<name>[.format]`. Long or odd names are shortened, and carry a hash of
 /// the whole; the same name always gives the same disk.
 #[must_use]
 pub fn disk_name(owner: u32, name: &str, plugin: Plugin, format: &str) -> String {
-    let suffix = if plugin == Plugin::File { format!(".{format}") } else { String::new() };
+    let suffix = if plugin.has_suffix() { format!(".{format}") } else { String::new() };
     let plain = format!("vm-{owner}-{name}");
     let charset = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
     let ends = |name: &str| name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.ends_with(|c: char| c.is_ascii_alphanumeric());
@@ -314,123 +392,4 @@ pub fn disk_of(owner: u32, name: &str, plugin: Plugin) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::sync::Arc;
-
-    const GIB: u64 = 1 << 30;
-
-    fn storage(host: &str, plugin: &str, total: u64, used: u64) -> Storage {
-        Storage {
-            storage: "ds".into(),
-            host: host.into(),
-            plugin: plugin.into(),
-            active: true,
-            shared: false,
-            images: true,
-            total_bytes: total,
-            used_bytes: used,
-        }
-    }
-
-    fn regions(storages: Vec<Storage>) -> BTreeMap<String, Arc<Resources>> {
-        BTreeMap::from([("r".to_string(), Arc::new(Resources { storages, ..Resources::default() }))])
-    }
-
-    fn want(terms: &[&str]) -> Want {
-        let terms = terms.iter().map(|zone| Term { region: Some("r".into()), zone: Some((*zone).into()) }).collect();
-        Want { storage: "ds".into(), required_bytes: GIB, limit_bytes: None, terms, format: None }
-    }
-
-    fn zones(want: &Want, regions: &BTreeMap<String, Arc<Resources>>) -> Vec<String> {
-        candidates(want, regions).unwrap().into_iter().map(|one| one.zone).collect()
-    }
-
-    #[test]
-    fn without_topology_the_zone_with_most_room_is_first() {
-        let all = regions(vec![storage("a", "dir", 10 * GIB, 5 * GIB), storage("b", "dir", 10 * GIB, GIB), storage("c", "dir", GIB, 0)]);
-        assert_eq!(zones(&want(&[]), &all), ["b", "a", "c"]);
-    }
-
-    #[test]
-    fn preference_beats_room_and_room_beats_none() {
-        let all = regions(vec![storage("a", "lvm", 10 * GIB, 5 * GIB), storage("b", "lvm", 10 * GIB, GIB)]);
-        assert_eq!(zones(&want(&["a", "b"]), &all), ["a", "b"]);
-        let all = regions(vec![storage("a", "lvm", 10 * GIB, 10 * GIB), storage("b", "lvm", 10 * GIB, GIB)]);
-        assert_eq!(zones(&want(&["a", "b"]), &all), ["b", "a"]);
-        assert_eq!(zones(&want(&["a"]), &all), ["a"]);
-        let full = candidates(&want(&["a"]), &all).unwrap();
-        assert!(matches!(with_room(&want(&["a"]), &full), Err(Refusal::NotHere(why)) if why.contains("r/a: 0 bytes")));
-    }
-
-    #[test]
-    fn a_node_that_is_offline_has_no_active_storage() {
-        let hosts = BTreeMap::from([("a".to_string(), "offline".to_string()), ("b".to_string(), "online".to_string())]);
-        let storages = vec![storage("a", "dir", 10 * GIB, 0), storage("b", "dir", 10 * GIB, 5 * GIB)];
-        let all = BTreeMap::from([("r".to_string(), Arc::new(Resources { storages, hosts, ..Resources::default() }))]);
-        assert_eq!(zones(&want(&[]), &all), ["b"]);
-        assert!(matches!(candidates(&want(&["a"]), &all), Err(Refusal::NotHere(why)) if why.contains("not active on r/a")));
-    }
-
-    #[test]
-    fn each_refusal_says_why() {
-        let refused = |want: &Want, all: Vec<Storage>| format!("{:?}", candidates(want, &regions(all)).unwrap_err());
-        let one = |change: &dyn Fn(&mut Storage)| {
-            let mut one = storage("a", "dir", 10 * GIB, 0);
-            change(&mut one);
-            vec![one]
-        };
-        assert!(refused(&want(&[]), vec![]).contains("Datastore.Audit"));
-        assert!(refused(&want(&["z"]), one(&|_| ())).contains("it is in r/a"));
-        assert!(refused(&want(&[]), one(&|s| s.active = false)).contains("not active on r/a"));
-        assert!(refused(&want(&[]), one(&|s| s.shared = true)).contains("shared"));
-        assert!(refused(&want(&[]), one(&|s| s.images = false)).contains("Disk image"));
-        assert!(refused(&want(&[]), one(&|s| s.plugin = "pbs".into())).contains("no new disks"));
-        let beyond = Want { required_bytes: 11 * GIB, ..want(&[]) };
-        assert!(refused(&beyond, one(&|_| ())).contains("OutOfRange"));
-        let qcow2 = Want { format: Some("qcow2".into()), ..want(&[]) };
-        assert!(refused(&qcow2, one(&|s| s.plugin = "lvmthin".into())).contains("file storage"));
-        let nowhere = Want { terms: vec![Term { region: Some("q".into()), zone: None }], ..want(&[]) };
-        assert!(refused(&nowhere, one(&|_| ())).contains("known are r"));
-    }
-
-    #[test]
-    fn sizes_meet_required_and_limit() {
-        assert_eq!(size(Plugin::File, 64 << 20, Some(64 << 20)), Ok(64 << 20));
-        assert_eq!(size(Plugin::File, (64 << 20) + 1, None), Ok(65 << 20));
-        assert_eq!(size(Plugin::File, 1025, Some(2048)), Ok(2048));
-        assert_eq!(size(Plugin::Block, 1, None), Ok(1 << 20));
-        assert!(size(Plugin::Block, 1, Some(1000)).unwrap_err().contains("steps of 1048576"));
-        assert_eq!(size(Plugin::Lvm, 5 << 20, None), Ok(5 << 20));
-        assert_eq!(size(Plugin::Lvm, 5 << 20, Some(8 << 20)), Ok(8 << 20));
-        assert!(size(Plugin::Lvm, 5 << 20, Some(7 << 20)).is_err());
-        assert!(size(Plugin::File, u64::MAX, None).is_err());
-    }
-
-    #[test]
-    fn names_stay_where_they_can() {
-        let pv = "pvc-0d79ea1c-3a9b-4d6e-9f0e-1f3e2a7b9c11";
-        assert_eq!(disk_name(9999, pv, Plugin::Lvm, "raw"), format!("vm-9999-{pv}"));
-        assert_eq!(disk_name(9999, pv, Plugin::File, "qcow2"), format!("vm-9999-{pv}.qcow2"));
-        let sanity = format!("sanity-controller-create-maxlen-1F2E3D4C-5B6A7988{}", "a".repeat(79));
-        let name = disk_name(9999, &sanity, Plugin::Lvm, "raw");
-        assert!(width(&name) <= MAX_DISK_NAME, "{name}");
-        assert_ne!(name, disk_name(9999, &format!("{}b", &sanity[..127]), Plugin::Lvm, "raw"));
-        assert_eq!(disk_of(9999, "vm-9999-a.raw", Plugin::File), "9999/vm-9999-a.raw");
-    }
-
-    proptest! {
-        #[test]
-        fn every_name_gives_a_volume_handle(name in "\\PC{1,140}", owner in 100u32..999_999_999) {
-            for plugin in [Plugin::File, Plugin::Lvm, Plugin::Block] {
-                let disk = disk_name(owner, &name, plugin, "raw");
-                prop_assert!(width(&disk) <= MAX_DISK_NAME + 4);
-                let begins = format!("vm-{}-", owner);
-                prop_assert!(disk.starts_with(&begins) && disk.ends_with(|c: char| c.is_ascii_alphanumeric()));
-                let handle = format!("r/z/ds/{}", disk_of(owner, &disk, plugin)).parse::<proto::VolumeHandle>();
-                prop_assert_eq!(handle.unwrap().owner_vmid(), Some(owner));
-            }
-        }
-    }
-}
+mod tests;

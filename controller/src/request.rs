@@ -9,8 +9,9 @@ use proto::handle::HandleError;
 use zeroize::Zeroize as _;
 
 use crate::error::Error;
+use crate::mutable::Mutable;
 use crate::parameters::{Parameters, filesystem};
-use crate::placement::{DEFAULT_SIZE_BYTES, Term, Want};
+use crate::placement::{DEFAULT_SIZE_BYTES, Order, Room, Term, Want};
 
 /// CSI: a name may have 128 bytes; longer ones are cut by nobody.
 const MAX_NAME_BYTES: usize = 128;
@@ -29,6 +30,8 @@ pub struct Create {
     pub want: Want,
     /// How its drive will be.
     pub parameters: Parameters,
+    /// Whom it is for: namespace and name, where the provisioner says it (`--extra-create-metadata`).
+    pub claim: Option<(String, String)>,
     /// To be logged.
     pub warnings: Vec<String>,
 }
@@ -86,6 +89,24 @@ pub struct Expand {
     pub limit_bytes: Option<u64>,
 }
 
+/// ControllerModifyVolume.
+#[derive(Debug)]
+pub struct Modify {
+    /// The volume.
+    pub handle: VolumeHandle,
+    /// What is to be changed.
+    pub wanted: Mutable,
+}
+
+/// ListVolumes.
+#[derive(Debug, Default)]
+pub struct ListPage {
+    /// Entries at most; 0: as many as we like.
+    pub max_entries: usize,
+    /// As the page before gave it; empty: from the beginning.
+    pub starting_token: String,
+}
+
 /// GetCapacity.
 #[derive(Debug, Default)]
 pub struct Capacity {
@@ -93,6 +114,8 @@ pub struct Capacity {
     pub storage: Option<String>,
     /// Everywhere where nothing is said.
     pub term: Option<Term>,
+    /// How much of the storage new volumes of the class may have.
+    pub room: Room,
 }
 
 impl TryFrom<csi::CreateVolumeRequest> for Create {
@@ -122,14 +145,14 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
         if request.volume_content_source.is_some() {
             return Err(Error::invalid("volume_content_source is not supported by this version: no snapshots, no clones"));
         }
-        if let Some(key) = request.mutable_parameters.keys().min() {
-            return Err(Error::invalid(format!("mutable parameter {key:?} is not supported by this version: no VolumeAttributesClass")));
-        }
+        let mutable = Mutable::of_class(&request.mutable_parameters).map_err(Error::invalid)?;
         let (required_bytes, limit_bytes) = match request.capacity_range {
             None => (DEFAULT_SIZE_BYTES, None),
             Some(range) => range_of(range)?,
         };
-        let (parameters, warnings) = Parameters::of_class(&request.parameters).map_err(Error::invalid)?;
+        let (mut parameters, warnings) = Parameters::of_class(&request.parameters).map_err(Error::invalid)?;
+        parameters.mutable.push(mutable);
+        parameters.check_limits().map_err(Error::invalid)?;
         let is_encrypted = parameters.is_encrypting() || has_passphrase;
         if is_encrypted {
             Parameters::fit_luks(required_bytes)?;
@@ -139,14 +162,19 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
         } else {
             parameters.fit_ext4(required_bytes)?;
         }
+        let metadata = |key: &str| request.parameters.get(&format!("csi.storage.k8s.io/pvc/{key}")).cloned();
+        let claim = metadata("namespace").zip(metadata("name"));
+        let (terms, order) = terms(request.accessibility_requirements.unwrap_or_default(), metadata("name").as_deref())?;
         let want = Want {
             storage: parameters.storage.clone(),
             required_bytes,
             limit_bytes,
-            terms: terms(request.accessibility_requirements.unwrap_or_default())?,
+            terms,
+            order,
             format: parameters.format.clone(),
+            room: parameters.room,
         };
-        Ok(Self { name: request.name, want, parameters, warnings })
+        Ok(Self { name: request.name, want, parameters, claim, warnings })
     }
 }
 
@@ -201,6 +229,28 @@ impl TryFrom<csi::ControllerExpandVolumeRequest> for Expand {
     }
 }
 
+impl TryFrom<csi::ControllerModifyVolumeRequest> for Modify {
+    type Error = Error;
+
+    fn try_from(request: csi::ControllerModifyVolumeRequest) -> Result<Self, Error> {
+        if request.volume_id.is_empty() {
+            return Err(Error::invalid("volume_id is missing"));
+        }
+        let wanted = Mutable::of_class(&request.mutable_parameters).map_err(Error::invalid)?;
+        Ok(Self { handle: existing(&request.volume_id)?, wanted })
+    }
+}
+
+impl TryFrom<csi::ListVolumesRequest> for ListPage {
+    type Error = Error;
+
+    fn try_from(request: csi::ListVolumesRequest) -> Result<Self, Error> {
+        let max_entries =
+            usize::try_from(request.max_entries).map_err(|_| Error::invalid(format!("max_entries {} is negative", request.max_entries)))?;
+        Ok(Self { max_entries, starting_token: request.starting_token })
+    }
+}
+
 impl TryFrom<csi::GetCapacityRequest> for Capacity {
     type Error = Error;
 
@@ -210,7 +260,8 @@ impl TryFrom<csi::GetCapacityRequest> for Capacity {
             Some(topology) if !topology.segments.is_empty() => Some(term(&topology.segments)?),
             _ => None,
         };
-        Ok(Self { storage, term })
+        let room = Parameters::room_of_class(&request.parameters).map_err(Error::invalid)?;
+        Ok(Self { storage, term, room })
     }
 }
 
@@ -272,15 +323,18 @@ fn range_of(range: csi::CapacityRange) -> Result<(u64, Option<u64>), Error> {
     }
 }
 
-fn terms(requirement: csi::TopologyRequirement) -> Result<Vec<Term>, Error> {
+/// The preferred terms first, and what their order means.
+fn terms(requirement: csi::TopologyRequirement, claim: Option<&str>) -> Result<(Vec<Term>, Order), Error> {
     let mut terms: Vec<Term> = Vec::new();
-    for topology in requirement.preferred.iter().chain(&requirement.requisite) {
-        let term = term(&topology.segments)?;
+    let preferred = requirement.preferred.iter().map(|topology| term(&topology.segments)).collect::<Result<Vec<_>, _>>()?;
+    let requisite = requirement.requisite.iter().map(|topology| term(&topology.segments)).collect::<Result<Vec<_>, _>>()?;
+    let order = Order::of(&preferred, claim);
+    for term in preferred.into_iter().chain(requisite) {
         if !terms.contains(&term) {
             terms.push(term);
         }
     }
-    Ok(terms)
+    Ok((terms, order))
 }
 
 fn term(segments: &HashMap<String, String>) -> Result<Term, Error> {

@@ -16,20 +16,25 @@ use tonic::{Request, Response, Status};
 
 use crate::deadline;
 use crate::error::Error;
-use crate::request::{Capacity, Create, Expand, Publish, Unpublish, existing, supported};
-use crate::run::Controller;
+use crate::request::{Capacity, Create, Expand, ListPage, Modify, Publish, Unpublish, existing, supported};
+use crate::run::{Condition, Controller, Listed};
 
 /// gRPC carries a status message in a header; clients take some KiB of those.
 const MAX_MESSAGE_CHARS: usize = 2000;
 
 /// What is built, and nothing else.
-const CAPABILITIES: [rpc::Type; 5] = [
+const CAPABILITIES: [rpc::Type; 8] = [
     rpc::Type::CreateDeleteVolume,
     rpc::Type::PublishUnpublishVolume,
+    rpc::Type::ListVolumes,
     rpc::Type::GetCapacity,
     rpc::Type::ExpandVolume,
+    rpc::Type::VolumeCondition,
+    rpc::Type::GetVolume,
     rpc::Type::SingleNodeMultiWriter,
 ];
+/// What Kubernetes has to be asked for: how nodes call themselves, and what a volume's class says when it is attached anew.
+const WITH_KUBERNETES: [rpc::Type; 2] = [rpc::Type::ListVolumesPublishedNodes, rpc::Type::ModifyVolume];
 
 /// The service over one [`Controller`].
 #[derive(Debug, Clone)]
@@ -55,6 +60,12 @@ impl ControllerService {
     #[must_use]
     pub fn new(controller: Arc<Controller>) -> Self {
         Self { controller, busy: Arc::default() }
+    }
+
+    /// What it serves.
+    #[must_use]
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.controller
     }
 
     /// Whether no call goes on, also none whose caller has given up.
@@ -107,6 +118,35 @@ fn status(error: Error) -> Status {
     Status::new(error.code, error.text.chars().take(MAX_MESSAGE_CHARS).collect::<String>())
 }
 
+/// One entry for each zone; of the region alone where there is none.
+fn topologies(region: &str, zones: &[String]) -> Vec<csi::Topology> {
+    let of_region = (proto::TOPOLOGY_REGION.to_string(), region.to_string());
+    if zones.is_empty() {
+        return vec![csi::Topology { segments: [of_region].into() }];
+    }
+    let of_zone = |zone: &String| [of_region.clone(), (proto::TOPOLOGY_ZONE.to_string(), zone.clone())];
+    zones.iter().map(|zone| csi::Topology { segments: of_zone(zone).into() }).collect()
+}
+
+fn no_snapshots() -> Status {
+    Status::unimplemented("snapshots are not built yet; nothing was touched, and those that the reference driver made are still there")
+}
+
+fn volume(listed: &Listed) -> csi::Volume {
+    let zone = Some(listed.handle.zone.clone()).filter(|zone| !zone.is_empty());
+    csi::Volume {
+        volume_id: listed.handle.to_string(),
+        // CSI: 0 is "not known".
+        capacity_bytes: listed.size_bytes.map_or(0, signed),
+        accessible_topology: topologies(&listed.handle.region, zone.as_slice()),
+        ..Default::default()
+    }
+}
+
+fn condition(condition: Condition) -> csi::VolumeCondition {
+    csi::VolumeCondition { abnormal: condition.abnormal, message: condition.message }
+}
+
 /// CSI's sizes are signed.
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
@@ -121,16 +161,13 @@ impl Service for ControllerService {
         // The provisioner tells the claim itself, and there is no PV yet.
         self.alone(&create.name.clone(), None, timeout, async move {
             let created = controller.create(create).await?;
-            let segments = [
-                (proto::TOPOLOGY_REGION.to_string(), created.handle.region.clone()),
-                (proto::TOPOLOGY_ZONE.to_string(), created.handle.zone.clone()),
-            ];
+            let accessible_topology = topologies(&created.handle.region, &created.zones);
             Ok(csi::CreateVolumeResponse {
                 volume: Some(csi::Volume {
                     volume_id: created.handle.to_string(),
                     capacity_bytes: signed(created.capacity_bytes),
                     volume_context: created.volume_context,
-                    accessible_topology: vec![csi::Topology { segments: segments.into() }],
+                    accessible_topology,
                     ..Default::default()
                 }),
             })
@@ -222,6 +259,68 @@ impl Service for ControllerService {
         Ok(Response::new(answer))
     }
 
+    async fn list_volumes(&self, request: Request<csi::ListVolumesRequest>) -> Result<Response<csi::ListVolumesResponse>, Status> {
+        let page = ListPage::try_from(request.into_inner()).map_err(status)?;
+        let page = self.controller.list(&page).await.map_err(status)?;
+        let entry = |listed: Listed| csi::list_volumes_response::Entry {
+            volume: Some(volume(&listed)),
+            status: Some(csi::list_volumes_response::VolumeStatus {
+                published_node_ids: listed.nodes,
+                volume_condition: Some(condition(listed.condition)),
+            }),
+        };
+        let entries = page.entries.into_iter().map(entry).collect();
+        Ok(Response::new(csi::ListVolumesResponse { entries, next_token: page.next_token }))
+    }
+
+    async fn controller_get_volume(
+        &self,
+        request: Request<csi::ControllerGetVolumeRequest>,
+    ) -> Result<Response<csi::ControllerGetVolumeResponse>, Status> {
+        let volume_id = request.into_inner().volume_id;
+        if volume_id.is_empty() {
+            return Err(status(Error::invalid("volume_id is missing")));
+        }
+        let listed = self.controller.volume(&existing(&volume_id).map_err(status)?).await.map_err(status)?;
+        Ok(Response::new(csi::ControllerGetVolumeResponse {
+            volume: Some(volume(&listed)),
+            status: Some(csi::controller_get_volume_response::VolumeStatus {
+                published_node_ids: listed.nodes,
+                volume_condition: Some(condition(listed.condition)),
+            }),
+        }))
+    }
+
+    async fn controller_modify_volume(
+        &self,
+        request: Request<csi::ControllerModifyVolumeRequest>,
+    ) -> Result<Response<csi::ControllerModifyVolumeResponse>, Status> {
+        if !self.controller.has_kubernetes() {
+            return Err(Status::unimplemented(
+                "ControllerModifyVolume needs the Kubernetes API, which says at the next attach what the volume's class is",
+            ));
+        }
+        let timeout = timeout_of(&request);
+        let modify = Modify::try_from(request.into_inner()).map_err(status)?;
+        let controller = Arc::clone(&self.controller);
+        self.alone(&modify.handle.to_string(), Some("VolumeModifyRefused"), timeout, async move {
+            controller.modify(&modify).await.map(|()| csi::ControllerModifyVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn create_snapshot(&self, _: Request<csi::CreateSnapshotRequest>) -> Result<Response<csi::CreateSnapshotResponse>, Status> {
+        Err(no_snapshots())
+    }
+
+    async fn delete_snapshot(&self, _: Request<csi::DeleteSnapshotRequest>) -> Result<Response<csi::DeleteSnapshotResponse>, Status> {
+        Err(no_snapshots())
+    }
+
+    async fn list_snapshots(&self, _: Request<csi::ListSnapshotsRequest>) -> Result<Response<csi::ListSnapshotsResponse>, Status> {
+        Err(no_snapshots())
+    }
+
     async fn get_capacity(&self, request: Request<csi::GetCapacityRequest>) -> Result<Response<csi::GetCapacityResponse>, Status> {
         let request = request.into_inner();
         let unsupported = !request.volume_capabilities.is_empty() && request.volume_capabilities.iter().any(|one| supported(one).is_err());
@@ -240,6 +339,8 @@ impl Service for ControllerService {
         _: Request<csi::ControllerGetCapabilitiesRequest>,
     ) -> Result<Response<csi::ControllerGetCapabilitiesResponse>, Status> {
         let capability = |kind: &rpc::Type| ControllerServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: (*kind).into() })) };
-        Ok(Response::new(csi::ControllerGetCapabilitiesResponse { capabilities: CAPABILITIES.iter().map(capability).collect() }))
+        let with_kubernetes = WITH_KUBERNETES.iter().filter(|_| self.controller.has_kubernetes());
+        let capabilities = CAPABILITIES.iter().chain(with_kubernetes).map(capability).collect();
+        Ok(Response::new(csi::ControllerGetCapabilitiesResponse { capabilities }))
     }
 }

@@ -54,6 +54,20 @@ helm template x "$bundle"/*.tgz --kube-version 1.37.0 | sed -nE 's/^ *(- )?image
 done
 said "bundle: every image by digest, in images.txt, checksums right"
 
+# One byte more on its way, a file that went, a line of another image: nothing is pushed.
+for damage in byte gone line; do
+  cp -r "$bundle" "$work/damaged"
+  case $damage in
+    byte) printf x >>"$work/damaged/images/proxmox-csi-node.oci.tar" ;;
+    gone) rm "$work/damaged/images/proxmox-csi-controller.oci.tar" ;;
+    line) sed -i '1s/sha256:./sha256:x/' "$work/damaged/images.txt" ;;
+  esac
+  if scripts/mirror --insecure 127.0.0.1:9 "$work/damaged" >"$work/damaged.txt" 2>&1; then echo "airgap: a damaged bundle ($damage) is pushed"; exit 1; fi
+  grep -q '^mirror: the bundle is damaged' "$work/damaged.txt" || { cat "$work/damaged.txt"; exit 1; }
+  rm -r "$work/damaged"
+done
+said "mirror: a bundle that is damaged is refused before anything is pushed"
+
 registry=127.0.0.1:$(port)
 registry -port "${registry#*:}" >"$work/registry.log" 2>&1 & pids+=($!)
 until_ 20 "the registry" curl -sf "http://$registry/v2/"

@@ -196,7 +196,7 @@ REFUSED = [
     ({"provisionerName": "csi.example.com"}, "provisionerName"),
     ({"controller": {"attacher": {"image": {"digest": "latest"}}}}, "controller/attacher/image/digest"),
     ({"controller": {"snapshotter": {"enabled": True}}}, "controller.snapshotter.enabled: snapshots are not built yet"),
-    ({"config": {"features": {"provider": "capmox"}}}, "config.features.provider: capmox is not built yet"),
+    ({"config": {"features": {"provider": "proxmox"}}}, "config/features/provider"),
     ({"storageClass": [{"name": "a", "storage": "b", "extraParameters": {"replicate": "true"}}]}, "storageClass[0].extraParameters.replicate: replicated volumes are not built yet"),
     ({"storageClass": [{"name": "a", "storage": "b", "extraParameters": {"replicateZones": "x"}}]}, "storageClass[0].extraParameters.replicateZones"),
     ({"node": {"plugin": {"image": {"repository": "registry.example.com/node", "tag": "v9.9.9"}}}}, "node.plugin.image.tag"),
@@ -354,7 +354,7 @@ def documents_are_true():
                     quoted += 1
                     check(not piece.strip() or piece.strip() in code, f"docs/troubleshooting.md quotes {piece.strip()!r}, which the code does not say")
     check(quoted > 40, f"only {quoted} pieces of quoted sentences were found")
-    pages = [os.path.join(folder, file) for top in ("docs", "deploy", "talos") for folder, _, files in os.walk(top) for file in files if file.endswith(".md")]
+    pages = ["README.md"] + [os.path.join(folder, file) for top in ("docs", "deploy", "talos") for folder, _, files in os.walk(top) for file in files if file.endswith(".md")]
     for page in pages:
         with open(page, encoding="utf-8") as text:
             for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text.read()):
@@ -373,7 +373,7 @@ def documents_are_true():
 def commands_of_documents():
     """What the documents tell people to run on our files works as far as it goes without a cluster."""
     ran = 0
-    for page in ["docs/install.md", "docs/migration.md", "docs/operations.md", "deploy/verify/README.md", "talos/README.md"]:
+    for page in ["README.md", "docs/install.md", "docs/migration.md", "docs/operations.md", "deploy/verify/README.md", "talos/README.md"]:
         with open(page, encoding="utf-8") as text:
             text = text.read()
         for line in re.findall(r"^(?:kubectl|helm|scripts/).*$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)), re.M):

@@ -303,9 +303,12 @@ async fn serve(
     let registering = tokio::spawn(registration::run(kubelet, known, standing.clone(), stop.clone()));
     if let Some(listener) = pages {
         let (place, is_ready) = (socket.place(), standing.clone());
-        let alive = move || if place.is_ours() { Ok(()) } else { Err(format!("{} is not ours any more", place.path().display())) };
+        let nothing = String::new;
+        let alive = move || if place.is_ours() { Ok(nothing()) } else { Err(format!("{} is not ours any more", place.path().display())) };
         let metrics = move || metrics::page(is_ready.get().is_ok());
-        let pages = Pages { alive: Arc::new(alive), ready: Arc::new(move || standing.get()), metrics: Arc::new(metrics) };
+        let ready = move || standing.get().map(|()| nothing());
+        let metrics_path = "/metrics".into();
+        let pages = Pages { alive: Arc::new(alive), ready: Arc::new(ready), metrics_path, metrics: Arc::new(metrics) };
         let address = listener.local_addr().map_err(|cause| format!("metrics address: {cause}"))?;
         proto::info!("/healthz, /readyz and /metrics on {address}");
         tokio::spawn(health::serve(listener, pages));

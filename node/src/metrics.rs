@@ -65,19 +65,8 @@ pub fn page(is_ready: bool) -> String {
         metrics::gauge(&mut page, name, help, number.load(Ordering::Relaxed));
     }
     metrics::calls(&mut page);
-    if let Some(bytes) = resident_bytes() {
-        metrics::gauge(&mut page, "process_resident_memory_bytes", "Resident memory.", bytes);
-    }
-    if let Ok(open) = std::fs::read_dir("/proc/self/fd") {
-        metrics::gauge(&mut page, "process_open_fds", "Open descriptors.", open.count());
-    }
+    metrics::process(&mut page);
     page
-}
-
-fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    Some(kib.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
 #[cfg(test)]

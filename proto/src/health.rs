@@ -1,6 +1,7 @@
 //! `/healthz`, `/readyz` and `/metrics` over HTTP/1.1, for kubelet's probes and Prometheus.
 //!
 //! One request a connection, a few lines of it read, nothing of it used but method and path. Off unless an address was given.
+//! `PUT /log/LEVEL` changes how much is logged, for whoever comes from this pod: Kubernetes then says who may (pods/portforward).
 
 use std::fmt;
 use std::io;
@@ -15,20 +16,25 @@ use tokio::sync::Semaphore;
 const MAX_REQUEST_BYTES: usize = 8 << 10;
 /// For the whole exchange; kubelet gives a probe one second, Prometheus ten.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(10);
+/// `PUT /log/debug`: how much is logged, from now on.
+const LEVEL: &str = "/log/";
+const ONLY_GET: &str = "only GET\n";
 /// At one time; one more is closed unheard, so that nobody can take all our descriptors.
 const MAX_CONNECTIONS: usize = 64;
 
-/// `Ok`, or one sentence that says what is wrong. Must not block.
-pub type Check = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+/// What else is to be said, or one sentence that says what is wrong. Must not block.
+pub type Check = Arc<dyn Fn() -> Result<String, String> + Send + Sync>;
 
-/// What the three pages say.
+/// What the pages say.
 #[derive(Clone)]
 pub struct Pages {
     /// `/healthz`: a new start of the process would help, if not.
     pub alive: Check,
     /// `/readyz`: it does its work, if so.
     pub ready: Check,
-    /// `/metrics`: Prometheus' text format.
+    /// Where the metrics are: `/metrics`.
+    pub metrics_path: String,
+    /// Prometheus' text format.
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
 }
 
@@ -65,7 +71,7 @@ pub async fn serve(listener: std::net::TcpListener, pages: Pages) -> io::Result<
     let listener = TcpListener::from_std(listener)?;
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok((stream, _)) = listener.accept().await else {
+        let Ok((stream, peer)) = listener.accept().await else {
             // Out of descriptors: the next one may do better.
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
@@ -74,14 +80,14 @@ pub async fn serve(listener: std::net::TcpListener, pages: Pages) -> io::Result<
         let pages = pages.clone();
         tokio::spawn(async move {
             let _place = place;
-            let _ = tokio::time::timeout(EXCHANGE_LIMIT, exchange(&stream, &pages)).await;
+            let _ = tokio::time::timeout(EXCHANGE_LIMIT, exchange(&stream, peer, &pages)).await;
         });
     }
 }
 
-async fn exchange(stream: &TcpStream, pages: &Pages) -> io::Result<()> {
+async fn exchange(stream: &TcpStream, peer: SocketAddr, pages: &Pages) -> io::Result<()> {
     let request = read(stream).await?;
-    let answer = answer(&request, pages);
+    let answer = answer(&request, peer.ip().to_canonical().is_loopback(), pages);
     let mut rest = answer.as_bytes();
     while !rest.is_empty() {
         stream.writable().await?;
@@ -110,20 +116,29 @@ async fn read(stream: &TcpStream) -> io::Result<Vec<u8>> {
     Ok(request)
 }
 
-fn answer(request: &[u8], pages: &Pages) -> String {
+/// `is_near`: from this very pod, kubectl port-forward included. Only there is anything changed.
+fn answer(request: &[u8], is_near: bool, pages: &Pages) -> String {
     let line = request.split(|byte| *byte == b'\r').next().and_then(|line| std::str::from_utf8(line).ok()).unwrap_or_default();
     let mut words = line.split(' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let checked = |check: &Check| match check() {
-        Ok(()) => ("200 OK", "ok\n".to_string()),
+        Ok(more) => ("200 OK", format!("ok\n{more}")),
         Err(why) => ("503 Service Unavailable", format!("{why}\n")),
     };
     let (status, body) = match (method, target.split('?').next().unwrap_or_default()) {
         ("GET" | "HEAD", "/healthz") => checked(&pages.alive),
         ("GET" | "HEAD", "/readyz") => checked(&pages.ready),
-        ("GET" | "HEAD", "/metrics") => ("200 OK", (pages.metrics)()),
-        ("GET" | "HEAD", _) => ("404 Not Found", "there are: /healthz /readyz /metrics\n".to_string()),
-        _ => ("405 Method Not Allowed", "only GET\n".to_string()),
+        ("GET" | "HEAD", path) if path == pages.metrics_path => ("200 OK", (pages.metrics)()),
+        ("GET" | "HEAD", _) => ("404 Not Found", format!("there are: /healthz /readyz {}; PUT /log/LEVEL\n", pages.metrics_path)),
+        ("PUT", path) if path.starts_with(LEVEL) && !is_near => {
+            ("403 Forbidden", "from 127.0.0.1 only: kubectl port-forward\n".to_string())
+        }
+        ("PUT", path) => match path.strip_prefix(LEVEL).map(crate::log::set_level) {
+            Some(Ok(())) => ("200 OK", "ok\n".to_string()),
+            Some(Err(why)) => ("400 Bad Request", why),
+            None => ("405 Method Not Allowed", ONLY_GET.to_string()),
+        },
+        _ => ("405 Method Not Allowed", ONLY_GET.to_string()),
     };
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
@@ -141,25 +156,32 @@ mod tests {
 
     fn pages() -> Pages {
         let ready: Check = Arc::new(|| Err("region unknown".into()));
-        Pages { alive: Arc::new(|| Ok(())), ready, metrics: Arc::new(|| "a_total 1\n".into()) }
+        let alive: Check = Arc::new(|| Ok("b: 503\n".into()));
+        Pages { alive, ready, metrics_path: "/metrics".into(), metrics: Arc::new(|| "a_total 1\n".into()) }
     }
 
     #[test]
     fn three_pages_and_nothing_else() {
         for (request, status, body) in [
-            ("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "200", "ok\n"),
+            ("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "200", "ok\nb: 503\n"),
             ("GET /readyz HTTP/1.1\r\n\r\n", "503", "region unknown\n"),
             ("GET /metrics?x=y HTTP/1.0\r\n\r\n", "200", "a_total 1\n"),
             ("HEAD /healthz HTTP/1.1\r\n\r\n", "200", ""),
-            ("GET / HTTP/1.1\r\n\r\n", "404", "there are: /healthz /readyz /metrics\n"),
+            ("GET / HTTP/1.1\r\n\r\n", "404", "there are: /healthz /readyz /metrics; PUT /log/LEVEL\n"),
             ("POST /metrics HTTP/1.1\r\n\r\n", "405", "only GET\n"),
+            ("PUT /metrics HTTP/1.1\r\n\r\n", "405", "only GET\n"),
+            ("PUT /log/info HTTP/1.1\r\n\r\n", "200", "ok\n"),
+            ("PUT /log/2 HTTP/1.1\r\n\r\n", "200", "ok\n"),
             ("", "405", "only GET\n"),
         ] {
-            let answer = answer(request.as_bytes(), &pages());
+            let answer = answer(request.as_bytes(), true, &pages());
             let (head, rest) = answer.split_once("\r\n\r\n").unwrap();
             assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{request:?}: {head}");
             assert_eq!(rest, body, "{request:?}");
         }
+        let put = b"PUT /log/loud HTTP/1.1\r\n\r\n";
+        assert!(answer(put, true, &pages()).contains("loud"));
+        assert!(answer(put, false, &pages()).starts_with("HTTP/1.1 403"), "only from the pod itself");
     }
 
     #[test]
@@ -196,12 +218,12 @@ mod tests {
             }
             String::new()
         });
-        assert!(asked.await.unwrap().ends_with("ok\n"));
+        assert!(asked.await.unwrap().ends_with("ok\nb: 503\n"));
         served.abort();
     }
 
     proptest! {
         #[test]
-        fn no_request_panics(request in proptest::collection::vec(any::<u8>(), 0..200)) { let _ = answer(&request, &pages()); }
+        fn no_request_panics(request in proptest::collection::vec(any::<u8>(), 0..200)) { let _ = answer(&request, true, &pages()); }
     }
 }

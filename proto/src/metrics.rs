@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use tonic::Code;
 
-/// RPC names that are told apart: a service has at most 20, and a client cannot make us remember more.
-const MAX_RPCS: usize = 48;
+/// Sets of labels that are told apart in one histogram: a service has at most 20 RPCs with some codes each, the controller some 25 endpoints,
+/// and no client can make us remember more.
+const MAX_SERIES: usize = 256;
 /// Upper bounds in milliseconds: a call that finds all done, a mount, a format, a wait for a disk, kubelet's patience.
 const BUCKETS_MS: [u64; 7] = [10, 100, 500, 2_000, 10_000, 30_000, 120_000];
 
@@ -74,24 +75,43 @@ fn line(page: &mut String, name: &str, labels: &[(&str, &str)], value: impl Disp
     let _ = writeln!(page, "{} {value}", if labels.is_empty() { "" } else { "}" });
 }
 
-/// One RPC with one outcome.
+/// Appends a number of several things, each by its labels.
+pub fn gauges<'a, const N: usize, V: Display>(
+    page: &mut String,
+    name: &str,
+    help: &str,
+    samples: impl IntoIterator<Item = ([(&'a str, &'a str); N], V)>,
+) {
+    head(page, name, "gauge", help);
+    for (labels, value) in samples {
+        line(page, name, &labels, value);
+    }
+}
+
+/// What one kind of call took.
 #[derive(Debug, Default)]
-struct Calls {
+struct Took {
     /// Calls within each bound, and not within the one before.
     buckets: [u64; BUCKETS_MS.len()],
     count: u64,
-    took: Duration,
+    sum: Duration,
 }
 
-/// Calls by RPC and code.
+/// Times by labels, for a histogram of each.
 #[derive(Debug)]
-struct Table(Mutex<BTreeMap<(String, &'static str), Calls>>);
+pub struct Times<const N: usize> {
+    name: &'static str,
+    help: &'static str,
+    labels: [&'static str; N],
+    took: Mutex<BTreeMap<[String; N], Took>>,
+}
 
-static CALLS: Table = Table(Mutex::new(BTreeMap::new()));
+static CALLS: Times<2> =
+    Times::new("proxmox_csi_rpc_duration_seconds", "CSI calls by RPC and gRPC code, and the time that they took.", ["rpc", "code"]);
 
 /// Counts a call that has ended.
 pub fn count_call(rpc: &str, code: Code, took: Duration) {
-    CALLS.count(rpc, code, took);
+    CALLS.count([rpc, code_name(code)], took);
 }
 
 /// Appends all calls so far: how many, with which code, how long they took.
@@ -99,41 +119,71 @@ pub fn calls(page: &mut String) {
     CALLS.write(page);
 }
 
-impl Table {
-    fn count(&self, rpc: &str, code: Code, took: Duration) {
-        let mut calls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_known = calls.keys().any(|(known, _)| known == rpc);
-        let rpc = if is_known || calls.len() < MAX_RPCS { rpc } else { "other" };
-        let seen = calls.entry((rpc.to_string(), code_name(code))).or_default();
+impl<const N: usize> Times<N> {
+    /// `name` ends in `_seconds`; `labels` are its labels' names.
+    #[must_use]
+    pub const fn new(name: &'static str, help: &'static str, labels: [&'static str; N]) -> Self {
+        Self { name, help, labels, took: Mutex::new(BTreeMap::new()) }
+    }
+
+    /// One more with these labels' values; beyond [`MAX_SERIES`] of them, the first is `other`.
+    pub fn count(&self, values: [&str; N], took: Duration) {
+        let mut all = self.took.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut values = values.map(String::from);
+        if all.len() >= MAX_SERIES && !all.contains_key(&values) {
+            values.iter_mut().take(1).for_each(|value| *value = "other".into());
+        }
+        let seen = all.entry(values).or_default();
         seen.count += 1;
-        seen.took += took;
+        seen.sum += took;
         let within = |bound: &u64| took <= Duration::from_millis(*bound);
         if let Some(bucket) = BUCKETS_MS.iter().position(within).and_then(|index| seen.buckets.get_mut(index)) {
             *bucket += 1;
         }
     }
 
-    fn write(&self, page: &mut String) {
-        const NAME: &str = "proxmox_csi_rpc_duration_seconds";
-        let calls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        head(page, NAME, "histogram", "CSI calls by RPC and gRPC code, and the time that they took.");
-        for ((rpc, code), seen) in calls.iter() {
-            let [rpc, code] = [("rpc", rpc.as_str()), ("code", *code)];
+    /// Appends it to `page`.
+    pub fn write(&self, page: &mut String) {
+        let all = self.took.lock().unwrap_or_else(PoisonError::into_inner);
+        head(page, self.name, "histogram", self.help);
+        let [bucket, sum, count] = ["bucket", "sum", "count"].map(|part| format!("{}_{part}", self.name));
+        let bounds = BUCKETS_MS.map(|ms| seconds(Duration::from_millis(ms)));
+        for (values, seen) in all.iter() {
+            let mut labels: Vec<(&str, &str)> = self.labels.iter().zip(values).map(|(label, value)| (*label, value.as_str())).collect();
+            line(page, &sum, &labels, seconds(seen.sum));
+            line(page, &count, &labels, seen.count);
             let mut within = 0;
-            for (bound_ms, count) in BUCKETS_MS.iter().zip(seen.buckets) {
-                within += count;
-                let bound = seconds(Duration::from_millis(*bound_ms));
-                line(page, &format!("{NAME}_bucket"), &[rpc, code, ("le", &bound)], within);
+            for (bound, calls) in bounds.iter().zip(seen.buckets) {
+                within += calls;
+                labels.push(("le", bound));
+                line(page, &bucket, &labels, within);
+                labels.truncate(N);
             }
-            line(page, &format!("{NAME}_bucket"), &[rpc, code, ("le", "+Inf")], seen.count);
-            line(page, &format!("{NAME}_sum"), &[rpc, code], seconds(seen.took));
-            line(page, &format!("{NAME}_count"), &[rpc, code], seen.count);
+            labels.push(("le", "+Inf"));
+            line(page, &bucket, &labels, seen.count);
         }
     }
 }
 
+/// Appends what Prometheus' clients say of every process: memory and descriptors.
+pub fn process(page: &mut String) {
+    if let Some(bytes) = resident_bytes() {
+        gauge(page, "process_resident_memory_bytes", "Resident memory.", bytes);
+    }
+    if let Ok(open) = std::fs::read_dir("/proc/self/fd") {
+        gauge(page, "process_open_fds", "Open descriptors.", open.count());
+    }
+}
+
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(kib.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
 /// `0.01`, `120`, `1.25`: without floating point.
-fn seconds(time: Duration) -> String {
+#[must_use]
+pub fn seconds(time: Duration) -> String {
     let text = format!("{}.{:06}", time.as_secs(), time.subsec_micros());
     text.trim_end_matches('0').trim_end_matches('.').to_string()
 }
@@ -173,9 +223,9 @@ mod tests {
 
     #[test]
     fn buckets_count_up_to_their_bound_and_the_last_one_counts_all() {
-        let (table, mut page) = (Table(Mutex::default()), String::new());
+        let (table, mut page) = (Times::new("proxmox_csi_rpc_duration_seconds", "h", ["rpc", "code"]), String::new());
         for ms in [5, 10, 11, 200_000] {
-            table.count("TestBuckets", Code::Ok, Duration::from_millis(ms));
+            table.count(["TestBuckets", "OK"], Duration::from_millis(ms));
         }
         table.write(&mut page);
         let value = |le: &str| {
@@ -188,11 +238,11 @@ mod tests {
 
     #[test]
     fn made_up_names_are_not_all_remembered() {
-        let table = Table(Mutex::default());
+        let table = Times::new("x_seconds", "h", ["rpc"]);
         for number in 0..1000 {
-            table.count(&format!("Made{number}"), Code::Unimplemented, Duration::ZERO);
+            table.count([&format!("Made{number}")], Duration::ZERO);
         }
-        assert_eq!(table.0.lock().unwrap().len(), MAX_RPCS + 1);
+        assert_eq!(table.took.lock().unwrap().len(), MAX_SERIES + 1);
     }
 
     #[test]

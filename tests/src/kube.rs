@@ -330,7 +330,13 @@ impl State {
         let number = |key: &str| query.split('&').find_map(|pair| pair.strip_prefix(key)?.strip_prefix('=')?.parse::<usize>().ok());
         let (limit, from) = (number("limit").unwrap_or(usize::MAX), number("continue").unwrap_or(0));
         let inside = format!("{path}/");
-        let all: Vec<&Value> = self.objects.iter().filter(|(place, _)| place.starts_with(&inside)).map(|(_, object)| object).collect();
+        // Leases of all namespaces, by name.
+        let name = query.split('&').find_map(|pair| pair.strip_prefix("fieldSelector=metadata.name%3D"));
+        let is_in = |place: &str| match name {
+            Some(name) => place.ends_with(&format!("/leases/{name}")),
+            None => place.starts_with(&inside),
+        };
+        let all: Vec<&Value> = self.objects.iter().filter(|(place, _)| is_in(place)).map(|(_, object)| object).collect();
         let next = from.saturating_add(limit);
         let more = if next < all.len() { next.to_string() } else { String::new() };
         let items: Vec<&Value> = all.into_iter().skip(from).take(limit).collect();

@@ -7,6 +7,8 @@ mod attach;
 mod batch;
 #[path = "controller/bed.rs"]
 mod bed;
+#[path = "controller/capacity.rs"]
+mod capacity;
 #[path = "controller/check.rs"]
 mod check;
 #[path = "controller/claims.rs"]
@@ -31,10 +33,28 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/list.rs"]
+mod list;
+#[path = "controller/look.rs"]
+mod look;
+#[path = "controller/modify.rs"]
+mod modify;
+#[path = "controller/owner.rs"]
+mod owner;
+#[path = "controller/privileges.rs"]
+mod privileges;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
 mod race;
+#[path = "controller/rivals.rs"]
+mod rivals;
+#[path = "controller/spread.rs"]
+mod spread;
+#[path = "controller/storages.rs"]
+mod storages;
+#[path = "controller/takeover.rs"]
+mod takeover;
 #[path = "controller/trouble.rs"]
 mod trouble;
 #[path = "controller/urls.rs"]

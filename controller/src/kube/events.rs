@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::client::{Call, Method};
-use super::{Failure, Kube, text};
+use super::{Claim, Failure, Kube, text};
 use crate::run::when;
 
 /// One volume's refusals of one kind are written no more often; a sidecar repeats every few seconds at first.
@@ -33,6 +33,8 @@ const CALL_LIMIT: Duration = Duration::from_secs(10);
 const MAX_MESSAGE_BYTES: usize = 1024;
 /// PVs that are looked at for one whose name its disk does not say.
 const MAX_LOOKUPS: usize = 50;
+
+const CLAIM: &str = "PersistentVolumeClaim";
 
 #[derive(Debug)]
 pub(super) struct Events {
@@ -91,7 +93,7 @@ struct Subject {
 }
 
 /// `9999/vm-9999-pvc-0d79.raw` → `pvc-0d79`: a disk that was made for a claim carries its PV's name.
-fn pv_named_by(disk: &str) -> Option<&str> {
+pub(super) fn pv_named_by(disk: &str) -> Option<&str> {
     let file = disk.rsplit('/').next()?;
     let stem = [".raw", ".qcow2", ".vmdk"].iter().find_map(|extension| file.strip_suffix(extension)).unwrap_or(file);
     let (vmid, name) = stem.strip_prefix("vm-")?.split_once('-')?;
@@ -107,12 +109,32 @@ fn shortened(message: &str) -> &str {
 impl Kube {
     /// Has a refusal told to people. Waits for nothing.
     pub fn tell(self: &Arc<Self>, volume: &str, reason: &'static str, message: &str) {
+        self.tell_about(volume, None, reason, message);
+    }
+
+    /// Has something told on a claim that has no PV yet. Waits for nothing.
+    pub fn tell_claim(self: &Arc<Self>, claim: &Claim, reason: &'static str, message: &str) {
+        let (namespace, name, uid) = (claim.namespace.clone(), claim.name.clone(), claim.uid.clone());
+        let about = format!("claim {namespace}/{name}");
+        self.tell_about(&about, Some(Subject { kind: CLAIM, namespace, name, uid }), reason, message);
+    }
+
+    fn tell_about(self: &Arc<Self>, volume: &str, subject: Option<Subject>, reason: &'static str, message: &str) {
         let Ok(permit) = Arc::clone(&self.events.at_once).try_acquire_owned() else { return };
         let Some(times) = self.events.is_due(volume, reason) else { return };
         let (kube, volume, message) = (Arc::clone(self), volume.to_owned(), message.to_owned());
         tokio::spawn(async move {
             let _permit = permit;
-            let failure = kube.write_event(&volume, reason, &message, times).await.err().unwrap_or_default();
+            let subject = match subject {
+                Some(subject) => Ok(Some(subject)),
+                None => kube.subject(&volume).await,
+            };
+            let written = match subject {
+                Ok(Some(subject)) => kube.write_event(subject, reason, &message, times).await,
+                Ok(None) => Ok(()),
+                Err(failure) => Err(failure),
+            };
+            let failure = written.err().unwrap_or_default();
             let mut told = kube.events.told();
             if told.failure != failure {
                 if !failure.is_empty() {
@@ -123,14 +145,13 @@ impl Kube {
         });
     }
 
-    async fn write_event(self: &Arc<Self>, volume: &str, reason: &str, message: &str, times: u64) -> Result<(), Failure> {
-        let Some(subject) = self.subject(volume).await? else { return Ok(()) };
+    async fn write_event(self: &Arc<Self>, subject: Subject, reason: &str, message: &str, times: u64) -> Result<(), Failure> {
         let hash = Sha256::digest(format!("{}/{reason}", subject.uid));
         let hash: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         let (name, now) = (format!("{}.{hash}", subject.name), when::rfc3339(SystemTime::now()));
         let folder = format!("/api/v1/namespaces/{}/events", subject.namespace);
         let mut object = json!({"apiVersion": "v1", "kind": subject.kind, "name": subject.name, "uid": subject.uid});
-        if let Some(object) = object.as_object_mut().filter(|_| subject.kind == "PersistentVolumeClaim") {
+        if let Some(object) = object.as_object_mut().filter(|_| subject.kind == CLAIM) {
             object.insert("namespace".into(), subject.namespace.clone().into());
         }
         let body = json!({
@@ -179,7 +200,7 @@ impl Kube {
             let (name, uid) = (text(&pv, &format!("{at}/name"))?, text(&pv, &format!("{at}/uid"))?);
             Some(Subject { kind, namespace, name, uid })
         };
-        let claim = text(&pv, "/spec/claimRef/namespace").and_then(|namespace| of("PersistentVolumeClaim", "/spec/claimRef", namespace));
+        let claim = text(&pv, "/spec/claimRef/namespace").and_then(|namespace| of(CLAIM, "/spec/claimRef", namespace));
         Ok(claim.or_else(|| of("PersistentVolume", "/metadata", "default".into())))
     }
 

@@ -150,6 +150,12 @@ impl Lease {
         self.fence.clone()
     }
 
+    /// The pod that we are, as [`identity`] says it.
+    #[must_use]
+    pub fn pod(&self) -> &str {
+        self.me.rsplit_once('_').map_or(self.me.as_str(), |(pod, _)| pod)
+    }
+
     fn name(&self) -> String {
         format!("Lease {}/{}", self.api.namespace(), proto::DRIVER_NAME)
     }

@@ -249,6 +249,8 @@ const TEXTS: &[(&[&str], Meaning)] = &[
     (&["dataset does not exist"], Meaning::NoSuchVolume),
     (&["error opening image", "(2) No such file or directory"], Meaning::NoSuchVolume),
     (&["volume '", "' does not exist"], Meaning::NoSuchVolume),
+    // zfs over iSCSI: neither the target nor a look at it has it.
+    (&["Could not find lu_name for zvol"], Meaning::NoSuchVolume),
     (&["volume rbd:", "does not exist"], Meaning::NoSuchVolume),
     (&["vmid: VM ", " already exists"], Meaning::VmidTaken),
     (&["No such storage."], Meaning::NoSuchStorage),

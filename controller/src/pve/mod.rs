@@ -29,6 +29,8 @@ use zeroize::Zeroizing;
 
 use crate::config::{ClusterConfig, Credentials, MAX_URLS};
 use crate::fence::Fence;
+use crate::look::health::Heard;
+use crate::look::metrics::{self, Lock};
 use crate::secret::Secret;
 pub use api::{Method, Request};
 pub use error::{Cause, Error, Meaning};
@@ -94,6 +96,10 @@ pub struct Client {
     at_a_time: Semaphore,
     hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
     fence: Fence,
+    /// The cluster's name, for the metrics.
+    region: String,
+    /// Whether Proxmox answers.
+    pub(crate) heard: Heard,
     shared: Arc<Shared>,
 }
 
@@ -179,8 +185,17 @@ impl Client {
                 Auth::Password { username: username.clone(), password: password.clone(), ticket: Mutex::new(None) }
             }
         };
-        let at_a_time = Semaphore::new(CALLS_PER_CLUSTER);
-        Self { agent, urls, auth, at_a_time, hosts: Mutex::default(), fence: Fence::default(), shared: Arc::default() }
+        Self {
+            agent,
+            urls,
+            auth,
+            at_a_time: Semaphore::new(CALLS_PER_CLUSTER),
+            hosts: Mutex::default(),
+            fence: Fence::default(),
+            region: cluster.region.clone(),
+            heard: Heard::default(),
+            shared: Arc::default(),
+        }
     }
 
     /// Writes go out only while `fence` is open.
@@ -212,17 +227,21 @@ impl Client {
     /// # Errors
     /// Every status above 399, and every way not to get an answer.
     pub async fn call(self: &Arc<Self>, request: Request) -> Result<Value, Error> {
+        let endpoint = request.endpoint();
         // First the node's place: who waits for a node that hangs must not hold one of the cluster's.
         let of_host = request.host().map(|host| self.host(host));
         let _of_host = match &of_host {
-            Some(host) => host.acquire().await.ok(),
+            Some(host) => metrics::waited(Lock::HostCalls, host.acquire()).await.ok(),
             None => None,
         };
-        let _at_a_time = self.at_a_time.acquire().await;
+        let _at_a_time = metrics::waited(Lock::ClusterCalls, self.at_a_time.acquire()).await;
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
         let flight = Flight::begin(&self.shared.in_flight);
         let number = self.shared.calls.fetch_add(1, Ordering::Relaxed);
+        let begun = Instant::now();
         let answer = self.at_some_url(&request, number, &flight).await;
+        metrics::count_request(&endpoint, &self.region, &answer, begun.elapsed());
+        self.heard.note(&answer);
         if request.is_write() && answer.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
             self.fence.note_unknown();
         }

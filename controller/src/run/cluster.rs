@@ -87,7 +87,7 @@ impl Controller {
 }
 
 /// As DNS compares names; a VM may carry the domain, too.
-fn is_name_of(vm: &str, node: &str) -> bool {
+pub(super) fn is_name_of(vm: &str, node: &str) -> bool {
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_ascii_lowercase();
     vm.eq_ignore_ascii_case(node) || (first(vm) == first(node) && vm.contains('.') != node.contains('.'))
 }
@@ -196,7 +196,7 @@ impl Region {
     /// By Proxmox's word since `since`; without Sys.Audit, by more than half of its nodes being online.
     ///
     /// # Errors
-    /// Proxmox's.
+    /// Proxmox's; without Sys.Audit and without that half, its name.
     pub(crate) async fn is_quorate(&self, since: Instant) -> Result<bool, Error> {
         let mut held = self.quorate.lock().await;
         if let Some((_, quorate)) = held.filter(|(read_at, _)| *read_at >= since) {
@@ -209,9 +209,17 @@ impl Region {
             Err(error) if error.meaning() == Meaning::Forbidden => {
                 let resources = self.resources(since.min(ago(STATE_AGE))).await?;
                 let online = resources.hosts.values().filter(|status| *status == "online").count();
+                let hosts = resources.hosts.len().max(*locked(&self.most_hosts));
                 // One that was part of a cluster and shows only itself has lost the others, not outlived them.
-                let alone = resources.hosts.len() == 1 && *locked(&self.most_hosts) == 1;
-                alone || online * 2 > resources.hosts.len().max(*locked(&self.most_hosts))
+                let alone = resources.hosts.len() == 1 && hosts == 1;
+                if !alone && online * 2 <= hosts {
+                    return Err(Error::denied(format!(
+                        "region {}: {online} of {hosts} Proxmox nodes are online, and we may not ask whether those have a quorum; give the \
+                         token's role Sys.Audit on /",
+                        self.name
+                    )));
+                }
+                true
             }
             Err(error) => return Err(error.into()),
         };

@@ -1,19 +1,23 @@
 //! CreateVolume: choose a zone, look in the other ones for an earlier try, allocate.
 //!
+//! Zones are chosen one call at a time, and each counts what the others have chosen: of twenty that come together none sees the
+//! same emptiest zone.
+//!
 //! Proxmox allocates before it answers, under the storage's lock. The disk's name comes from the volume's name alone, so a
 //! repeat meets "already exists": then the volume is looked at, and is the same one or a conflict.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use proto::VolumeHandle;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::capacity::Look;
 use super::region::{EVIDENCE_AGE, Region, ago};
 use super::{Clusters, Controller, MAX_TRIED, TRIED_AGE};
 use crate::error::Error;
-use crate::placement::{Candidate, Plugin, Refusal, Want, candidates, disk_name, disk_of, with_room};
+use crate::placement::{Candidate, Plugin, Refusal, Seen, Want, candidates, disk_name, disk_of, virtual_bytes, with_room};
 use crate::pve::{self, Meaning, api};
 use crate::request::Create;
 
@@ -26,17 +30,32 @@ pub struct Created {
     pub capacity_bytes: u64,
     /// What later calls get to know.
     pub volume_context: HashMap<String, String>,
+    /// The Proxmox nodes that reach it; empty: every one of its region.
+    pub zones: Vec<String>,
 }
 
 /// One place that the volume could be in, and its names there.
 #[derive(Debug, Clone)]
-struct Place {
+pub(super) struct Place {
     candidate: Candidate,
-    region: Arc<Region>,
-    handle: VolumeHandle,
+    pub(super) region: Arc<Region>,
+    pub(super) handle: VolumeHandle,
     /// The image's name without its folder.
     name: String,
     format: String,
+}
+
+/// A creation that failed.
+struct Failed {
+    error: Error,
+    /// The node that was to carry it is off, and nothing was sent.
+    is_host_off: bool,
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self { error, is_host_off: false }
+    }
 }
 
 impl Controller {
@@ -49,14 +68,43 @@ impl Controller {
             proto::warn!("create {}: {warning}", request.name);
         }
         let clusters = self.clusters()?;
-        let places = self.places(&clusters, &request).await?;
-        let (place, capacity_bytes) = match earlier(places.get(1..).unwrap_or_default()).await? {
-            Some((place, size_bytes)) => (place, fitting(&request.want, size_bytes)?),
-            None => self.allocate(&clusters, &request, &places).await?,
+        let (request, unscheduled) = self.asked_kubernetes(request).await;
+        let made = self.make(&clusters, &request).await;
+        let (place, capacity_bytes) = match made {
+            Ok((place, capacity_bytes)) => {
+                self.placed().note(&request.name, &place.handle, capacity_bytes);
+                (place, capacity_bytes)
+            }
+            Err(error) => {
+                if !self.tried().contains_key(&request.name) {
+                    self.placed().forget(&request.name);
+                }
+                return Err(error);
+            }
         };
         place.region.note_size(&place.handle.volid(), capacity_bytes);
         proto::info!("create {}: {}, {capacity_bytes} bytes", request.name, place.handle);
-        Ok(Created { handle: place.handle, capacity_bytes, volume_context: request.parameters.volume_context() })
+        if let Some(claim) = unscheduled {
+            self.tell_of_binding(&request, &place, claim).await;
+        }
+        let volume_context = request.parameters.volume_context();
+        Ok(Created { handle: place.handle, capacity_bytes, volume_context, zones: place.candidate.reach })
+    }
+
+    async fn make(&self, clusters: &Clusters, request: &Create) -> Result<(Place, u64), Error> {
+        let places = self.places(clusters, request).await?;
+        if let Some((place, size_bytes)) = earlier(places.get(1..).unwrap_or_default()).await? {
+            return Ok((place, fitting(&request.want, size_bytes)?));
+        }
+        match self.allocate(clusters, request, &places).await {
+            Ok(made) => Ok(made),
+            Err(failed) if failed.is_host_off => {
+                // Nothing was sent; what is read now knows better who is there.
+                let places = self.places(clusters, request).await?;
+                self.allocate(clusters, request, &places).await.map_err(|failed| failed.error)
+            }
+            Err(failed) => Err(failed.error),
+        }
     }
 
     /// The candidates in order, from a snapshot that is read again before anything is refused.
@@ -65,68 +113,80 @@ impl Controller {
         let tried = self.tried().get(&request.name).cloned();
         let begun = tried.as_ref().map(|(_, begun)| *begun);
         let tried = tried.map(|(handle, _)| handle);
-        let mut found = self.candidates(clusters, want, ago(EVIDENCE_AGE)).await?;
-        let is_of = |one: &Candidate, tried: &VolumeHandle| (&one.region, &one.zone) == (&tried.region, &tried.zone);
+        let owner = clusters.features.controller_vmid;
+        let mut found = self.choose(request, &self.look_for(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
         let lacks_tried = |found: &[Candidate]| tried.as_ref().is_some_and(|tried| !found.iter().any(|one| is_of(one, tried)));
         let refused = |found: &Result<Vec<Candidate>, Refusal>| match found {
             Ok(found) => with_room(want, found).is_err() || lacks_tried(found),
             Err(_) => true,
         };
         if refused(&found) {
-            found = self.candidates(clusters, want, Instant::now()).await?;
+            found = self.choose(request, &self.look_for(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
         }
-        let mut found = found?;
-        if let Some(tried) = &tried {
-            if lacks_tried(&found) && !(begun.is_some_and(|begun| begun.elapsed() > TRIED_AGE) && is_nowhere(clusters, tried).await) {
-                return Err(Error::unavailable(format!(
-                    "an earlier try to create {} was sent to {}/{}, and storage {} cannot be looked at there now; waiting for it, so that no \
-                     second volume is made",
-                    request.name, tried.region, tried.zone, tried.storage
-                )));
-            }
-            // It may still be on its way there: not seen yet is not "not made". A stable sort keeps the rest as it was.
-            found.sort_by_key(|one| !is_of(one, tried));
+        let found = found?;
+        if let Some(tried) = &tried
+            && lacks_tried(&found)
+            && !(begun.is_some_and(|begun| begun.elapsed() > TRIED_AGE) && is_nowhere(clusters, tried).await)
+        {
+            return Err(Error::unavailable(format!(
+                "an earlier try to create {} was sent to {}/{}, and storage {} cannot be looked at there now; waiting for it, so that no \
+                 second volume is made",
+                request.name, tried.region, tried.zone, tried.storage
+            )));
         }
-        let format = request.parameters.format.as_deref().unwrap_or("raw");
         let place = |candidate: Candidate| {
             let region = clusters.regions.get(&candidate.region).cloned()?;
-            let format = if candidate.plugin == Plugin::File { format } else { "raw" };
-            let name = disk_name(clusters.features.controller_vmid, &request.name, candidate.plugin, format);
-            let handle = VolumeHandle {
-                region: candidate.region.clone(),
-                zone: candidate.zone.clone(),
-                storage: want.storage.clone(),
-                disk: disk_of(clusters.features.controller_vmid, &name, candidate.plugin),
-            };
-            Some(Place { candidate, region, handle, name, format: format.into() })
+            let (handle, name, format) = named(request, owner, &candidate);
+            Some(Place { candidate, region, handle, name, format })
         };
         Ok(found.into_iter().filter_map(place).collect())
     }
 
-    async fn candidates(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Result<Vec<Candidate>, Refusal>, Error> {
-        let mut snapshots = BTreeMap::new();
+    /// What is there, read since `since`. A region that is not asked for is still known by its name, but not read.
+    async fn look_for(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Look, Error> {
+        let mut look = Look::default();
         for (name, region) in &clusters.regions {
             let is_asked_for =
                 want.terms.is_empty() || want.terms.iter().any(|term| term.region.as_ref().is_none_or(|wanted| wanted == name));
-            // A region that is not asked for is still known by its name, but not read.
             let resources = if is_asked_for {
                 region.resources(since).await.map_err(|error| Error::from(error).during(&format!("region {name}")))?
             } else {
                 Arc::default()
             };
-            snapshots.insert(name.clone(), resources);
+            look.regions.insert(name.clone(), resources);
         }
-        Ok(candidates(want, &snapshots))
+        let counts = |region: &str, one: &api::Storage| {
+            one.storage == want.storage && (want.terms.is_empty() || want.terms.iter().any(|term| term.fits(region, &one.host)))
+        };
+        look.list(clusters, want.room, counts).await?;
+        Ok(look)
     }
 
-    async fn allocate(&self, clusters: &Clusters, request: &Create, places: &[Place]) -> Result<(Place, u64), Error> {
+    /// Chooses, and lets every other call count the choice from this moment on.
+    fn choose(&self, request: &Create, look: &Look, tried: Option<&VolumeHandle>, owner: u32) -> Result<Vec<Candidate>, Refusal> {
+        let want = &request.want;
+        let mut placed = self.placed();
+        let promised = look.promised(&placed, &request.name, &want.storage);
+        let loads = placed.loads(&request.name, &want.storage);
+        let mut found = candidates(want, Seen { regions: &look.regions, promised: &promised, loads: &loads })?;
+        if let Some(tried) = tried {
+            // It may still be on its way there: not seen yet is not "not made". A stable sort keeps the rest as it was.
+            found.sort_by_key(|one| !is_of(one, tried));
+        }
+        if let Some(first) = found.first() {
+            placed.note(&request.name, &named(request, owner, first).0, first.size_bytes);
+        }
+        Ok(found)
+    }
+
+    async fn allocate(&self, clusters: &Clusters, request: &Create, places: &[Place]) -> Result<(Place, u64), Failed> {
         let place = places.first().ok_or_else(|| Error::internal("no candidate zone was found"))?;
         // Without room the volume may still be there from an earlier try that took the room: only a look can tell.
         let all: Vec<Candidate> = places.iter().map(|place| place.candidate.clone()).collect();
         if let Err(full) = with_room(&request.want, &all) {
             return match place.size().await {
                 Ok(size_bytes) => Ok((place.clone(), fitting(&request.want, size_bytes)?)),
-                Err(_) => Err(full.into()),
+                Err(_) => Err(Error::from(full).into()),
             };
         }
         let step = format!("create {}", place.handle);
@@ -148,15 +208,24 @@ impl Controller {
                 (place, size_bytes)
             }
             Err(error) if error.meaning() == Meaning::VolumeExists => {
-                let size_bytes = place.size().await.map_err(|error| Error::from(error).during(&step))?;
-                (place.clone(), fitting(&request.want, size_bytes).map_err(|error| error.during(&step))?)
+                (place.clone(), place.fitting(&request.want).await.map_err(|error| error.during(&step))?)
+            }
+            // Its error has no reason; the volume speaks for itself.
+            Err(error)
+                if place.candidate.plugin == Plugin::ZfsTarget && error.meaning() == Meaning::Other && place.size().await.is_ok() =>
+            {
+                (place.clone(), place.fitting(&request.want).await.map_err(|error| error.during(&step))?)
             }
             Err(error) => {
                 if !is_lost {
                     // Refused, and nothing else is on its way: any zone may be tried next.
                     self.tried().remove(&request.name);
                 }
-                return Err(Error::from(error).during(&step));
+                let is_host_off = !is_lost && error.meaning() == Meaning::HostDown;
+                if is_host_off {
+                    place.region.distrust_resources().await;
+                }
+                return Err(Failed { error: refused(place, error).during(&step), is_host_off });
             }
         };
         // Kept: while its zone is away, a repeat must not make a second one elsewhere.
@@ -179,26 +248,61 @@ impl Controller {
     /// A volume that is gone binds its name to no zone.
     pub(super) fn forget_tried(&self, gone: &VolumeHandle) {
         self.tried().retain(|_, (handle, _)| handle != gone);
+        self.placed().forget_volume(gone);
     }
 }
 
 impl Place {
     async fn size(&self) -> Result<u64, pve::Error> {
-        self.region.volume_size(&self.candidate.zone, &self.handle.storage, &self.handle.volid()).await
+        let shown = self.region.volume_size(&self.candidate.host, &self.handle.storage, &self.handle.volid()).await?;
+        Ok(virtual_bytes(self.candidate.plugin, self.candidate.size_bytes, shown))
+    }
+
+    /// The size of what is there, if it is what was asked for.
+    async fn fitting(&self, want: &Want) -> Result<u64, Error> {
+        fitting(want, self.size().await?)
     }
 
     async fn allocate(&self, owner: u32) -> Result<String, pve::Error> {
         let kib = self.candidate.size_bytes.div_ceil(1 << 10);
-        let request = api::allocate(&self.candidate.zone, &self.handle.storage, owner, &self.name, &self.format, kib);
+        let request = api::allocate(&self.candidate.host, &self.handle.storage, owner, &self.name, &self.format, kib);
         let answer = self.region.client().call(request).await?;
         Ok(answer.as_str().unwrap_or_default().to_string())
     }
 }
 
+fn is_of(one: &Candidate, tried: &VolumeHandle) -> bool {
+    (&one.region, &one.zone) == (&tried.region, &tried.zone)
+}
+
+/// The volume's handle there, the image's name without a folder, its format.
+fn named(request: &Create, owner: u32, candidate: &Candidate) -> (VolumeHandle, String, String) {
+    let format = match (candidate.plugin, request.parameters.format.as_deref()) {
+        (Plugin::File | Plugin::LvmChain, Some(format)) => format,
+        _ => "raw",
+    };
+    let name = disk_name(owner, &request.name, candidate.plugin, format);
+    let disk = disk_of(owner, &name, candidate.plugin);
+    let (region, zone, storage) = (candidate.region.clone(), candidate.zone.clone(), request.want.storage.clone());
+    (VolumeHandle { region, zone, storage, disk }, name, format.into())
+}
+
+/// What Proxmox refused, with what to do where its words do not say it.
+fn refused(place: &Place, error: pve::Error) -> Error {
+    if place.candidate.plugin == Plugin::LvmChain && error.words().contains("unsupported format") {
+        return Error::invalid(format!(
+            "{error}; storage {:?} makes no qcow2: switch on its snapshot-as-volume-chain (Proxmox VE 9), or remove storageFormat from the class",
+            place.handle.storage
+        ));
+    }
+    error.into()
+}
+
 /// Whether its zone itself says that this volume is not there; not so when nobody answers.
 async fn is_nowhere(clusters: &Clusters, handle: &VolumeHandle) -> bool {
     let Some(region) = clusters.regions.get(&handle.region) else { return false };
-    let size = region.volume_size(&handle.zone, &handle.storage, &handle.volid()).await;
+    let Ok(Some(host)) = region.host_of(handle).await else { return false };
+    let size = region.volume_size(&host, &handle.storage, &handle.volid()).await;
     size.is_err_and(|error| error.meaning() == Meaning::NoSuchVolume)
 }
 

@@ -4,7 +4,7 @@
 //! names it. On a storage local to one Proxmox node the VMs of that node can hold the volume, and those elsewhere whose
 //! config still names it (moved there by HA, say).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ use super::cluster::Off;
 use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::attach::{Seen, unexplained};
 use crate::error::Error;
+use crate::look::metrics::{self, Lock};
 use crate::pve::api::{Resources, VmState};
 use crate::pve::drive::{is_disk_slot, volume_of};
 use crate::pve::{self, Meaning};
@@ -247,6 +248,17 @@ impl Region {
         let hosts = self.hosts_in_reach(handle, &resources).await?;
         let listed = self.states_of(hosts.into_iter().filter(|host| !is_off(&resources, host)).collect(), begun).await?;
         let (mut found, mut reading) = (Vec::new(), JoinSet::new());
+        let mut missed: BTreeMap<u32, String> = BTreeMap::new();
+        if self.reach(handle).await? != Reach::Local {
+            // On its way from a node asked late to one asked early.
+            let listed: BTreeSet<u32> = listed.values().flatten().flat_map(BTreeMap::keys).copied().collect();
+            let unlisted = resources.vms.values().filter(|vm| !listed.contains(&vm.vmid) && !is_off(&resources, &vm.host));
+            missed.extend(unlisted.map(|vm| (vm.vmid, vm.host.clone())));
+        }
+        for (vmid, host) in missed.into_iter().filter(|(vmid, _)| *vmid != except) {
+            let (region, volid, state) = (Arc::clone(self), volid.clone(), VmState { running: true, ..VmState::default() });
+            reading.spawn(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await });
+        }
         for (host, states) in listed {
             let states = match states {
                 Ok(states) => states,
@@ -311,7 +323,7 @@ impl Region {
         let step = || format!("whether container {vmid} on {host} holds {volid} cannot be told");
         let off = self.off(&host).await?;
         let read = {
-            let _turn = self.readers.acquire().await;
+            let _turn = metrics::waited(Lock::Readers, self.readers.acquire()).await;
             self.container(&host, vmid, if off.is_some() { self.begun } else { since }).await
         };
         let lines = match read {
@@ -404,7 +416,7 @@ impl Region {
         let read = {
             // Who finds it read, or waits until another has read it, takes no place from those who read.
             let is_read = depth != Depth::Snapshots && self.is_read(vmid, &host, since).await;
-            let _turn = if is_read { None } else { self.readers.acquire().await.ok() };
+            let _turn = if is_read { None } else { metrics::waited(Lock::Readers, self.readers.acquire()).await.ok() };
             self.read(vmid, &host, state, since, depth).await
         };
         match read {

@@ -4,8 +4,11 @@
 //! task of its own (see `service`), so that a client that goes away leaves nothing half noted.
 
 mod batch;
+mod binding;
+mod capacity;
 mod claim;
 mod cluster;
+mod condition;
 mod create;
 mod delete;
 mod doubt;
@@ -13,30 +16,37 @@ mod evidence;
 mod expand;
 mod kubernetes;
 mod leftover;
+mod list;
+mod modify;
+mod placed;
 mod publish;
 mod queue;
 mod region;
+pub mod seen;
 mod unpublish;
 pub(crate) mod when;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::VolumeHandle;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::{Features, Reading, Stamp, stamp_of};
 use crate::error::Error;
 use crate::kube::Kube;
-use crate::placement::Refusal;
+use crate::placement::{Refusal, is_up};
 use crate::pve::Client;
 use crate::pve::api::{self, Storage};
-use crate::request::Capacity;
+pub use condition::Condition;
 pub use create::Created;
 use doubt::DOUBT_AGE;
 pub use expand::Expanded;
+pub use list::{Listed, Page};
+use placed::Ledger;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
 
@@ -101,6 +111,9 @@ pub struct Controller {
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
     tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
+    placed: Mutex<Ledger>,
+    /// Regions and storages whose claims were told that they are bound before their pods are scheduled.
+    told_of_binding: Mutex<BTreeSet<(String, String)>>,
 }
 
 impl Controller {
@@ -121,7 +134,16 @@ impl Controller {
             }
             Err(why) => proto::error!("{why}"),
         }
-        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried: Mutex::default() }
+        let (tried, placed, told_of_binding) = Default::default();
+        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried, placed, told_of_binding }
+    }
+
+    fn told_of_binding(&self) -> MutexGuard<'_, BTreeSet<(String, String)>> {
+        self.told_of_binding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn placed(&self) -> MutexGuard<'_, Ledger> {
+        self.placed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether there is a config to work with.
@@ -135,17 +157,23 @@ impl Controller {
     /// Says once, in the log, which Proxmox VE each region is, and whether that one was ever tried.
     pub async fn greet(&self) {
         let Ok(clusters) = self.clusters() else { return };
+        let mut greeting_all = JoinSet::new();
         for (name, region) in &clusters.regions {
-            let request = api::version();
-            let call = request.name();
-            match region.client().call(request).await.and_then(|data| api::read_version(&call, &data)) {
-                Ok(version) => match greeting(name, &version) {
-                    Ok(known) => proto::info!("{known}"),
-                    Err(untested) => proto::warn!("{untested}"),
-                },
-                Err(error) => proto::warn!("region {name}: {}", Error::from(error).text),
-            }
+            let (name, region) = (name.clone(), Arc::clone(region));
+            greeting_all.spawn(async move {
+                let request = api::version();
+                let call = request.name();
+                match region.client().call(request).await.and_then(|data| api::read_version(&call, &data)) {
+                    Ok(version) => match greeting(&name, &version) {
+                        Ok(known) => proto::info!("{known}"),
+                        Err(untested) => proto::warn!("{untested}"),
+                    },
+                    Err(error) => proto::warn!("region {name}: {}", Error::from(error).text),
+                }
+            });
         }
+        // One that hangs keeps no other one from being heard: readiness waits for that.
+        greeting_all.join_all().await;
     }
 
     fn clusters(&self) -> Result<Arc<Clusters>, Error> {
@@ -176,6 +204,12 @@ impl Controller {
             let known: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
             Error::precondition(format!("region {name:?} is not in the config file; known are {}", known.join(", ")))
         })
+    }
+
+    /// Whether Kubernetes can be asked.
+    #[must_use]
+    pub fn has_kubernetes(&self) -> bool {
+        self.kube.is_some()
     }
 
     /// Whether this controller still acts: without a Lease always.
@@ -210,32 +244,6 @@ impl Controller {
         loaded.clusters.iter().flat_map(|clusters| clusters.regions.values()).map(|region| region.client().calls_in_flight()).sum()
     }
 
-    /// Bytes free in all, and in the zone with most; unknown storages and zones have none.
-    ///
-    /// # Errors
-    /// Proxmox's.
-    pub async fn capacity(&self, wanted: &Capacity) -> Result<(u64, u64), Error> {
-        let clusters = self.clusters()?;
-        let (mut sum, mut most) = (0u64, 0u64);
-        let (region_wanted, zone_wanted) = wanted.term.as_ref().map_or((None, None), |term| (term.region.as_ref(), term.zone.as_ref()));
-        for (name, region) in clusters.regions.iter().filter(|(name, _)| region_wanted.is_none_or(|wanted| wanted == *name)) {
-            let resources =
-                region.resources(ago(EVIDENCE_AGE)).await.map_err(|error| Error::from(error).during(&format!("region {name}")))?;
-            let counts = |one: &&Storage| {
-                one.active
-                    && one.images
-                    && !one.shared
-                    && wanted.storage.as_ref().is_none_or(|wanted| *wanted == one.storage)
-                    && zone_wanted.is_none_or(|wanted| *wanted == one.host)
-            };
-            for storage in resources.storages.iter().filter(counts) {
-                let free = storage.total_bytes.saturating_sub(storage.used_bytes);
-                (sum, most) = (sum.saturating_add(free), most.max(free));
-            }
-        }
-        Ok((sum, most))
-    }
-
     /// Makes sure that a volume is there.
     ///
     /// # Errors
@@ -257,22 +265,30 @@ impl Region {
     /// Proxmox's; or the storage is not listed, so that nothing can be said.
     async fn host_of(&self, handle: &VolumeHandle) -> Result<Option<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let of_storage: Vec<&Storage> = resources.storages.iter().filter(|storage| storage.storage == handle.storage).collect();
+        if of_storage.iter().any(|storage| storage.shared) {
+            // Any node that has it, for a handle with a zone (the reference driver's, by hand) as well.
+            let up = of_storage.iter().filter(|storage| is_up(&resources, storage));
+            let host = up.min_by_key(|storage| storage.host != handle.zone).map(|storage| storage.host.clone());
+            return host.map(Some).ok_or_else(|| {
+                Error::unavailable(format!("storage {:?} is active on no Proxmox node of region {}", handle.storage, handle.region))
+            });
+        }
         if resources.hosts.contains_key(&handle.zone) {
             return Ok(Some(handle.zone.clone()));
         }
-        let mut with_storage = resources.storages.iter().filter(|storage| storage.storage == handle.storage).peekable();
         if !handle.zone.is_empty() {
-            if with_storage.peek().is_none() {
+            if of_storage.is_empty() {
                 return Err(Error::precondition(format!(
                     "Proxmox node {} is not in the cluster, and storage {:?} is not shown to us, so that it cannot be told whether the volume \
                      is elsewhere; give the token's role Datastore.Audit on /storage/{}, or enable the storage",
                     handle.zone, handle.storage, handle.storage
                 )));
             }
-            // Local to the node that is gone, and gone with it; a shared one is still there.
-            return Ok(with_storage.find(|storage| storage.shared && storage.active).map(|storage| storage.host.clone()));
+            // Local to the node that is gone, and gone with it.
+            return Ok(None);
         }
-        Ok(with_storage.find(|storage| storage.active).map(|storage| storage.host.clone()))
+        Ok(of_storage.into_iter().find(|storage| storage.active).map(|storage| storage.host.clone()))
     }
 
     /// The storage's plugin as Proxmox names it, where it is shown.
@@ -293,18 +309,32 @@ fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, befo
         let regions = config.clusters.iter().map(|cluster| {
             let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
             let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
-            let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
+            let rules = Rules {
+                fenced: cluster.fenced.clone(),
+                attach_to_protected: features.attach_to_protected,
+                attach_only_owned: features.attach_only_owned,
+                owners: features.delete_also_owned_by.iter().copied().chain([features.controller_vmid]).collect(),
+                capmox: features.capmox,
+            };
             let known = before.and_then(|before| before.regions.get(&cluster.region));
             let region = match known.filter(|region| region.client().is_of(&cluster.urls)) {
                 Some(region) => {
                     region.renew(client, rules);
                     Arc::clone(region)
                 }
-                None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
+                // At other addresses; what was sent to the old ones may still go on.
+                None => {
+                    let client = match known {
+                        Some(region) => client.instead_of(&region.client()),
+                        None => client,
+                    };
+                    Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned()))
+                }
             };
             (cluster.region.clone(), region)
         });
-        Arc::new(Clusters { features, regions: regions.collect() })
+        let regions = regions.collect();
+        Arc::new(Clusters { features, regions })
     });
     Loaded { clusters, files, looked_at }
 }

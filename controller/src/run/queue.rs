@@ -17,6 +17,7 @@ use super::batch::Batch;
 use super::region::Region;
 use crate::deadline;
 use crate::error::Error;
+use crate::look::metrics;
 use crate::pve::api::Vm;
 use crate::pve::drive::Drive;
 use crate::request::Publish;
@@ -94,6 +95,11 @@ impl Queue {
         (id, answered)
     }
 
+    /// Whether anybody ever waited here: a VM that is a node of Kubernetes'.
+    pub(super) fn was_used(&self) -> bool {
+        self.last_id.load(Ordering::Relaxed) > 0
+    }
+
     /// Takes itself out again; not so when it is being worked on.
     fn leave(&self, id: u64) -> bool {
         let mut waiting = self.waiting();
@@ -122,6 +128,7 @@ impl Region {
     pub(super) async fn submit(self: &Arc<Self>, vm: &Vm, wish: Wish) -> Result<Done, Error> {
         let due = deadline::of_caller();
         let slot = self.vm(vm.vmid);
+        let _waits = metrics::Change::begin(&self.name, matches!(wish, Wish::Attach(_)));
         let (id, mut answered) = slot.queue.enter(wish, due);
         let broke_off = || Error::internal("the change broke off; repeated");
         let _alone = tokio::select! {

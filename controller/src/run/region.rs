@@ -13,9 +13,12 @@ use tokio::time::Instant;
 
 use super::claim::Claims;
 use super::doubt::Doubt;
+use super::list::Listings;
+use super::modify::Modified;
 use super::queue::Queue;
 use crate::attach;
 use crate::kube::Kube;
+use crate::look::metrics::{self, Lock};
 use crate::pve::api::{self, Change, Resources, VmState};
 use crate::pve::drive::{Line, VmConfig, is_drive_key, volume_of};
 use crate::pve::{self, Client};
@@ -97,11 +100,11 @@ pub(super) struct VmSlot {
     pub(super) lock: Mutex<Option<(String, SystemTime)>>,
     /// Held from the look to the verified end of a change.
     changing: Arc<AsyncMutex<()>>,
-    known: AsyncMutex<Option<Known>>,
+    pub(super) known: AsyncMutex<Option<Known>>,
     /// Volumes that the last finished reading named: who only wonders waits for no reading that goes on.
     named: Mutex<BTreeSet<String>>,
     /// Slots where QEMU keeps leftovers until the VM restarts, and the process that keeps them.
-    leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
+    pub(super) leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
 }
 
 /// What the config file says of a cluster, beside how it is reached.
@@ -111,6 +114,12 @@ pub(crate) struct Rules {
     pub(crate) fenced: BTreeSet<String>,
     /// Attach to protected VMs, too.
     pub(crate) attach_to_protected: bool,
+    /// Attach nothing that carries another owner's VMID.
+    pub(crate) attach_only_owned: bool,
+    /// Owner VMIDs whose volumes are ours to delete.
+    pub(crate) owners: BTreeSet<u32>,
+    /// Nodes are found by their Node objects, as Cluster API writes them.
+    pub(crate) capmox: bool,
 }
 
 type StatesOfHost = Arc<AsyncMutex<Option<(Instant, BTreeMap<u32, VmState>)>>>;
@@ -126,9 +135,11 @@ pub(crate) struct Region {
     /// Who says what was attached to VMs that cannot be read.
     pub(super) kube: Option<Arc<Kube>>,
     resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
+    /// The same, for who only looks and never waits.
+    pub(super) last_resources: Mutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
     /// In order: who waits for several of them waits in the same order every time.
-    vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
+    pub(super) vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
     pub(super) containers: Mutex<HashMap<u32, ContainerSlot>>,
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
@@ -145,6 +156,8 @@ pub(crate) struct Region {
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
     sizes: Mutex<HashMap<String, u64>>,
+    pub(super) listings: Listings,
+    pub(super) modified: Mutex<Modified>,
     pub(super) claims: Claims,
     /// When we began to know.
     pub(super) begun: Instant,
@@ -169,6 +182,7 @@ impl Region {
             rules: Mutex::new(rules),
             kube,
             resources: AsyncMutex::default(),
+            last_resources: Mutex::default(),
             states: Mutex::default(),
             vms: Mutex::default(),
             containers: Mutex::default(),
@@ -182,6 +196,8 @@ impl Region {
             names: Mutex::default(),
             most_hosts: Mutex::default(),
             sizes: Mutex::default(),
+            listings: Listings::default(),
+            modified: Mutex::default(),
             claims: Claims::default(),
             begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
@@ -191,6 +207,7 @@ impl Region {
     /// The config file changed; what is known of the cluster stays known.
     pub(crate) fn renew(&self, client: Client, rules: Rules) {
         let mut held = locked(&self.client);
+        client.heard.follow(&held.heard);
         *held = Arc::new(client.instead_of(&held));
         *locked(&self.rules) = rules;
     }
@@ -213,7 +230,7 @@ impl Region {
 
     /// Waits until no other call changes this VM.
     pub(crate) async fn change_alone(&self, vmid: u32) -> OwnedMutexGuard<()> {
-        Arc::clone(&self.vm(vmid).changing).lock_owned().await
+        metrics::waited(Lock::Vm, Arc::clone(&self.vm(vmid).changing).lock_owned()).await
     }
 
     /// Whether one of our own calls changes this VM now.
@@ -258,8 +275,14 @@ impl Region {
         let call = request.name();
         let resources = Arc::new(api::read_resources(&call, &self.client().call(request).await?)?);
         self.note_hosts(&resources);
+        *locked(&self.last_resources) = Some((read_at, Arc::clone(&resources)));
         *held = Some((read_at, Arc::clone(&resources)));
         Ok(resources)
+    }
+
+    /// A node that was said to be there is not: the next one who asks reads again.
+    pub(super) async fn distrust_resources(&self) {
+        *self.resources.lock().await = None;
     }
 
     #[cfg(test)]
@@ -481,6 +504,12 @@ impl Region {
 
     /// Notes the size of a volume that we made or grew.
     pub(crate) fn note_size(&self, volid: &str, bytes: u64) {
+        self.listings.note_changed(volid);
+        self.keep_size(volid, bytes);
+    }
+
+    /// Notes the size of a volume as it was read.
+    pub(crate) fn keep_size(&self, volid: &str, bytes: u64) {
         let mut sizes = locked(&self.sizes);
         if sizes.len() >= MAX_SIZES {
             sizes.clear();
@@ -504,8 +533,13 @@ impl Region {
         let delay = permit.is_some().then_some(DELAY_S);
         let answer = self.client().call(api::free(host, storage, volid, delay)).await;
         drop(permit);
+        self.listings.note_changed(volid);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client().wait(&upid, Instant::now()).await,
+            Some(upid) => {
+                let freed = self.client().wait(&upid, Instant::now()).await;
+                self.listings.note_changed(volid);
+                freed
+            }
             None => Ok(()),
         }
     }

@@ -24,7 +24,7 @@ impl Controller {
     pub async fn unpublish(&self, request: &Unpublish) -> Result<(), Error> {
         let region = self.region(&request.handle.region)?;
         let vms = match &request.node {
-            Some(node) => match region.find_vm(node).await? {
+            Some(node) => match region.vm_of(node).await? {
                 Some(vm) => vec![vm],
                 None => {
                     let gone = region.check_gone_with_it(&request.handle, node).await;

@@ -133,7 +133,8 @@ fn add_formats(cluster: &Cluster, storage: &Storage, entry: &mut Map<String, Val
     let formats: &[&str] = match storage.plugin {
         Plugin::Dir => &["qcow2", "raw", "subvol", "vmdk"],
         Plugin::Zfs => &["raw", "subvol"],
-        Plugin::Lvm | Plugin::LvmThin | Plugin::Rbd => &["raw"],
+        Plugin::Lvm if storage.has_chains() => &["qcow2", "raw"],
+        Plugin::Lvm | Plugin::LvmThin | Plugin::ZfsTarget | Plugin::Rbd | Plugin::Foreign => &["raw"],
     };
     let map: Map<String, Value> = formats.iter().map(|format| ((*format).to_owned(), 1.into())).collect();
     entry.insert("format".to_owned(), json!([map, storage.default_format()]));

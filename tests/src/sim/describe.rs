@@ -44,7 +44,7 @@ pub struct Node {
 #[serde(deny_unknown_fields)]
 pub struct Storage {
     pub id: String,
-    /// dir, nfs, cifs, lvm, lvmthin, zfspool, rbd.
+    /// dir, nfs, cifs, cephfs, btrfs, lvm, lvmthin, zfspool, zfs, rbd, iscsi, iscsidirect, pbs, esxi.
     #[serde(rename = "type")]
     pub plugin: String,
     #[serde(default = "images")]

@@ -17,18 +17,23 @@ use super::version::Version;
 /// LVM's extent, ZFS's and RBD's padding.
 const LVM_EXTENT: u64 = 4 << 20;
 const MIB: u64 = 1 << 20;
+const QCOW2_CLUSTER: u64 = 64 << 10;
 /// ext4 refuses a longer file, and the recorded host's `dir` was on ext4.
 const LONGEST_FILE: u64 = 16 << 40;
 
 /// How volumes are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Plugin {
-    /// dir, nfs, cifs: files below images/VMID.
+    /// dir, nfs, cifs, cephfs, btrfs: files below images/VMID.
     Dir,
     Lvm,
     LvmThin,
     Zfs,
+    /// zfs over iSCSI: commands over ssh, whose errors nobody sees.
+    ZfsTarget,
     Rbd,
+    /// iscsi, iscsidirect, pbs, esxi: nothing new can be made there.
+    Foreign,
 }
 
 /// A storage and where its images are.
@@ -78,12 +83,19 @@ impl Storage {
     pub(crate) fn new(about: &describe::Storage, root: &Path) -> anyhow::Result<Storage> {
         let (plugin, shared) = match about.plugin.as_str() {
             "dir" => (Plugin::Dir, false),
-            "nfs" | "cifs" => (Plugin::Dir, true),
+            "btrfs" => (Plugin::Dir, false),
+            "nfs" | "cifs" | "cephfs" => (Plugin::Dir, true),
             "lvm" => (Plugin::Lvm, false),
             "lvmthin" => (Plugin::LvmThin, false),
             "zfspool" => (Plugin::Zfs, false),
+            "zfs" => (Plugin::ZfsTarget, true),
             "rbd" => (Plugin::Rbd, true),
-            other => anyhow::bail!("storage {}: type {other:?} is not simulated: dir, nfs, cifs, lvm, lvmthin, zfspool, rbd", about.id),
+            "iscsi" | "iscsidirect" | "pbs" | "esxi" => (Plugin::Foreign, true),
+            other => anyhow::bail!(
+                "storage {}: type {other:?} is not simulated: dir, nfs, cifs, cephfs, btrfs, lvm, lvmthin, zfspool, zfs, rbd, iscsi, iscsidirect, \
+                 pbs, esxi",
+                about.id
+            ),
         };
         Ok(Storage { about: about.clone(), plugin, shared: about.shared.unwrap_or(shared), root: root.to_owned() })
     }
@@ -129,7 +141,7 @@ impl Storage {
             Plugin::Zfs => {
                 format!("could not activate storage '{id}', zfs error: cannot import '{}': no such pool available", self.group())
             }
-            Plugin::Rbd => format!("storage '{id}' is not online"),
+            Plugin::ZfsTarget | Plugin::Rbd | Plugin::Foreign => format!("storage '{id}' is not online"),
         }))
     }
 
@@ -139,15 +151,41 @@ impl Storage {
 
     pub(crate) fn default_format(&self) -> &str {
         let format = self.option("format");
-        if format.is_empty() { "raw" } else { format }
+        if !format.is_empty() {
+            return format;
+        }
+        if self.has_chains() { "qcow2" } else { "raw" }
+    }
+
+    fn is_btrfs(&self) -> bool {
+        self.about.plugin == "btrfs"
+    }
+
+    /// LVM with snapshot-as-volume-chain: logical volumes that hold a qcow2 each.
+    pub(crate) fn has_chains(&self) -> bool {
+        self.plugin == Plugin::Lvm && self.option("snapshot-as-volume-chain") == "1"
+    }
+
+    /// A command of zfs over iSCSI that failed: Proxmox tells which, and not why.
+    fn zfs_command_failed(&self, command: &str) -> String {
+        let portal = self.option("portal");
+        format!(
+            "command '/usr/bin/ssh -o 'BatchMode=yes' -i /etc/pve/priv/zfs/{portal}_id_rsa root@{portal} zfs {command}' failed: exit code 1"
+        )
+    }
+
+    /// Proxmox asks the target which of its units is the volume.
+    fn no_unit(name: &Name) -> String {
+        format!("Could not find lu_name for zvol {} at /usr/share/perl5/PVE/Storage/ZFSPlugin.pm line 118.", name.file)
     }
 
     /// Whether a VM snapshot is possible with such a volume.
     pub(crate) fn has_snapshots(&self, name: &Name) -> bool {
         match self.plugin {
-            Plugin::Dir => name.format == "qcow2",
-            Plugin::Lvm => false,
-            Plugin::LvmThin | Plugin::Zfs | Plugin::Rbd => true,
+            Plugin::Dir => name.format == "qcow2" || self.is_btrfs(),
+            Plugin::Lvm => name.format == "qcow2",
+            Plugin::LvmThin | Plugin::Zfs | Plugin::ZfsTarget | Plugin::Rbd => true,
+            Plugin::Foreign => false,
         }
     }
 
@@ -170,11 +208,19 @@ impl Storage {
     pub(crate) fn shown_path(&self, name: &Name) -> String {
         let file = &name.file;
         match self.plugin {
+            Plugin::Dir if self.is_btrfs() && name.format == "raw" => format!("{}/disk.raw", self.subvolume(name)),
             Plugin::Dir => format!("{}/images/{}/{file}", self.option("path"), name.owner),
+            Plugin::ZfsTarget => format!("iscsi://{}/{}/0", self.option("portal"), self.option("target")),
+            Plugin::Foreign => String::new(),
             Plugin::Lvm | Plugin::LvmThin => format!("/dev/{}/{file}", self.group()),
             Plugin::Zfs => format!("/dev/zvol/{}/{file}", self.group()),
             Plugin::Rbd => format!("rbd:{}/{file}:conf=/etc/pve/ceph.conf", self.group()),
         }
+    }
+
+    /// btrfs: a raw image is a file in a subvolume of its own.
+    fn subvolume(&self, name: &Name) -> String {
+        format!("{}/images/{}/{}", self.option("path"), name.owner, name.file.trim_end_matches(".raw"))
     }
 
     /// Understands what stands after `storage:`.
@@ -195,8 +241,9 @@ impl Storage {
 
     fn parse_block(&self, volname: &str) -> Result<Name, ApiError> {
         let what = match self.plugin {
-            Plugin::Zfs => "zfs",
+            Plugin::Zfs | Plugin::ZfsTarget => "zfs",
             Plugin::Rbd => "rbd",
+            Plugin::Foreign => "iscsi",
             Plugin::Dir | Plugin::Lvm | Plugin::LvmThin => "lvm",
         };
         let unreadable = || ApiError::die(format!("unable to parse {what} volume name '{volname}'"));
@@ -207,7 +254,12 @@ impl Storage {
             return Err(unreadable());
         }
         let owner = owner.parse().map_err(|_| unreadable())?;
-        let format = if prefix.contains("vol") { "subvol" } else { "raw" }.to_owned();
+        let format = match prefix {
+            "subvol" | "basevol" => "subvol",
+            _ if self.has_chains() && volname.ends_with(".qcow2") => "qcow2",
+            _ => "raw",
+        };
+        let format = format.to_owned();
         Ok(Name { volname: volname.to_owned(), file: volname.to_owned(), owner, format, content: "images" })
     }
 
@@ -223,8 +275,16 @@ impl Storage {
             }
             return Ok(Name { volname: format!("{vmid}/{file}"), file: file.to_owned(), owner: vmid, format: suffix, content: "images" });
         }
-        if format != "raw" {
+        if self.plugin == Plugin::Foreign {
+            return Err(ApiError::die(format!("can't allocate space in {} storage", self.about.plugin)));
+        }
+        if format != "raw" && !(format == "qcow2" && self.has_chains() && version.is_nine()) {
             return Err(ApiError::die(format!("unsupported format '{format}'")));
+        }
+        if format == "qcow2" && !file.ends_with(".qcow2") {
+            return Err(ApiError::die(format!(
+                "volume name '{file}' does not match requested format 'qcow2' (did you mean '{file}.qcow2'?)"
+            )));
         }
         let checks_vmid = self.plugin != Plugin::Lvm || version.lvm_checks_vmid();
         if checks_vmid && !file.starts_with(&format!("vm-{vmid}-")) {
@@ -243,8 +303,19 @@ impl Storage {
         match self.plugin {
             Plugin::Dir => bytes.next_multiple_of(1024),
             Plugin::Lvm | Plugin::LvmThin => bytes.next_multiple_of(LVM_EXTENT),
-            Plugin::Zfs | Plugin::Rbd => bytes.next_multiple_of(MIB),
+            Plugin::Zfs | Plugin::ZfsTarget | Plugin::Rbd | Plugin::Foreign => bytes.next_multiple_of(MIB),
         }
+    }
+
+    /// What an image takes: a qcow2 in a logical volume has room for all its tables, and is as large as was asked.
+    fn taken(&self, format: &str, bytes: u64) -> u64 {
+        if self.plugin != Plugin::Lvm || format != "qcow2" {
+            return self.rounded(bytes);
+        }
+        // qemu-img measure, fully allocated: 8 bytes of L2 and 2 of refcount for each cluster, whole clusters of each, a header.
+        let clusters = bytes.div_ceil(QCOW2_CLUSTER);
+        let tables = [clusters * 8, clusters * 2, clusters / 1024].map(|table| table.next_multiple_of(QCOW2_CLUSTER));
+        (bytes.next_multiple_of(QCOW2_CLUSTER) + tables.iter().sum::<u64>() + 2 * QCOW2_CLUSTER).next_multiple_of(LVM_EXTENT)
     }
 
     /// Allocates a volume; `file` absent: the lowest free `vm-VMID-disk-N`.
@@ -265,13 +336,14 @@ impl Storage {
         if path.exists() {
             return Err(ApiError::die(self.already_there(&name)));
         }
-        let bytes = self.rounded(size_kib.saturating_mul(1024));
-        self.check_room(node, &name, bytes)?;
+        let wanted = size_kib.saturating_mul(1024);
+        let bytes = if name.format == "qcow2" { wanted } else { self.rounded(wanted) };
+        self.check_room(node, &name, self.taken(&name.format, wanted))?;
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(|error| io_error("create", folder, &error))?;
         }
         let made = match (self.plugin, name.format.as_str()) {
-            (Plugin::Lvm, _) => image::recycle(&self.folder(node), &path, bytes),
+            (Plugin::Lvm, "raw") => image::recycle(&self.folder(node), &path, bytes),
             (_, "qcow2") => image::create_qcow2(&path, bytes),
             (Plugin::Dir, _) => image::create_raw(&path, bytes),
             _ => image::create_sparse(&path, bytes),
@@ -298,7 +370,10 @@ impl Storage {
     fn already_there(&self, name: &Name) -> String {
         let (group, file) = (self.group(), &name.file);
         match self.plugin {
+            Plugin::Dir if self.is_btrfs() => format!("disk image '{}' already exists", self.subvolume(name)),
             Plugin::Dir => format!("disk image '{}' already exists", self.shown_path(name)),
+            Plugin::ZfsTarget => self.zfs_command_failed(&format!("create -b 8k -V 65536k {group}/{file}")),
+            Plugin::Foreign => String::new(),
             Plugin::Lvm | Plugin::LvmThin => {
                 format!("lvcreate '{group}/{file}' error:   Logical Volume \"{file}\" already exists in volume group \"{group}\"")
             }
@@ -320,6 +395,9 @@ impl Storage {
                 self.space(node).avail / LVM_EXTENT,
                 bytes / LVM_EXTENT
             ))),
+            Plugin::ZfsTarget if bytes > self.space(node).avail && self.option("sparse") != "1" => {
+                Err(ApiError::die(self.zfs_command_failed(&format!("create -b 8k -V {}k {group}/{file}", bytes >> 10))))
+            }
             Plugin::Zfs if bytes > self.space(node).avail && self.option("sparse") != "1" => {
                 Err(ApiError::die(format!("zfs error: cannot create '{group}/{file}': out of space")))
             }
@@ -339,6 +417,8 @@ impl Storage {
             Plugin::Dir | Plugin::Rbd => format!("volume '{}:{}' does not exist", self.about.id, name.volname),
             Plugin::Lvm => format!("can't activate LV '/dev/{group}/{file}':   Failed to find logical volume \"{group}/{file}\""),
             Plugin::LvmThin => format!("no such logical volume {group}/{file}"),
+            Plugin::ZfsTarget => Self::no_unit(name),
+            Plugin::Foreign => String::new(),
             Plugin::Zfs => {
                 format!("timeout: no zvol device link for '{file}' found after {} sec.", if in_task { 300 } else { 10 })
             }
@@ -354,13 +434,16 @@ impl Storage {
                 format!("can't get size of '/dev/{group}/{file}':   Failed to find logical volume \"{group}/{file}\"")
             }
             Plugin::Zfs => format!("zfs error: cannot open '{group}/{file}': dataset does not exist"),
+            Plugin::ZfsTarget => Self::no_unit(name),
+            Plugin::Foreign => String::new(),
             Plugin::Rbd => format!("rbd error: rbd: error opening image {file}: (2) No such file or directory"),
         })
     }
 
     /// Grows an image to `bytes` (rounded as the plugin does).
     pub(crate) fn resize(&self, node: &str, name: &Name, bytes: u64) -> Result<(), ApiError> {
-        let (path, rounded) = (self.file(node, name), self.rounded(bytes));
+        let (path, is_chain) = (self.file(node, name), self.plugin == Plugin::Lvm && name.format == "qcow2");
+        let rounded = if is_chain { bytes } else { self.rounded(bytes) };
         let more = rounded.saturating_sub(self.size(node, name).unwrap_or(0));
         let (group, file, avail) = (self.group(), &name.file, self.space(node).avail);
         if self.plugin == Plugin::Lvm && more > avail {
@@ -373,8 +456,11 @@ impl Storage {
         if self.plugin == Plugin::Zfs && more > avail && self.option("sparse") != "1" {
             return Err(ApiError::die(format!("zfs error: cannot set property for '{group}/{file}': out of space")));
         }
-        let grown =
-            if self.plugin == Plugin::Lvm { image::extend_recycled(&path, rounded) } else { image::grow(&path, &name.format, rounded) };
+        let grown = if self.plugin == Plugin::Lvm && !is_chain {
+            image::extend_recycled(&path, rounded)
+        } else {
+            image::grow(&path, &name.format, rounded)
+        };
         grown.map_err(|error| io_error("resize", &path, &error))
     }
 
@@ -383,6 +469,10 @@ impl Storage {
         let (group, file, path) = (self.group(), &name.file, self.file(node, name));
         let missing = !path.exists();
         match self.plugin {
+            Plugin::ZfsTarget if missing => return Err(ApiError::die(Self::no_unit(name))),
+            Plugin::Dir if missing && self.is_btrfs() && name.format == "raw" => {
+                return Err(ApiError::die("btrfs error: ERROR: Could not statfs: No such file or directory"));
+            }
             Plugin::Dir if missing => return Ok(vec![format!("disk image '{}' does not exist", self.shown_path(name))]),
             Plugin::LvmThin | Plugin::Zfs if missing => return Ok(Vec::new()),
             Plugin::Lvm if missing => {
@@ -395,6 +485,9 @@ impl Storage {
                 return Err(ApiError::die(format!("lvremove '{group}/{file}' error:   Logical volume {group}/{file} in use.")));
             }
             Plugin::Zfs if in_use => return Err(ApiError::die(format!("zfs error: cannot destroy '{group}/{file}': dataset is busy"))),
+            Plugin::ZfsTarget if in_use => {
+                return Err(ApiError::die(self.zfs_command_failed(&format!("destroy -r {group}/{file}"))));
+            }
             Plugin::Rbd if in_use => {
                 return Err(ApiError::die(format!("rbd rm '{file}' error: rbd: error: image still has watchers")));
             }
@@ -409,7 +502,7 @@ impl Storage {
         }
         Ok(match self.plugin {
             Plugin::Lvm | Plugin::LvmThin => vec![format!("  Logical volume \"{file}\" successfully removed.")],
-            Plugin::Dir | Plugin::Zfs | Plugin::Rbd => Vec::new(),
+            Plugin::Dir | Plugin::Zfs | Plugin::ZfsTarget | Plugin::Rbd | Plugin::Foreign => Vec::new(),
         })
     }
 
@@ -422,7 +515,7 @@ impl Storage {
                 .flat_map(|folder| entries(&images.join(&folder)).into_iter().map(move |file| format!("{folder}/{file}")))
                 .filter_map(|volname| self.look(node, &volname))
                 .collect(),
-            Plugin::Lvm | Plugin::LvmThin | Plugin::Zfs | Plugin::Rbd => {
+            Plugin::Lvm | Plugin::LvmThin | Plugin::Zfs | Plugin::ZfsTarget | Plugin::Rbd | Plugin::Foreign => {
                 entries(&images).iter().filter_map(|file| self.look(node, file)).collect()
             }
         };
@@ -434,7 +527,11 @@ impl Storage {
     pub(crate) fn look(&self, node: &str, volname: &str) -> Option<Volume> {
         let name = self.parse(volname).ok()?;
         let metadata = fs::metadata(self.file(node, &name)).ok()?;
-        let size_bytes = self.size(node, &name)?;
+        let mut size_bytes = self.size(node, &name)?;
+        if self.plugin == Plugin::Lvm {
+            // Proxmox asks LVM, not the image.
+            size_bytes = self.taken(&name.format, size_bytes);
+        }
         Some(Volume { name, size_bytes, used_bytes: metadata.blocks() * 512, ctime: u64::try_from(metadata.ctime()).unwrap_or(0) })
     }
 
@@ -454,7 +551,7 @@ impl Storage {
                 Plugin::Lvm | Plugin::LvmThin => {
                     entry.insert("ctime".to_owned(), volume.ctime.to_string().into());
                 }
-                Plugin::Zfs | Plugin::Rbd => {
+                Plugin::Zfs | Plugin::ZfsTarget | Plugin::Rbd | Plugin::Foreign => {
                     entry.insert("name".to_owned(), volume.name.file.clone().into());
                     entry.insert("parent".to_owned(), Value::Null);
                 }
@@ -466,8 +563,8 @@ impl Storage {
     pub(crate) fn space(&self, node: &str) -> Space {
         let volumes = self.list(node);
         let taken: u64 = match self.plugin {
-            Plugin::Lvm | Plugin::Zfs => volumes.iter().map(|volume| volume.size_bytes).sum(),
-            Plugin::Dir | Plugin::LvmThin | Plugin::Rbd => volumes.iter().map(|volume| volume.used_bytes).sum(),
+            Plugin::Lvm | Plugin::Zfs | Plugin::ZfsTarget => volumes.iter().map(|volume| volume.size_bytes).sum(),
+            Plugin::Dir | Plugin::LvmThin | Plugin::Rbd | Plugin::Foreign => volumes.iter().map(|volume| volume.used_bytes).sum(),
         };
         let total = self.about.total_bytes;
         let used = self.about.used_bytes.saturating_add(taken).min(total);

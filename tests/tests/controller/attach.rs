@@ -472,7 +472,6 @@ async fn on_shared_storage_every_vm_of_the_cluster_counts() {
     let request = tonic::Request::new(publish_request(&other, "node-102/102"));
     let answer = proto::csi::controller_server::Controller::controller_publish_volume(&fresh, request).await;
     assert_refused(answer, Code::Unavailable, &["VM 201 on pve2", "was not read before"]);
-    // New volumes are for local storages only, in this version.
-    let create = bed.create_as(crate::bed::create_request("pvc-1", "san", MIB)).await;
-    assert_refused(create, Code::InvalidArgument, &["shared"]);
+    // A new one is nobody's yet.
+    assert_eq!(bed.volume("pvc-1", "san").await.to_string(), "fsn1//san/vm-9999-pvc-1");
 }

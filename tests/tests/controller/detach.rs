@@ -180,5 +180,5 @@ async fn without_sys_audit_the_nodes_are_counted() {
         proto::csi::ControllerUnpublishVolumeRequest { volume_id: volume.to_string(), node_id: "gone/999".into(), ..Default::default() };
     // One of two is no more than half.
     let answer = proto::csi::controller_server::Controller::controller_unpublish_volume(&other, tonic::Request::new(request)).await;
-    assert_refused(answer, Code::Unavailable, &["no quorum"]);
+    assert_refused(answer, Code::PermissionDenied, &["1 of 2 Proxmox nodes", "Sys.Audit on /"]);
 }

@@ -1,0 +1,129 @@
+//! What is known now, for who only looks: nothing is asked, nobody waited for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Controller;
+use super::region::{Known, Region, VmSlot, locked};
+use crate::pve::api::Resources;
+use crate::pve::drive::{is_disk_slot, volume_of};
+
+/// All clusters.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// In the order of their names.
+    pub regions: Vec<RegionSeen>,
+}
+
+/// One cluster.
+#[derive(Debug)]
+pub struct RegionSeen {
+    /// Its name.
+    pub name: String,
+    /// Since start.
+    pub answered: bool,
+    /// As last read, and how long ago.
+    pub resources: Option<(Duration, Arc<Resources>)>,
+    /// VMs that were read; not those that are being read now.
+    pub vms: Vec<VmSeen>,
+    /// Drives that are to be removed from VMs that lost the volume.
+    pub leftovers: usize,
+}
+
+/// One VM.
+#[derive(Debug)]
+pub struct VmSeen {
+    /// Its number.
+    pub vmid: u32,
+    /// Where it was read.
+    pub host: String,
+    /// How long ago.
+    pub age: Duration,
+    /// Volumes were attached to it, or detached from it.
+    pub is_node: bool,
+    /// Drives in its config, planned ones included.
+    pub drives: usize,
+    /// Of our slots.
+    pub slots_free: usize,
+    /// Slots that QEMU keeps blocked.
+    pub leaked: usize,
+    /// Proxmox's lock of it, and since when it was seen.
+    pub lock: Option<(String, Duration)>,
+}
+
+impl Controller {
+    /// What is known, without a call.
+    #[must_use]
+    pub fn seen(&self) -> Seen {
+        let Ok(clusters) = self.clusters() else { return Seen::default() };
+        let owner = format!("vm-{}-", clusters.features.controller_vmid);
+        Seen { regions: clusters.regions.values().map(|region| region.seen(&owner)).collect() }
+    }
+
+    /// Whether there is a config, and a cluster that has answered; and what is to be said of each, a line each.
+    ///
+    /// # Errors
+    /// The config is bad, or no cluster has answered.
+    pub fn readiness(&self) -> Result<String, String> {
+        let clusters = self.clusters().map_err(|error| error.text)?;
+        let mut lines = String::new();
+        let mut ready = false;
+        for (name, region) in &clusters.regions {
+            let client = region.client();
+            ready |= client.heard.ever();
+            let word = match (client.heard.ever(), client.heard.trouble()) {
+                (_, Some(trouble)) => format!("does not answer: {trouble}"),
+                (true, None) => "answers".into(),
+                (false, None) => "was not asked yet".into(),
+            };
+            lines.push_str(&format!("region {name} {word}\n"));
+        }
+        if ready { Ok(lines) } else { Err(lines.trim_end().into()) }
+    }
+}
+
+impl Region {
+    fn seen(&self, owner: &str) -> RegionSeen {
+        let slots: Vec<(u32, Arc<VmSlot>)> = locked(&self.vms).iter().map(|(vmid, slot)| (*vmid, Arc::clone(slot))).collect();
+        let resources = locked(&self.last_resources).clone();
+        RegionSeen {
+            name: self.name.clone(),
+            answered: self.client().heard.ever(),
+            resources: resources.map(|(read_at, resources)| (read_at.elapsed(), resources)),
+            vms: slots.into_iter().filter_map(|(vmid, slot)| seen_of(vmid, &slot, owner)).collect(),
+            leftovers: locked(&self.leftovers).values().map(|(_, vmids)| vmids.len()).sum(),
+        }
+    }
+}
+
+fn seen_of(vmid: u32, slot: &VmSlot, owner: &str) -> Option<VmSeen> {
+    let known = slot.known.try_lock().ok()?;
+    let known = known.as_ref()?;
+    let leaked = locked(&slot.leaked).1.clone();
+    let is_taken = |lun: &u8| {
+        let key = format!("scsi{lun}");
+        leaked.contains(lun) || known.held.contains_key(&key) || known.config.lines.contains_key(&key)
+    };
+    let drives = drives(known);
+    Some(VmSeen {
+        vmid,
+        host: known.host.clone(),
+        age: known.read_at.elapsed(),
+        is_node: slot.queue.was_used() || drives.iter().any(|volid| is_of(volid, owner)),
+        drives: drives.len(),
+        slots_free: proto::LUN_RANGE.filter(|lun| !is_taken(lun)).count(),
+        leaked: leaked.len(),
+        lock: locked(&slot.lock).as_ref().map(|(lock, since)| (lock.clone(), since.elapsed().unwrap_or_default())),
+    })
+}
+
+/// Volumes that a VM's config names, planned ones included.
+fn drives(known: &Known) -> Vec<String> {
+    let lines = known.config.lines.iter().filter(|(key, _)| is_disk_slot(key));
+    lines.filter_map(|(_, line)| Some(volume_of(line.value.as_deref().or(line.pending.as_deref())?).to_owned())).collect()
+}
+
+/// `local:9999/vm-9999-a.raw`, `local-lvm:vm-9999-a`: the disk's name begins with its owner's.
+fn is_of(volid: &str, owner: &str) -> bool {
+    volid.rsplit([':', '/']).next().is_some_and(|disk| disk.starts_with(owner))
+}
