@@ -19,14 +19,14 @@ const PAGE: usize = 500;
 const MAX_PAGES: usize = 1000;
 /// One reading serves all calls that come together.
 const READING_AGE: Duration = Duration::from_secs(5);
+/// A PV's handle never changes, but another PV may get its name.
+const HANDLE_AGE: Duration = Duration::from_secs(60);
 /// The reference driver's word on a PV: `keep`, and its disk stays when the PV is deleted.
 const LIFECYCLE: &str = "csi.proxmox.sinextra.dev~1lifecycle";
 /// The reference driver's word on a Node: its VMID.
 const INSTANCE_ID: &str = "/metadata/annotations/proxmox.sinextra.dev~1instance-id";
 /// VolumeAttributesClasses are GA since Kubernetes 1.34, and beta from 1.31.
 const CLASS_APIS: [&str; 2] = ["/apis/storage.k8s.io/v1", "/apis/storage.k8s.io/v1beta1"];
-/// A PV's handle never changes, but another PV may get its name.
-const HANDLE_AGE: Duration = Duration::from_secs(60);
 /// Kubernetes' own word for a node that is off: kubectl taint node NAME node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
@@ -115,24 +115,45 @@ impl Kube {
     }
 
     /// The handles of our volumes that Kubernetes has attached to a node, or is attaching to or detaching from it, and whether
-    /// they are attached by its own books.
+    /// they are attached by its own books. Without those whose PV is gone.
     ///
     /// # Errors
     /// The call that failed: nothing can be said then.
     pub async fn attached_to(self: &Arc<Self>, node: &str) -> Result<BTreeMap<String, bool>, Failure> {
+        Ok(self.attachments_of(node).await?.0)
+    }
+
+    /// The same for whom it must be all of them.
+    ///
+    /// # Errors
+    /// The call that failed; or a PV is gone under its attachment (its finalizer was taken away).
+    pub async fn all_attached_to(self: &Arc<Self>, node: &str) -> Result<BTreeMap<String, bool>, Failure> {
+        match self.attachments_of(node).await? {
+            (handles, None) => Ok(handles),
+            (_, Some(pv)) => {
+                Err(format!("node {node} has a VolumeAttachment without its PV {pv}; find and remove it: kubectl get volumeattachment"))
+            }
+        }
+    }
+
+    /// And a PV that is gone, where there is one.
+    async fn attachments_of(self: &Arc<Self>, node: &str) -> Result<(BTreeMap<String, bool>, Option<String>), Failure> {
         let attachments = self.attachments().await?;
-        let mut handles = BTreeMap::new();
+        let (mut handles, mut gone) = (BTreeMap::new(), None);
         for attachment in attachments.iter().filter(|attachment| attachment.node == node) {
             let handle = match &attachment.volume {
-                Attached::Handle(handle) => Some(handle.clone()),
-                Attached::Pv(pv) => self.handle_of(pv).await?,
+                Attached::Handle(handle) => handle.clone(),
+                Attached::Pv(pv) => match self.handle_of(pv).await? {
+                    Some(handle) => handle,
+                    None => {
+                        gone.get_or_insert_with(|| pv.clone());
+                        continue;
+                    }
+                },
             };
-            // Gone under its attachment (its finalizer was taken away): nothing can be said of the node.
-            let handle = handle
-                .ok_or_else(|| format!("node {node} has a VolumeAttachment without its PV; remove it: kubectl get volumeattachment"))?;
             *handles.entry(handle).or_default() |= attachment.is_attached;
         }
-        Ok(handles)
+        Ok((handles, gone))
     }
 
     /// Nodes to which something of ours is attached, and of which there is no CSINode any more.
@@ -274,22 +295,6 @@ impl Kube {
         let handle = text(&volume, "/spec/csi/volumeHandle").ok_or_else(|| format!("GET {path}: no volumeHandle"))?;
         self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), (at, handle.clone()));
         Ok(Some(handle))
-    }
-
-    /// All objects of a kind, as they are.
-    ///
-    /// # Errors
-    /// The call that failed.
-    pub(crate) async fn objects(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
-        self.list(path).await
-    }
-
-    /// One object; nothing where it is not there.
-    ///
-    /// # Errors
-    /// The call that failed.
-    pub(crate) async fn object(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
-        self.get(path).await
     }
 
     async fn list(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
