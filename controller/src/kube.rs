@@ -36,9 +36,9 @@ pub struct Kube {
     events: Events,
     attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
     nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
+    pvs: AsyncMutex<Option<(Instant, Arc<Vec<Pv>>)>>,
     /// PV → when it was read, and its volume handle.
     handles: Mutex<HashMap<String, (Instant, String)>>,
-    pvs: AsyncMutex<Option<(Instant, Arc<Vec<Pv>>)>>,
 }
 
 impl fmt::Debug for Kube {
@@ -70,6 +70,12 @@ impl Kube {
         self.lease.as_ref()
     }
 
+    /// The namespace that we are in.
+    #[must_use]
+    pub(crate) fn namespace(&self) -> &str {
+        self.api.namespace()
+    }
+
     /// Closed where there is a Lease and it is not ours.
     #[must_use]
     pub fn fence(&self) -> Fence {
@@ -83,6 +89,6 @@ impl Kube {
     }
 }
 
-fn text(value: &Value, pointer: &str) -> Option<String> {
+pub(crate) fn text(value: &Value, pointer: &str) -> Option<String> {
     value.pointer(pointer)?.as_str().filter(|text| !text.is_empty()).map(String::from)
 }

@@ -19,14 +19,14 @@ const PAGE: usize = 500;
 const MAX_PAGES: usize = 1000;
 /// One reading serves all calls that come together.
 const READING_AGE: Duration = Duration::from_secs(5);
-/// A PV's handle never changes, but another PV may get its name.
-const HANDLE_AGE: Duration = Duration::from_secs(60);
 /// The reference driver's word on a PV: `keep`, and its disk stays when the PV is deleted.
 const LIFECYCLE: &str = "csi.proxmox.sinextra.dev~1lifecycle";
 /// The reference driver's word on a Node: its VMID.
 const INSTANCE_ID: &str = "/metadata/annotations/proxmox.sinextra.dev~1instance-id";
 /// VolumeAttributesClasses are GA since Kubernetes 1.34, and beta from 1.31.
 const CLASS_APIS: [&str; 2] = ["/apis/storage.k8s.io/v1", "/apis/storage.k8s.io/v1beta1"];
+/// A PV's handle never changes, but another PV may get its name.
+const HANDLE_AGE: Duration = Duration::from_secs(60);
 /// Kubernetes' own word for a node that is off: kubectl taint node NAME node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
@@ -295,6 +295,22 @@ impl Kube {
         let handle = text(&volume, "/spec/csi/volumeHandle").ok_or_else(|| format!("GET {path}: no volumeHandle"))?;
         self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), (at, handle.clone()));
         Ok(Some(handle))
+    }
+
+    /// All objects of a kind, as they are.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(crate) async fn objects(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
+        self.list(path).await
+    }
+
+    /// One object; nothing where it is not there.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(crate) async fn object(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
+        self.get(path).await
     }
 
     async fn list(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
