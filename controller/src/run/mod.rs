@@ -236,7 +236,7 @@ impl Controller {
         let fence = self.kube.as_ref().map(|kube| kube.fence()).unwrap_or_default();
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let mut regions = loaded.clusters.iter().flat_map(|clusters| clusters.regions.values());
-        regions.all(|region| region.client().calls_in_flight() == 0) && fence.last_unknown().is_none_or(|at| at.elapsed() >= DOUBT_AGE)
+        regions.all(|region| region.client().writes_in_flight() == 0) && fence.last_unknown().is_none_or(|at| at.elapsed() >= DOUBT_AGE)
     }
 
     /// Calls to Proxmox that have begun and not ended, also those whose caller has given up.
