@@ -21,6 +21,8 @@ pub use reach::{Fingerprint, MAX_URLS, Trust};
 const DEFAULT_CONTROLLER_VMID: u32 = 9999;
 /// Proxmox's own bounds of a VMID; the reference driver asks for more than 100.
 const CONTROLLER_VMIDS: std::ops::RangeInclusive<u32> = 101..=999_999_999;
+/// Whose volumes may be deleted, too: Proxmox's own bounds.
+const VMIDS: std::ops::RangeInclusive<u32> = 100..=999_999_999;
 /// A clusters file is a page; this bounds what a wrong mount makes us read.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Each may hold threads of ours when it hangs: how many there are in all rests on this.
@@ -36,17 +38,29 @@ pub struct Config {
 }
 
 /// The file's `features`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Features {
     /// The VMID that our disks carry as their owner; no such VM needs to exist.
     pub controller_vmid: u32,
     /// Attach to VMs with `protection: 1` though their disks cannot be detached until that is taken off.
     pub attach_to_protected: bool,
+    /// Attach only volumes whose names carry our owner VMID, or one of those that we delete for.
+    pub attach_only_owned: bool,
+    /// More owner VMIDs whose volumes are ours to delete: an earlier `controllerVmID`, say.
+    pub delete_also_owned_by: BTreeSet<u32>,
+    /// Nodes are found by what their Node objects say, as Cluster API's provider (capmox) writes it.
+    pub capmox: bool,
 }
 
 impl Default for Features {
     fn default() -> Self {
-        Self { controller_vmid: DEFAULT_CONTROLLER_VMID, attach_to_protected: false }
+        Self {
+            controller_vmid: DEFAULT_CONTROLLER_VMID,
+            attach_to_protected: false,
+            attach_only_owned: false,
+            delete_also_owned_by: BTreeSet::new(),
+            capmox: false,
+        }
     }
 }
 
@@ -111,7 +125,7 @@ enum CredentialSources {
 pub type Refusal = String;
 
 const TOP_KEYS: &[&str] = &["features", "clusters"];
-const FEATURE_KEYS: &[&str] = &["provider", "controllerVmID", "attachToProtectedVMs"];
+const FEATURE_KEYS: &[&str] = &["provider", "controllerVmID", "attachToProtectedVMs", "attachOnlyOwned", "deleteAlsoOwnedBy"];
 const CLUSTER_KEYS: &[&str] = &[
     "url",
     "urls",
@@ -289,19 +303,11 @@ fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<Features, Refusa
         Some(_) => return Err("features should be a mapping with controllerVmID".into()),
     };
     known_keys(map, FEATURE_KEYS, "features", lines, 0)?;
-    if let Some(provider) = map.get("provider") {
-        match provider.as_str() {
-            Some("default") => (),
-            Some("capmox") => {
-                return Err(format!(
-                    "{}features.provider capmox is not supported by this version; node ids should carry the VMID (name/vmid), or VMs the \
-                     node's name: write default",
-                    lines.of_key("provider", 0)
-                ));
-            }
-            _ => return Err(format!("{}features.provider should be default", lines.of_key("provider", 0))),
-        }
-    }
+    let capmox = match map.get("provider").map(|provider| provider.as_str()) {
+        None | Some(Some("default")) => false,
+        Some(Some("capmox")) => true,
+        _ => return Err(format!("{}features.provider should be default or capmox", lines.of_key("provider", 0))),
+    };
     let controller_vmid = match map.get("controllerVmID") {
         None | Some(Value::Null) => DEFAULT_CONTROLLER_VMID,
         Some(given) => given
@@ -310,7 +316,23 @@ fn features(value: Option<&Value>, lines: &Lines<'_>) -> Result<Features, Refusa
             .filter(|id| CONTROLLER_VMIDS.contains(id))
             .ok_or_else(|| format!("{}controllerVmID should be a number from 101 to 999999999", lines.of_key("controllerVmID", 0)))?,
     };
-    Ok(Features { controller_vmid, attach_to_protected: flag(map, "attachToProtectedVMs", "features", lines, 0)? })
+    let attach_to_protected = flag(map, "attachToProtectedVMs", "features", lines, 0)?;
+    let attach_only_owned = flag(map, "attachOnlyOwned", "features", lines, 0)?;
+    Ok(Features { controller_vmid, attach_to_protected, attach_only_owned, delete_also_owned_by: owners(map, lines)?, capmox })
+}
+
+/// VMIDs: a list, or nothing.
+fn owners(map: &Mapping, lines: &Lines<'_>) -> Result<BTreeSet<u32>, Refusal> {
+    let key = "deleteAlsoOwnedBy";
+    let wrong = || format!("{}features: {key} should be a list of numbers from 100 to 999999999", lines.of_key(key, 0));
+    match map.get(key) {
+        None | Some(Value::Null) => Ok(BTreeSet::new()),
+        Some(Value::Sequence(list)) => {
+            let vmid = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).filter(|id| VMIDS.contains(id));
+            list.iter().map(|value| vmid(value).ok_or_else(wrong)).collect()
+        }
+        Some(_) => Err(wrong()),
+    }
 }
 
 fn flag(map: &Mapping, key: &str, place: &str, lines: &Lines<'_>, nth: usize) -> Result<bool, Refusal> {
@@ -464,7 +486,7 @@ mod tests {
     fn the_reference_drivers_file_is_read() {
         let text = GOOD.replace("1234", "\"1234\"");
         let (features, clusters) = parse(&text).unwrap();
-        assert_eq!(features, Features { controller_vmid: 8000, attach_to_protected: false });
+        assert_eq!(features, Features { controller_vmid: 8000, attach_to_protected: false, ..Features::default() });
         assert_eq!(clusters[0].urls, ["https://pve:8006/api2/json"]);
         assert_eq!(clusters[0].trust, Trust::Blind);
         assert_eq!(clusters[0].region, "r1");
@@ -494,7 +516,7 @@ mod tests {
             ("controllerVmID: 8000", "controllerVmID: abc", &["line 3", "number"]),
             ("    insecure: true", "    insecur: true", &["line 6", "unknown key \"insecur\"", "insecure"]),
             ("    insecure: true", "    insecure: maybe", &["line 6", "true or false"]),
-            ("provider: default", "provider: capmox", &["line 2", "capmox", "default"]),
+            ("provider: default", "provider: proxmox", &["line 2", "capmox", "default"]),
             ("https://pve:8006/api2/json", "ftp://pve", &["line 5", "https://"]),
             ("https://pve:8006/api2/json", "https://root:1234@pve:8006", &["line 5", "no plain host"]),
             ("https://pve:8006/api2/json", "https://pve:8006/other", &["line 5", "api2/json"]),

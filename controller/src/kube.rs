@@ -2,12 +2,13 @@
 //! second look after each attach.
 //!
 //! `client` is the wire, `lease` says which of several controllers acts, `reads` what is attached where and which nodes are off,
-//! `events` tells people what needs them.
+//! `events` tells people what needs them, `rivals` who else serves this driver.
 
 mod client;
 pub mod events;
 pub mod lease;
 mod reads;
+mod rivals;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,7 +24,7 @@ pub use client::{Access, THREADS};
 use events::Events;
 pub use lease::Lease;
 use reads::Attachment;
-pub use reads::{Claim, CsiNode};
+pub use reads::{Claim, CsiNode, Machine, Pv};
 
 /// A sentence: which call, and why not.
 pub type Failure = String;
@@ -35,8 +36,9 @@ pub struct Kube {
     events: Events,
     attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
     nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
-    /// PV → volume handle, which never changes.
-    handles: Mutex<HashMap<String, String>>,
+    pvs: AsyncMutex<Option<(Instant, Arc<Vec<Pv>>)>>,
+    /// PV → when it was read, and its volume handle.
+    handles: Mutex<HashMap<String, (Instant, String)>>,
 }
 
 impl fmt::Debug for Kube {
@@ -51,8 +53,8 @@ impl Kube {
     /// # Errors
     /// There are no certificates to trust.
     pub fn new(access: Access) -> Result<Self, Failure> {
-        let (attachments, nodes, handles) = (AsyncMutex::default(), AsyncMutex::default(), Mutex::default());
-        Ok(Self { api: Arc::new(Api::new(access)?), lease: None, events: Events::default(), attachments, nodes, handles })
+        let (attachments, nodes, pvs, handles) = Default::default();
+        Ok(Self { api: Arc::new(Api::new(access)?), lease: None, events: Events::default(), attachments, nodes, pvs, handles })
     }
 
     /// The same, for one who holds the Lease, or waits for it: see [`Lease::acquire`].
@@ -68,6 +70,12 @@ impl Kube {
         self.lease.as_ref()
     }
 
+    /// The namespace that we are in.
+    #[must_use]
+    pub(crate) fn namespace(&self) -> &str {
+        self.api.namespace()
+    }
+
     /// Closed where there is a Lease and it is not ours.
     #[must_use]
     pub fn fence(&self) -> Fence {
@@ -81,6 +89,6 @@ impl Kube {
     }
 }
 
-fn text(value: &Value, pointer: &str) -> Option<String> {
+pub(crate) fn text(value: &Value, pointer: &str) -> Option<String> {
     value.pointer(pointer)?.as_str().filter(|text| !text.is_empty()).map(String::from)
 }

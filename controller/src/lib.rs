@@ -11,6 +11,7 @@ pub mod error;
 pub mod fence;
 pub mod kube;
 pub mod look;
+pub mod mutable;
 pub mod parameters;
 pub mod placement;
 pub mod pve;

@@ -1,6 +1,8 @@
 //! Flags and environment → controller → served socket. The only exit.
 #![forbid(unsafe_code)]
 
+mod commands;
+
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -35,17 +37,25 @@ const FLAGS: &[Flag] = &[
     Flag::value("metrics-address", Some("METRICS_ADDRESS")),
     Flag::value("metrics-path", Some("METRICS_PATH")),
     Flag::value("v", Some("LOG_LEVEL")).called("verbosity"),
+    Flag::value("log-format", Some("LOG_FORMAT")),
+    Flag::switch("check"),
     Flag::switch("version"),
 ];
 
+/// Where the chart mounts the clusters file.
+const CONFIG: &str = "/etc/proxmox/config.yaml";
+
 /// CSI controller for Proxmox VE: creates, attaches, detaches, grows and deletes volumes.
 #[derive(FromArgs)]
+#[argh(
+    note = "Also: {command_name} holders [VOLUME] [--json]                  who holds which volume; reads only\n      {command_name} node-labels --node-name NODE --to FILE   a Node's labels, for the node agent"
+)]
 struct Arguments {
     /// where to listen: unix:///csi/csi.sock (CSI_ENDPOINT)
     #[argh(option, default = "String::from(\"unix:///csi/csi.sock\")")]
     csi_address: String,
     /// the clusters file (CLOUD_CONFIG)
-    #[argh(option, default = "PathBuf::from(\"/etc/proxmox/config.yaml\")")]
+    #[argh(option, default = "PathBuf::from(CONFIG)")]
     cloud_config: PathBuf,
     /// outside of a pod: the Kubernetes API, by a kubeconfig with a token (KUBECONFIG)
     #[argh(option)]
@@ -59,6 +69,12 @@ struct Arguments {
     /// how much is logged: error, warn, info, debug, or a number as klog's -v (LOG_LEVEL)
     #[argh(option, default = "String::from(\"info\")")]
     verbosity: String,
+    /// text or json (LOG_FORMAT)
+    #[argh(option, default = "String::from(\"text\")")]
+    log_format: String,
+    /// why does it not work? Looks at config, Proxmox and Kubernetes, says a line of each, writes nothing, and exits with 1 where something is wrong
+    #[argh(switch)]
+    check: bool,
     /// print the version and exit
     #[argh(switch)]
     version: bool,
@@ -66,27 +82,56 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let given: Vec<String> = std::env::args().skip(1).collect();
-    let arguments = match flags::normalise(&given, FLAGS, |name| std::env::var(name).ok()) {
-        Ok(arguments) => arguments,
-        Err(why) => return refuse(&why),
+    let done = match given.split_first() {
+        Some((word, rest)) if word == "holders" => commands::holders(rest),
+        Some((word, rest)) if word == "node-labels" => commands::node_labels(rest),
+        _ => begin(&given),
     };
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let arguments = match Arguments::from_args(&["proxmox-csi-controller"], &arguments) {
-        Ok(arguments) => arguments,
-        Err(early) if early.status.is_ok() => {
-            println!("{}", early.output);
-            return ExitCode::SUCCESS;
+    done.unwrap_or_else(|why| refuse(&format!("{why:#}")))
+}
+
+fn begin(given: &[String]) -> anyhow::Result<ExitCode> {
+    let arguments: Arguments = match parsed(&["proxmox-csi-controller"], given, FLAGS)? {
+        Parsed::Arguments(arguments) => arguments,
+        Parsed::Help(help) => {
+            println!("{help}");
+            return Ok(ExitCode::SUCCESS);
         }
-        Err(early) => return refuse(&early.output),
     };
     if arguments.version {
         println!("proxmox-csi-controller {}", env!("CARGO_PKG_VERSION"));
-        return ExitCode::SUCCESS;
+        return Ok(ExitCode::SUCCESS);
     }
-    match serve(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => refuse(&format!("{why:#}")),
+    if arguments.check {
+        return commands::check(arguments.cloud_config, arguments.kubeconfig.as_deref());
     }
+    serve(arguments).map(|()| ExitCode::SUCCESS)
+}
+
+/// What a command line says.
+enum Parsed<T> {
+    Arguments(T),
+    Help(String),
+}
+
+fn parsed<T: FromArgs>(command: &[&str], given: &[String], flags: &[Flag]) -> anyhow::Result<Parsed<T>> {
+    let given = flags::normalise(given, flags, |name| std::env::var(name).ok()).map_err(anyhow::Error::msg)?;
+    let given: Vec<&str> = given.iter().map(String::as_str).collect();
+    match T::from_args(command, &given) {
+        Ok(arguments) => Ok(Parsed::Arguments(arguments)),
+        Err(early) if early.status.is_ok() => Ok(Parsed::Help(early.output)),
+        Err(early) => bail!("{}", early.output.trim()),
+    }
+}
+
+/// Go's crypto/x509 reads it, too: the reference driver's users may have set it.
+fn ca_bundle() -> Option<PathBuf> {
+    std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).thread_keep_alive(THREAD_KEEP_ALIVE).build()
 }
 
 fn refuse(why: &str) -> ExitCode {
@@ -96,6 +141,7 @@ fn refuse(why: &str) -> ExitCode {
 
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
     proto::log::set_level(&arguments.verbosity).map_err(anyhow::Error::msg)?;
+    proto::log::set_format(&arguments.log_format).map_err(anyhow::Error::msg)?;
     let endpoint: Endpoint = arguments.csi_address.parse().map_err(anyhow::Error::msg)?;
     if !arguments.metrics_path.starts_with('/') {
         bail!("--metrics-path {:?} should begin with a slash", arguments.metrics_path);
@@ -103,12 +149,7 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let pages = arguments.metrics_address.as_deref().map(health::listen).transpose().map_err(anyhow::Error::msg)?;
     let standing = Standing::new(arguments.cloud_config.clone());
     let kube = kubernetes(arguments.kubeconfig.as_deref()).map_err(anyhow::Error::msg)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(MAX_BLOCKING_THREADS)
-        .thread_keep_alive(THREAD_KEEP_ALIVE)
-        .build()?;
-    runtime.block_on(async move {
+    runtime()?.block_on(async move {
         if let Some(listener) = pages {
             proto::info!("/healthz, /readyz and {} on {}", arguments.metrics_path, listener.local_addr()?);
             tokio::spawn(health::serve(listener, standing.pages(&arguments.metrics_path)));
@@ -131,19 +172,28 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
     })
 }
 
-/// The Kubernetes API, where it is there: then one of several controllers acts at a time, by the driver's Lease.
-fn kubernetes(kubeconfig: Option<&str>) -> Result<Option<Arc<Kube>>, String> {
+/// The Kubernetes API, where it is there.
+fn access(kubeconfig: Option<&str>) -> Result<Option<Access>, String> {
     let file = kubeconfig.filter(|path| !path.is_empty()).map(Path::new);
     let named = file.map(Access::from_kubeconfig).transpose()?.flatten();
     if let (Some(file), None) = (file, &named) {
         // Who names it wants the Lease; to serve without would make two that act.
         return Err(format!("kubeconfig {}: it is not there; name one that is, or none, to do without Kubernetes", file.display()));
     }
-    let access = match named {
-        Some(access) => Some(access),
-        None => Access::in_cluster()?,
-    };
-    let Some(access) = access else {
+    match named {
+        Some(access) => Ok(Some(access)),
+        None => Access::in_cluster(),
+    }
+}
+
+/// The same for who only reads.
+fn reading(kubeconfig: Option<&str>) -> Result<Option<Arc<Kube>>, String> {
+    access(kubeconfig)?.map(|access| Kube::new(access).map(Arc::new)).transpose()
+}
+
+/// The same for one of several controllers, of which one acts at a time, by the driver's Lease.
+fn kubernetes(kubeconfig: Option<&str>) -> Result<Option<Arc<Kube>>, String> {
+    let Some(access) = access(kubeconfig)? else {
         proto::info!("no Kubernetes API: without a Lease, all VMs are looked at again after each attach");
         return Ok(None);
     };
@@ -162,9 +212,7 @@ struct Served {
 impl Served {
     /// Serves until `stop`, and lets running calls end. Whether all of them have, and nothing of ours can come later.
     async fn until(self, stop: impl Future<Output = ()>) -> anyhow::Result<bool> {
-        // Go's crypto/x509 reads it, too: the reference driver's users may have set it.
-        let ca_bundle = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()).map(PathBuf::from);
-        let controller = Arc::new(Controller::with_kube(self.config, ca_bundle, self.kube));
+        let controller = Arc::new(Controller::with_kube(self.config, ca_bundle(), self.kube));
         let readiness = Arc::clone(&controller);
         let identity = Identity::new(env!("CARGO_PKG_VERSION")).ready_when(Arc::new(move || readiness.ready()));
         let greeting = Arc::clone(&controller);
@@ -192,6 +240,17 @@ impl Served {
                 return Ok(());
             }
         };
+        let alone = tokio::select! {
+            alone = kube.check_alone() => alone,
+            () = &mut *stop => {
+                lease.release(true).await;
+                return Ok(());
+            }
+        };
+        if let Err(why) = alone {
+            lease.release(true).await;
+            bail!("{why}");
+        }
         let mut why = None;
         let all_is_known = self
             .until(async {

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use proto::{VolumeHandle, volume_context};
 
 use crate::error::Error;
+use crate::mutable::{self, Mutable, Options};
 use crate::placement::Room;
 use crate::pve::drive::Drive;
 
@@ -95,6 +96,8 @@ pub struct Parameters {
     luks: Vec<(&'static str, String)>,
     /// The class' own word for a filesystem, where somebody has written one by hand.
     fstype: String,
+    /// What a VolumeAttributesClass says beside; the last one counts.
+    pub mutable: Vec<Mutable>,
 }
 
 impl Parameters {
@@ -221,7 +224,8 @@ impl Parameters {
     /// # Errors
     /// A value that must not reach a drive string.
     pub fn of_context(given: &HashMap<String, String>) -> Result<Self, String> {
-        Self::read(given, |_, value| Ok(boolean("", value).unwrap_or(false)))
+        let read = Self::read(given, |_, value| Ok(boolean("", value).unwrap_or(false)))?;
+        Ok(Self { mutable: vec![Mutable::of_context(given)], ..read })
     }
 
     fn read(given: &HashMap<String, String>, boolean: impl Fn(&str, &str) -> Result<bool, String>) -> Result<Self, String> {
@@ -253,6 +257,7 @@ impl Parameters {
             block_size: number("blockSize", text("blockSize"), |n| n == 0 || BLOCK_SIZES.contains(&n), "1024, 2048 or 4096")?,
             inode_size: number("inodeSize", text("inodeSize"), |n| n == 0 || INODE_SIZES.contains(&n), "a power of two from 128 to 4096")?,
             luks: Vec::new(),
+            mutable: Vec::new(),
             fstype: String::new(),
         })
     }
@@ -279,7 +284,25 @@ impl Parameters {
         ];
         context.extend(self.luks.iter().map(|(key, value)| ((*key).to_string(), value.clone())));
         context.extend(numbers.iter().filter(|(_, n)| *n > 0).map(|(key, n)| ((*key).to_string(), n.to_string())));
+        self.mutable.iter().for_each(|mutable| mutable.write_context(&mut context));
         context
+    }
+
+    /// Whether Proxmox keeps copies of the volume on other nodes, as the reference driver had it do.
+    #[must_use]
+    pub fn is_replicated(&self) -> bool {
+        self.replicate
+    }
+
+    /// Whether QEMU takes the limits of a new volume.
+    ///
+    /// # Errors
+    /// A sentence with the numbers.
+    pub fn check_limits(&self) -> Result<(), String> {
+        let limits = [("iops_rd", self.disk_iops), ("iops_wr", self.disk_iops), ("mbps_rd", self.disk_mbps), ("mbps_wr", self.disk_mbps)];
+        let mut options: Options = limits.iter().filter(|(_, n)| *n > 0).map(|(key, n)| ((*key).into(), n.to_string())).collect();
+        self.mutable.iter().for_each(|mutable| mutable.apply(&mut options));
+        mutable::check(&options)
     }
 
     /// Where nothing is said, `discard=on`: for a storage that has more room when a volume has less in it.
@@ -312,7 +335,10 @@ impl Parameters {
         if readonly {
             options.insert("ro", "1".into());
         }
-        Drive { volid: handle.volid(), options: options.into_iter().map(|(key, value)| (key.to_string(), value)).collect() }
+        let mut options: Options = options.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+        self.mutable.iter().for_each(|mutable| mutable.apply(&mut options));
+        mutable::mend(&mut options);
+        Drive { volid: handle.volid(), options }
     }
 }
 

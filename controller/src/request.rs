@@ -9,6 +9,7 @@ use proto::handle::HandleError;
 use zeroize::Zeroize as _;
 
 use crate::error::Error;
+use crate::mutable::Mutable;
 use crate::parameters::{Parameters, filesystem};
 use crate::placement::{DEFAULT_SIZE_BYTES, Order, Room, Term, Want};
 
@@ -88,6 +89,24 @@ pub struct Expand {
     pub limit_bytes: Option<u64>,
 }
 
+/// ControllerModifyVolume.
+#[derive(Debug)]
+pub struct Modify {
+    /// The volume.
+    pub handle: VolumeHandle,
+    /// What is to be changed.
+    pub wanted: Mutable,
+}
+
+/// ListVolumes.
+#[derive(Debug, Default)]
+pub struct ListPage {
+    /// Entries at most; 0: as many as we like.
+    pub max_entries: usize,
+    /// As the page before gave it; empty: from the beginning.
+    pub starting_token: String,
+}
+
 /// GetCapacity.
 #[derive(Debug, Default)]
 pub struct Capacity {
@@ -126,14 +145,14 @@ impl TryFrom<csi::CreateVolumeRequest> for Create {
         if request.volume_content_source.is_some() {
             return Err(Error::invalid("volume_content_source is not supported by this version: no snapshots, no clones"));
         }
-        if let Some(key) = request.mutable_parameters.keys().min() {
-            return Err(Error::invalid(format!("mutable parameter {key:?} is not supported by this version: no VolumeAttributesClass")));
-        }
+        let mutable = Mutable::of_class(&request.mutable_parameters).map_err(Error::invalid)?;
         let (required_bytes, limit_bytes) = match request.capacity_range {
             None => (DEFAULT_SIZE_BYTES, None),
             Some(range) => range_of(range)?,
         };
-        let (parameters, warnings) = Parameters::of_class(&request.parameters).map_err(Error::invalid)?;
+        let (mut parameters, warnings) = Parameters::of_class(&request.parameters).map_err(Error::invalid)?;
+        parameters.mutable.push(mutable);
+        parameters.check_limits().map_err(Error::invalid)?;
         let is_encrypted = parameters.is_encrypting() || has_passphrase;
         if is_encrypted {
             Parameters::fit_luks(required_bytes)?;
@@ -207,6 +226,28 @@ impl TryFrom<csi::ControllerExpandVolumeRequest> for Expand {
         let Some(range) = request.capacity_range else { return Err(Error::invalid("capacity_range is missing")) };
         let (required_bytes, limit_bytes) = range_of(range)?;
         Ok(Self { handle: existing(&request.volume_id)?, required_bytes, limit_bytes })
+    }
+}
+
+impl TryFrom<csi::ControllerModifyVolumeRequest> for Modify {
+    type Error = Error;
+
+    fn try_from(request: csi::ControllerModifyVolumeRequest) -> Result<Self, Error> {
+        if request.volume_id.is_empty() {
+            return Err(Error::invalid("volume_id is missing"));
+        }
+        let wanted = Mutable::of_class(&request.mutable_parameters).map_err(Error::invalid)?;
+        Ok(Self { handle: existing(&request.volume_id)?, wanted })
+    }
+}
+
+impl TryFrom<csi::ListVolumesRequest> for ListPage {
+    type Error = Error;
+
+    fn try_from(request: csi::ListVolumesRequest) -> Result<Self, Error> {
+        let max_entries =
+            usize::try_from(request.max_entries).map_err(|_| Error::invalid(format!("max_entries {} is negative", request.max_entries)))?;
+        Ok(Self { max_entries, starting_token: request.starting_token })
     }
 }
 

@@ -16,20 +16,25 @@ use tonic::{Request, Response, Status};
 
 use crate::deadline;
 use crate::error::Error;
-use crate::request::{Capacity, Create, Expand, Publish, Unpublish, existing, supported};
-use crate::run::Controller;
+use crate::request::{Capacity, Create, Expand, ListPage, Modify, Publish, Unpublish, existing, supported};
+use crate::run::{Condition, Controller, Listed};
 
 /// gRPC carries a status message in a header; clients take some KiB of those.
 const MAX_MESSAGE_CHARS: usize = 2000;
 
 /// What is built, and nothing else.
-const CAPABILITIES: [rpc::Type; 5] = [
+const CAPABILITIES: [rpc::Type; 8] = [
     rpc::Type::CreateDeleteVolume,
     rpc::Type::PublishUnpublishVolume,
+    rpc::Type::ListVolumes,
     rpc::Type::GetCapacity,
     rpc::Type::ExpandVolume,
+    rpc::Type::VolumeCondition,
+    rpc::Type::GetVolume,
     rpc::Type::SingleNodeMultiWriter,
 ];
+/// What Kubernetes has to be asked for: how nodes call themselves, and what a volume's class says when it is attached anew.
+const WITH_KUBERNETES: [rpc::Type; 2] = [rpc::Type::ListVolumesPublishedNodes, rpc::Type::ModifyVolume];
 
 /// The service over one [`Controller`].
 #[derive(Debug, Clone)]
@@ -87,7 +92,7 @@ impl ControllerService {
     ) -> Result<Response<T>, Status> {
         let turn = self.turn(volume).map_err(status)?;
         let (controller, volume) = (Arc::clone(&self.controller), volume.to_owned());
-        let task = tokio::spawn(async move {
+        let task = tokio::spawn(proto::log::carried(async move {
             let done = deadline::within(timeout.as_deref(), work).await;
             drop(turn);
             // Stopped in the middle, perhaps: what was true then need not be true any more.
@@ -96,7 +101,7 @@ impl ControllerService {
                 controller.tell(&volume, reason, error);
             }
             done
-        });
+        }));
         match task.await {
             Ok(done) => done.map(Response::new).map_err(status),
             Err(cause) => Err(status(Error::internal(format!("the call broke off: {cause}")))),
@@ -121,6 +126,25 @@ fn topologies(region: &str, zones: &[String]) -> Vec<csi::Topology> {
     }
     let of_zone = |zone: &String| [of_region.clone(), (proto::TOPOLOGY_ZONE.to_string(), zone.clone())];
     zones.iter().map(|zone| csi::Topology { segments: of_zone(zone).into() }).collect()
+}
+
+fn no_snapshots() -> Status {
+    Status::unimplemented("snapshots are not built yet; nothing was touched, and those that the reference driver made are still there")
+}
+
+fn volume(listed: &Listed) -> csi::Volume {
+    let zone = Some(listed.handle.zone.clone()).filter(|zone| !zone.is_empty());
+    csi::Volume {
+        volume_id: listed.handle.to_string(),
+        // CSI: 0 is "not known".
+        capacity_bytes: listed.size_bytes.map_or(0, signed),
+        accessible_topology: topologies(&listed.handle.region, zone.as_slice()),
+        ..Default::default()
+    }
+}
+
+fn condition(condition: Condition) -> csi::VolumeCondition {
+    csi::VolumeCondition { abnormal: condition.abnormal, message: condition.message }
 }
 
 /// CSI's sizes are signed.
@@ -235,6 +259,68 @@ impl Service for ControllerService {
         Ok(Response::new(answer))
     }
 
+    async fn list_volumes(&self, request: Request<csi::ListVolumesRequest>) -> Result<Response<csi::ListVolumesResponse>, Status> {
+        let page = ListPage::try_from(request.into_inner()).map_err(status)?;
+        let page = self.controller.list(&page).await.map_err(status)?;
+        let entry = |listed: Listed| csi::list_volumes_response::Entry {
+            volume: Some(volume(&listed)),
+            status: Some(csi::list_volumes_response::VolumeStatus {
+                published_node_ids: listed.nodes,
+                volume_condition: Some(condition(listed.condition)),
+            }),
+        };
+        let entries = page.entries.into_iter().map(entry).collect();
+        Ok(Response::new(csi::ListVolumesResponse { entries, next_token: page.next_token }))
+    }
+
+    async fn controller_get_volume(
+        &self,
+        request: Request<csi::ControllerGetVolumeRequest>,
+    ) -> Result<Response<csi::ControllerGetVolumeResponse>, Status> {
+        let volume_id = request.into_inner().volume_id;
+        if volume_id.is_empty() {
+            return Err(status(Error::invalid("volume_id is missing")));
+        }
+        let listed = self.controller.volume(&existing(&volume_id).map_err(status)?).await.map_err(status)?;
+        Ok(Response::new(csi::ControllerGetVolumeResponse {
+            volume: Some(volume(&listed)),
+            status: Some(csi::controller_get_volume_response::VolumeStatus {
+                published_node_ids: listed.nodes,
+                volume_condition: Some(condition(listed.condition)),
+            }),
+        }))
+    }
+
+    async fn controller_modify_volume(
+        &self,
+        request: Request<csi::ControllerModifyVolumeRequest>,
+    ) -> Result<Response<csi::ControllerModifyVolumeResponse>, Status> {
+        if !self.controller.has_kubernetes() {
+            return Err(Status::unimplemented(
+                "ControllerModifyVolume needs the Kubernetes API, which says at the next attach what the volume's class is",
+            ));
+        }
+        let timeout = timeout_of(&request);
+        let modify = Modify::try_from(request.into_inner()).map_err(status)?;
+        let controller = Arc::clone(&self.controller);
+        self.alone(&modify.handle.to_string(), Some("VolumeModifyRefused"), timeout, async move {
+            controller.modify(&modify).await.map(|()| csi::ControllerModifyVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn create_snapshot(&self, _: Request<csi::CreateSnapshotRequest>) -> Result<Response<csi::CreateSnapshotResponse>, Status> {
+        Err(no_snapshots())
+    }
+
+    async fn delete_snapshot(&self, _: Request<csi::DeleteSnapshotRequest>) -> Result<Response<csi::DeleteSnapshotResponse>, Status> {
+        Err(no_snapshots())
+    }
+
+    async fn list_snapshots(&self, _: Request<csi::ListSnapshotsRequest>) -> Result<Response<csi::ListSnapshotsResponse>, Status> {
+        Err(no_snapshots())
+    }
+
     async fn get_capacity(&self, request: Request<csi::GetCapacityRequest>) -> Result<Response<csi::GetCapacityResponse>, Status> {
         let request = request.into_inner();
         let unsupported = !request.volume_capabilities.is_empty() && request.volume_capabilities.iter().any(|one| supported(one).is_err());
@@ -253,6 +339,8 @@ impl Service for ControllerService {
         _: Request<csi::ControllerGetCapabilitiesRequest>,
     ) -> Result<Response<csi::ControllerGetCapabilitiesResponse>, Status> {
         let capability = |kind: &rpc::Type| ControllerServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: (*kind).into() })) };
-        Ok(Response::new(csi::ControllerGetCapabilitiesResponse { capabilities: CAPABILITIES.iter().map(capability).collect() }))
+        let with_kubernetes = WITH_KUBERNETES.iter().filter(|_| self.controller.has_kubernetes());
+        let capabilities = CAPABILITIES.iter().chain(with_kubernetes).map(capability).collect();
+        Ok(Response::new(csi::ControllerGetCapabilitiesResponse { capabilities }))
     }
 }

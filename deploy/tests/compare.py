@@ -196,7 +196,7 @@ REFUSED = [
     ({"provisionerName": "csi.example.com"}, "provisionerName"),
     ({"controller": {"attacher": {"image": {"digest": "latest"}}}}, "controller/attacher/image/digest"),
     ({"controller": {"snapshotter": {"enabled": True}}}, "controller.snapshotter.enabled: snapshots are not built yet"),
-    ({"config": {"features": {"provider": "capmox"}}}, "config.features.provider: capmox is not built yet"),
+    ({"config": {"features": {"provider": "proxmox"}}}, "config/features/provider"),
     ({"storageClass": [{"name": "a", "storage": "b", "extraParameters": {"replicate": "true"}}]}, "storageClass[0].extraParameters.replicate: replicated volumes are not built yet"),
     ({"storageClass": [{"name": "a", "storage": "b", "extraParameters": {"replicateZones": "x"}}]}, "storageClass[0].extraParameters.replicateZones"),
     ({"node": {"plugin": {"image": {"repository": "registry.example.com/node", "tag": "v9.9.9"}}}}, "node.plugin.image.tag"),
@@ -288,6 +288,23 @@ def a_daemonset_per_zone():
         check(pod["spec"]["nodeSelector"] == wanted, f"{place}: nodeSelector {pod['spec']['nodeSelector']}")
         check({f"--region={place['region']}", f"--zone={place['zone']}"} <= set(pod["spec"]["containers"][0]["args"]), f"{place}: arguments")
         check(one["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items(), f"{place}: labels")
+
+
+def labels_by_an_init_container():
+    """Before Kubernetes 1.35: an init container reads the Node's labels; the agent gets the file, and no token."""
+    objects = by_key(rendered("--set", "node.readNodeLabels=true", kubernetes="1.32.0"))
+    pod = objects["apps/v1", "DaemonSet", "csi-proxmox", "proxmox-csi-plugin-node"]["spec"]["template"]["spec"]
+    reader, agent = pod["initContainers"][0], pod["containers"][0]
+    with open("controller/src/commands.rs", encoding="utf-8") as text:
+        flags = set(re.findall(r'Flag::(?:value|switch)\("([^"]+)"', text.read()))
+    check(reader["args"][0] == "node-labels" and {one.lstrip("-").split("=")[0] for one in reader["args"][1:]} <= flags, f"node-labels: arguments {reader['args']}")
+    written = next(one for one in reader["args"] if one.startswith("--to=")).split("=")[1]
+    check(f"--labels-file={written}" in agent["args"], f"the agent does not read {written}: {agent['args']}")
+    mounts = {name: {one["name"]: one["mountPath"] for one in container["volumeMounts"]} for name, container in [("reader", reader), ("agent", agent)]}
+    check(mounts["reader"]["labels"] == mounts["agent"]["labels"] == os.path.dirname(written), f"mounts {mounts}")
+    check("token" in mounts["reader"] and "token" not in mounts["agent"] and pod["automountServiceAccountToken"] is False, "the agent is given a token")
+    role = objects["rbac.authorization.k8s.io/v1", "ClusterRole", "", "proxmox-csi-plugin-node"]
+    check(role["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}], f"the agent's account may {role['rules']}")
 
 
 def constant(name, file):
@@ -398,7 +415,7 @@ def commands_of_documents():
     check(ran > 10, f"only {ran} commands were found in the documents")
 
 
-CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, a_daemonset_per_zone, keys_are_the_code_s, privileges, documents_are_true, commands_of_documents]
+CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, a_daemonset_per_zone, labels_by_an_init_container, keys_are_the_code_s, privileges, documents_are_true, commands_of_documents]
 
 if __name__ == "__main__":
     for one in CHECKS:

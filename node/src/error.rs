@@ -41,6 +41,11 @@ pub enum Cause {
         /// The Kubernetes node.
         node: Box<str>,
     },
+    /// The kernel does not take the label that we add to a mount on Talos, or may not.
+    Label {
+        refused: Box<mount::Refused>,
+        label: &'static str,
+    },
     Probe(probe::Error),
     /// No geometry of a filesystem fits: mkfs options, or a disk too small.
     Geometry(String),
@@ -98,6 +103,8 @@ pub enum Cause {
     },
     Crowded {
         waited: Duration,
+        /// The disks that are at it.
+        by: String,
     },
     NoEnd {
         turns: usize,
@@ -131,6 +138,11 @@ impl fmt::Display for Cause {
                 "{refused}; nothing is repaired by itself. While the pod waits, the disk stays attached: `kubectl debug node/{node} -it \
                  --profile=sysadmin --image=debian:13`, and there `apt-get update && apt-get install -y e2fsprogs xfsprogs` and \
                  `{tool} /dev/{device}` (docs/repair.md)"
+            ),
+            Self::Label { refused, label } => write!(
+                f,
+                "{refused}; the mount was to have {label}, which is added on Talos: `context=` (empty) among the StorageClass' mountOptions leaves \
+                 it out, another label there takes its place"
             ),
             Self::Probe(error) => error.fmt(f),
             Self::Geometry(why)
@@ -169,10 +181,10 @@ impl fmt::Display for Cause {
                 write!(f, "{disk} is still in use after {} s, {by}: detaching it now would lose data", waited.as_secs())
             }
             Self::NotBlankAnyMore { surface } => write!(f, "the disk was blank when probed, and holds {surface} now; it was not formatted"),
-            Self::Crowded { waited } => write!(
+            Self::Crowded { waited, by } => write!(
                 f,
-                "other volumes' disks have been probed, formatted or mounted for {} s, and so many at one time are allowed; this call \
-                 may be repeated; if it stays so, look in the kernel log for a disk that does not answer",
+                "the disks of other volumes are probed, formatted or mounted, and so many at one time are allowed, for {} s: {by}; this call \
+                 may be repeated; where it stays so, those disks do not answer: look at their storage on Proxmox",
                 waited.as_secs()
             ),
             Self::NoEnd { turns } => write!(f, "still not done after {turns} steps"),

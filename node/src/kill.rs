@@ -4,8 +4,9 @@
 //! system calls) has points by [`inside`], [`wrote`] and [`called`]. With the feature, every point that is passed is told
 //! once on standard error, so that a test learns them all from one life of a volume; at the one that
 //! `PROXMOX_CSI_KILL_AT` names, `inside:stage:Mount:fsmount` for one, the process aborts; at the one of `PROXMOX_CSI_HOLD_AT` the first
-//! comer stays. `PROXMOX_CSI_LIMIT_CALL` (milliseconds) is the time after which a call is answered though it
-//! has not ended, `PROXMOX_CSI_LIMIT_TRIM` that from one trim to the next.
+//! comer stays, for `PROXMOX_CSI_LIMIT_HOLD` milliseconds or for ever. `PROXMOX_CSI_LIMIT_CALL` (milliseconds) is the time after which a call is answered though it
+//! has not ended, `PROXMOX_CSI_LIMIT_TRIM` that from one trim to the next, `_TRIM_PIECE` that for a piece of one, `_STUCK` that after which a disk is
+//! called one that does not answer.
 
 #[cfg(not(feature = "kill-points"))]
 mod points {
@@ -56,7 +57,7 @@ mod points {
     use std::marker::PhantomData;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Mutex, PoisonError};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     /// From the call to the end: some calls are over by then, the long ones are not. No test depends on which.
     const IN_CALL: Duration = Duration::from_millis(1);
@@ -157,7 +158,10 @@ mod points {
         static IS_HELD: AtomicBool = AtomicBool::new(false);
         if std::env::var("PROXMOX_CSI_HOLD_AT").is_ok_and(|at| at == point) && !IS_HELD.swap(true, Ordering::Relaxed) {
             eprintln!("held at {point}");
-            wait_for_the_end();
+            let (begun, limit) = (Instant::now(), limit("HOLD", Duration::MAX));
+            while let Some(left) = limit.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) {
+                std::thread::park_timeout(left);
+            }
         }
     }
 

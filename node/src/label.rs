@@ -2,7 +2,7 @@
 //!
 //! Pure. A new filesystem has no labels, and Talos' policy knows a label for what pods may write to: without it every access is logged as denied,
 //! and is denied where the policy is enforced. On any other system the class gives a label by its mount options, or kubelet does
-//! (SELinuxMount), if one is wanted.
+//! (SELinuxMount), if one is wanted. An empty one (`context=` among the class' mountOptions) means none, on Talos too.
 
 use crate::sys::mount::Options;
 
@@ -27,7 +27,7 @@ pub struct Machine {
 pub fn by_default(machine: &Machine, options: &Options) -> Option<&'static str> {
     let is_talos = machine.kernel.trim_end().ends_with("-talos");
     let has_policy = machine.has_selinux && machine.own.contains(':');
-    let is_given = OWN.iter().any(|own| options.has(own));
+    let is_given = options.rules_label_out() || OWN.iter().any(|own| options.has(own));
     (is_talos && has_policy && !is_given).then_some(TALOS)
 }
 
@@ -40,8 +40,15 @@ mod tests {
         let talos = Machine { kernel: "6.18.45-talos\n".into(), has_selinux: true, own: "system_u:system_r:pod_t:s0\0".into() };
         let none = Options::parse(["noatime"]);
         assert_eq!(by_default(&talos, &none), Some(TALOS));
-        for given in ["context=\"a:b:c:s0:c1,c2\"", "noatime,context=a:b:c:s0", "fscontext=a:b:c", "defcontext=a:b:c", "rootcontext=a:b:c"]
-        {
+        for given in [
+            "context=",
+            "noatime,context=\"\"",
+            "context=\"a:b:c:s0:c1,c2\"",
+            "noatime,context=a:b:c:s0",
+            "fscontext=a:b:c",
+            "defcontext=a:b:c",
+            "rootcontext=a:b:c",
+        ] {
             assert_eq!(by_default(&talos, &Options::parse([given])), None, "{given}");
         }
         for other in [

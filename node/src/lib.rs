@@ -13,6 +13,7 @@ pub mod label;
 pub mod metrics;
 pub mod plan;
 pub mod probe;
+pub(crate) mod pulse;
 pub mod registration;
 pub mod request;
 pub mod run;

@@ -49,6 +49,7 @@ const FLAGS: &[Flag] = &[
     Flag::value("kubeconfig", Some("KUBECONFIG")),
     Flag::value("master", Some("MASTER")),
     Flag::value("v", Some("LOG_LEVEL")).called("verbosity"),
+    Flag::value("log-format", Some("LOG_FORMAT")),
     Flag::switch("version"),
 ];
 
@@ -100,6 +101,9 @@ struct Args {
     /// how much is logged: error, warn, info, debug, or klog's number; written -v 4 or --v=4 [LOG_LEVEL]
     #[argh(option, default = "\"info\".into()")]
     verbosity: String,
+    /// text or json [LOG_FORMAT]
+    #[argh(option, default = "\"text\".into()")]
+    log_format: String,
     /// print the version and end
     #[argh(switch)]
     version: bool,
@@ -186,6 +190,7 @@ fn begin(given: &[String]) -> Result<ExitCode, String> {
         return Ok(said(concat!("proxmox-csi-node ", env!("CARGO_PKG_VERSION"))));
     }
     proto::log::set_level(&args.verbosity)?;
+    proto::log::set_format(&args.log_format)?;
     run(args)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -243,7 +248,9 @@ fn run(args: Args) -> Result<(), String> {
     let own_folder = folders.first().map(|folder| folder.join("plugins").join(proto::DRIVER_NAME).join("csi.sock"));
     let csi_socket = args.kubelet_registration_path.or(own_folder).unwrap_or_default();
     let kubelet = args.plugin_registration_path.map(|folder| Kubelet { folder, csi_socket });
-    let node = Arc::new(Node::new(Folders::new(folders)?).called(&args.node_id));
+    let node = Arc::new(
+        Node::new(Folders::new(folders)?).called(&args.node_id).remembering_in(endpoint.path().parent().unwrap_or(Path::new("/"))),
+    );
     let configured = Configured {
         node_id: args.node_id,
         vmid: args.vmid,

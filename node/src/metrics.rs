@@ -1,6 +1,8 @@
 //! What the agent counts beside its calls, and its `/metrics` page.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use proto::metrics::{self, Counter};
 
@@ -19,16 +21,33 @@ pub static FILESYSTEM_ERRORS: Counter = Counter::new(
     "Filesystems that the kernel refused to mount or to grow, or that it reports as damaged.",
 );
 /// A secret that was changed, and a volume that does not know it yet.
-pub static ROTATIONS_OUTSTANDING: Counter = Counter::new(
-    "proxmox_csi_node_rotations_outstanding_total",
-    "Encrypted volumes staged though their passphrase could not be replaced (no free keyslot, too little memory, read-only, LUKS1).",
-);
+static ROTATIONS_OUTSTANDING: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// By the volume's serial: whether its passphrase is still to be replaced. Until that is done, or it is unstaged.
+pub fn rotation_outstanding(serial: &str, is_so: bool) {
+    let mut outstanding = ROTATIONS_OUTSTANDING.lock().unwrap_or_else(PoisonError::into_inner);
+    if is_so {
+        outstanding.insert(serial.to_string());
+    } else {
+        outstanding.remove(serial);
+    }
+}
 
 /// Volumes whose last NodeGetVolumeStats said that something is wrong with them.
 pub static IN_TROUBLE: AtomicUsize = AtomicUsize::new(0);
 
 /// Calls that wait for the kernel past their time.
 pub static LATE: AtomicUsize = AtomicUsize::new(0);
+
+/// Probes and formats whose disks do not answer: they wait without a place.
+pub static STUCK: AtomicUsize = AtomicUsize::new(0);
+/// Trims that do not come to an end.
+pub static STUCK_TRIMS: AtomicUsize = AtomicUsize::new(0);
+/// All that there have been of both.
+pub static STUCK_EVER: Counter = Counter::new(
+    "proxmox_csi_node_stuck_total",
+    "Probes, formats and trims whose disk has not answered for so long that others went on without it.",
+);
 
 /// Counts what a failed call was about.
 pub fn count(cause: &Cause) {
@@ -39,7 +58,9 @@ pub fn count(cause: &Cause) {
         {
             REFUSED_FORMATS.add();
         }
-        Cause::Mount(_) | Cause::Damaged { .. } | Cause::NotGrown { .. } | Cause::MadeReadOnly(_) => FILESYSTEM_ERRORS.add(),
+        Cause::Mount(_) | Cause::Label { .. } | Cause::Damaged { .. } | Cause::NotGrown { .. } | Cause::MadeReadOnly(_) => {
+            FILESYSTEM_ERRORS.add()
+        }
         _ => (),
     }
 }
@@ -55,15 +76,23 @@ pub fn page(is_ready: bool) -> String {
         "1: it knows who it is, and kubelet has registered it (where that is its own task).",
         u8::from(is_ready),
     );
-    for counter in [&IDENTITY_MISMATCHES, &REFUSED_FORMATS, &FILESYSTEM_ERRORS, &ROTATIONS_OUTSTANDING] {
+    for counter in [&IDENTITY_MISMATCHES, &REFUSED_FORMATS, &FILESYSTEM_ERRORS, &STUCK_EVER] {
         counter.write(&mut page);
     }
     for (name, help, number) in [
         ("proxmox_csi_node_volumes_in_trouble", "Volumes that NodeGetVolumeStats last called abnormal.", &IN_TROUBLE),
+        ("proxmox_csi_node_stuck_disks", "Disks that do not answer a probe or a format at this moment.", &STUCK),
+        ("proxmox_csi_node_stuck_trims", "Volumes that are trimmed at this moment, and do not come to an end.", &STUCK_TRIMS),
         ("proxmox_csi_node_late_calls", "Calls that were answered DEADLINE_EXCEEDED and still wait for the kernel.", &LATE),
     ] {
         metrics::gauge(&mut page, name, help, number.load(Ordering::Relaxed));
     }
+    metrics::gauge(
+        &mut page,
+        "proxmox_csi_node_rotations_outstanding",
+        "Encrypted volumes staged here whose passphrase could not be replaced yet (no free keyslot, too little memory, read-only, LUKS1).",
+        ROTATIONS_OUTSTANDING.lock().unwrap_or_else(PoisonError::into_inner).len(),
+    );
     metrics::calls(&mut page);
     metrics::process(&mut page);
     page
@@ -83,6 +112,19 @@ mod tests {
     }
 
     #[test]
+    fn a_rotation_that_is_outstanding_is_a_state() {
+        let count = || ROTATIONS_OUTSTANDING.lock().unwrap().iter().filter(|serial| serial.starts_with("csi-test-")).count();
+        for _ in 0..3 {
+            rotation_outstanding("csi-test-1", true);
+        }
+        rotation_outstanding("csi-test-2", true);
+        assert_eq!(count(), 2, "staged three times, and one volume still");
+        rotation_outstanding("csi-test-1", false);
+        rotation_outstanding("csi-test-2", false);
+        assert_eq!(count(), 0);
+    }
+
+    #[test]
     fn the_page_is_prometheus_text() {
         let page = page(true);
         for line in page.lines() {
@@ -92,7 +134,7 @@ mod tests {
         for name in [
             "proxmox_csi_node_ready 1\n",
             "proxmox_csi_node_refused_formats_total ",
-            "proxmox_csi_node_rotations_outstanding_total ",
+            "proxmox_csi_node_rotations_outstanding 0\n",
             "process_resident_memory_bytes ",
         ] {
             assert!(page.contains(name), "{page}");

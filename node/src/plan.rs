@@ -21,6 +21,8 @@ pub enum Mount {
     Ours,
     /// A filesystem whose disk is no longer there: the hypervisor took it away while it was mounted.
     Gone,
+    /// A filesystem of another disk that nothing uses: what a call of long ago, or another driver, has left; what.
+    Stale(String),
     /// Anything else; what.
     Stranger(String),
 }
@@ -101,6 +103,8 @@ pub struct StageSeen {
 /// Stage's deeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StageStep {
+    /// Take away what is mounted at the staging path from a disk that is gone, or from another disk and unused.
+    Unmount,
     /// Wait for the disk, asking the SCSI hosts to look.
     FindDisk,
     /// Take the disk up again.
@@ -217,6 +221,10 @@ pub struct UnstageSeen {
     pub mapped: bool,
     /// A filesystem on the disk is still in use, in this mount namespace or another: it must not be detached.
     pub held: bool,
+    /// The disk takes no I/O, and has not been asked to in this call.
+    pub offline: bool,
+    /// It was asked to, and takes none: what is left of a disk that vanished.
+    pub dead: bool,
     /// The staging path is an empty folder.
     pub empty_folder: bool,
 }
@@ -224,10 +232,14 @@ pub struct UnstageSeen {
 /// Unstage's deeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnstageStep {
+    /// Take the disk up again: what was written may still reach it.
+    SetRunning,
     /// Take the newest mount away.
     Unmount,
     /// Take the mapping away, once nobody uses it.
     Close,
+    /// Have the kernel forget the disk that takes no I/O.
+    Delete,
     /// Wait until nobody holds the disk.
     AwaitRelease,
     /// Remove the empty folder.
@@ -353,7 +365,13 @@ pub fn next_stage_step(want: &StageRequest, seen: &StageSeen) -> Result<Option<S
         (Mount::Stranger(what), Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Filesystem(_) | Access::Block) => {
             Err(Refusal::OtherMount { what: what.clone() })
         }
-        (Mount::Gone, Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Filesystem(_) | Access::Block) => Err(Refusal::DiskGone),
+        (Mount::Stale(what), Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Block) => {
+            Err(Refusal::OtherMount { what: what.clone() })
+        }
+        (Mount::Stale(_), Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Filesystem(_))
+        | (Mount::Gone, Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Filesystem(_) | Access::Block) => {
+            Ok(Some(StageStep::Unmount))
+        }
         (Mount::Ours, Disk::NotYet | Disk::Offline | Disk::Ready { .. }, Access::Block) => Err(Refusal::StagedAsFilesystem),
         (Mount::None | Mount::Ours, Disk::NotYet, Access::Filesystem(_)) | (Mount::None, Disk::NotYet, Access::Block) => {
             Ok(Some(StageStep::FindDisk))
@@ -451,9 +469,11 @@ fn from_surface(want: &StageRequest, surface: &Surface, probe: StageStep, read_o
 /// The path shows something that is not this volume.
 pub fn next_unstage_step(seen: &UnstageSeen) -> Result<Option<UnstageStep>, Refusal> {
     match &seen.mount {
-        Mount::Stranger(what) => Err(Refusal::OtherMount { what: what.clone() }),
+        Mount::Stranger(what) | Mount::Stale(what) => Err(Refusal::OtherMount { what: what.clone() }),
+        Mount::None | Mount::Ours | Mount::Gone if seen.offline => Ok(Some(UnstageStep::SetRunning)),
         Mount::Ours | Mount::Gone => Ok(Some(UnstageStep::Unmount)),
         Mount::None if seen.mapped => Ok(Some(UnstageStep::Close)),
+        Mount::None if seen.dead => Ok(Some(UnstageStep::Delete)),
         Mount::None if seen.held => Ok(Some(UnstageStep::AwaitRelease)),
         Mount::None => Ok(seen.empty_folder.then_some(UnstageStep::RemoveFolder)),
     }
@@ -477,7 +497,7 @@ pub fn next_publish_step(want: &PublishRequest, seen: &PublishSeen) -> Result<Op
     match &seen.source {
         Source::Staged(Mount::None) => return Err(Refusal::NotStaged),
         Source::Staged(Mount::Gone) => return Err(Refusal::DiskGone),
-        Source::Staged(Mount::Stranger(what)) => return Err(Refusal::OtherMount { what: what.clone() }),
+        Source::Staged(Mount::Stranger(what) | Mount::Stale(what)) => return Err(Refusal::OtherMount { what: what.clone() }),
         Source::NotOpen => return Err(Refusal::NotOpen),
         Source::Device(Disk::NotYet) => return Ok(Some(PublishStep::FindDisk)),
         Source::Device(Disk::Offline) => return Ok(Some(PublishStep::SetRunning)),

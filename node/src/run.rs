@@ -9,12 +9,13 @@ mod look;
 mod mapping;
 mod progress;
 mod publish;
+mod slots;
 mod stage;
 mod trim;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -22,15 +23,17 @@ use rustix::io::Errno;
 use crate::error::{Cause, Error};
 use crate::format::Stop;
 use crate::identity::{self, Found, Want};
+use crate::kill;
 use crate::request::{Folders, Volume};
 use crate::sys::block::{Access, Device};
 use crate::sys::scsi::{self, Disk, State};
 use crate::sys::{self, mountinfo};
+use slots::{MAX_DISK_WORKERS, Slots};
 
 pub use health::{Stats, Usage};
 pub use progress::Progress;
 
-/// More steps than the longest honest way through any plan (13, see plan/walk.rs), with stacked mounts to take away.
+/// More steps than the longest honest way through any plan (14, see plan/walk.rs), with stacked mounts to take away.
 const MAX_TURNS: usize = 20;
 /// kubelet waits two minutes for a node call; a sentence from us within them is better than its "deadline exceeded".
 /// QEMU's hot-plug is seen in the guest after 26 to 450 ms (measured with QEMU 7.2 and 10.0).
@@ -47,11 +50,8 @@ const SIZE_RESCAN_EVERY: Duration = Duration::from_secs(1);
 const RELEASE_DEADLINE: Duration = Duration::from_secs(10);
 /// Between two looks: short against a hot-plug, long against a scan of sysfs (under 1 ms).
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Probes and formats at one time: each reads and writes megabytes.
-const MAX_DISK_WORKERS: u32 = 2;
-
-/// For one of them to end. A disk that takes no I/O holds its place for ever; the others are told so, within kubelet's two minutes.
-const SLOT_DEADLINE: Duration = Duration::from_secs(60);
+/// File of the volumes whose class says `discard: ignore`, beside the socket.
+const SPARED: &str = "discard-ignore";
 
 /// The machine that we work on, and where to look.
 #[derive(Debug)]
@@ -64,8 +64,10 @@ pub struct Node {
     workers: Slots,
     /// One key derivation at a time.
     kdf: Slots,
-    /// One at a time; see `stage.rs`.
-    legacy_mounts: Slots,
+    /// Legacy disks that are being mounted; see `stage.rs`.
+    mounting: Mutex<Vec<sys::Dev>>,
+    /// Staging paths and the serials of the volumes that this process has staged there; see `stage.rs`.
+    staged: Mutex<BTreeMap<PathBuf, String>>,
     /// By the volume's serial; see `stage.rs`.
     unstaging: Mutex<BTreeMap<String, stage::Known>>,
     /// See `health.rs`.
@@ -88,7 +90,8 @@ impl Node {
             folders,
             workers: Slots::new(MAX_DISK_WORKERS),
             kdf: Slots::new(1),
-            legacy_mounts: Slots::new(1),
+            mounting: Mutex::default(),
+            staged: Mutex::default(),
             unstaging: Mutex::default(),
             health: Mutex::default(),
             trimming: trim::Trimming::default(),
@@ -101,6 +104,13 @@ impl Node {
     #[must_use]
     pub fn called(mut self, node_id: &str) -> Self {
         self.name = node_id.split('/').next().unwrap_or_default().to_string();
+        self
+    }
+
+    /// The same, which remembers in that folder what no kernel tells.
+    #[must_use]
+    pub fn remembering_in(mut self, folder: &Path) -> Self {
+        self.trimming = trim::Trimming::kept_at(folder.join(SPARED));
         self
     }
 
@@ -143,6 +153,7 @@ impl Node {
 
     /// Takes an offline disk up again: the reference driver leaves disks so when it unstages them.
     fn set_running(&self, disk: &Disk) -> Result<(), Cause> {
+        kill::called("write");
         scsi::set_running(&self.sysfs, disk.address)?;
         proto::info!("{}: was offline, set running", identity::name(disk));
         match scsi::disk(&self.sysfs, disk.address)? {
@@ -233,55 +244,6 @@ fn poll<T, W, E>(deadline: Duration, mut look: impl FnMut() -> Result<Result<T, 
             // Not a sleep in hope: what is waited for is looked at again, until the deadline.
             Err(_) => std::thread::park_timeout(LOOK_EVERY),
         }
-    }
-}
-
-/// So many at one time, the others wait, and come in their order: who asks again and again keeps nobody out.
-#[derive(Debug)]
-struct Slots {
-    queue: Mutex<Queue>,
-    changed: Condvar,
-}
-
-#[derive(Debug)]
-struct Queue {
-    free: u32,
-    next_ticket: u64,
-    waiting: VecDeque<u64>,
-}
-
-impl Slots {
-    const fn new(free: u32) -> Self {
-        Self { queue: Mutex::new(Queue { free, next_ticket: 0, waiting: VecDeque::new() }), changed: Condvar::new() }
-    }
-
-    fn take(&self) -> Result<Slot<'_>, Cause> {
-        self.take_within(SLOT_DEADLINE)
-    }
-
-    fn take_within(&self, deadline: Duration) -> Result<Slot<'_>, Cause> {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let ticket = queue.next_ticket;
-        queue.next_ticket += 1;
-        queue.waiting.push_back(ticket);
-        let is_due = |queue: &Queue| queue.free > 0 && queue.waiting.front() == Some(&ticket);
-        let waited = self.changed.wait_timeout_while(queue, deadline, |queue| !is_due(queue));
-        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let is_due = is_due(&queue);
-        queue.waiting.retain(|waiting| *waiting != ticket);
-        queue.free -= u32::from(is_due);
-        // Somebody else is the first now.
-        self.changed.notify_all();
-        if is_due { Ok(Slot(self)) } else { Err(Cause::Crowded { waited: deadline }) }
-    }
-}
-
-struct Slot<'a>(&'a Slots);
-
-impl Drop for Slot<'_> {
-    fn drop(&mut self) {
-        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).free += 1;
-        self.0.changed.notify_all();
     }
 }
 

@@ -27,6 +27,9 @@ const MAX_REQUEST_BYTES: usize = 4 << 20;
 /// Below the two minutes that kubelet waits for a node call: a sentence from us says more than its "deadline exceeded".
 const CALL_LIMIT: Duration = Duration::from_secs(100);
 
+/// Looks at one volume at one time, whatever paths kubelet asks about: a disk that answers no more costs so many threads, and no more.
+const MAX_LOOKS: usize = 2;
+
 /// The Node service.
 #[derive(Debug, Clone)]
 pub struct Service {
@@ -116,7 +119,11 @@ fn overdue(volume: &Volume, progress: &Progress) -> String {
 /// On a thread that may block.
 #[must_use]
 pub fn aside(work: Box<dyn FnOnce() + Send>) -> tokio::task::JoinHandle<()> {
-    tokio::task::spawn_blocking(work)
+    let call = proto::log::call();
+    tokio::task::spawn_blocking(move || {
+        let _within = proto::log::enter(call);
+        work();
+    })
 }
 
 fn lost(volume: &Volume, why: impl std::fmt::Display) -> Status {
@@ -182,7 +189,7 @@ impl csi::node_server::Node for Service {
             .map_err(|refusal| refused("stats", &request.get_ref().volume_id, &refusal))?;
         // A look changes nothing, so it waits for no other call; but for a disk that does not answer no second one waits.
         let at = format!("{} {}", want.volume.serial, want.path.display());
-        let held = self.looks.hold(&at, "stats").map_err(|progress| taken(&want.volume, &progress))?;
+        let held = self.looks.hold_among(&want.volume.serial, &at, MAX_LOOKS).map_err(|progress| taken(&want.volume, &progress))?;
         Ok(Response::new(told(self.wait(&want.volume.clone(), held, move |node| node.stats(&want)).await?)))
     }
 
@@ -322,6 +329,7 @@ fn code(cause: &Cause) -> Code {
         Cause::Sys(_)
         | Cause::Mapping(_)
         | Cause::Mount(_)
+        | Cause::Label { .. }
         | Cause::Probe(_)
         | Cause::LuksRead(_)
         | Cause::NotGrown { .. }
@@ -335,6 +343,18 @@ fn code(cause: &Cause) -> Code {
 struct Busy(Arc<Mutex<Vec<(String, Progress)>>>);
 
 impl Busy {
+    /// The same for one of a few looks at a volume.
+    fn hold_among(&self, serial: &str, key: &str, most: usize) -> Result<Held, Progress> {
+        let of_it: Vec<Progress> = {
+            let busy = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            busy.iter().filter(|(held, _)| held.starts_with(serial)).map(|(_, progress)| progress.clone()).collect()
+        };
+        match of_it.into_iter().nth(most - 1) {
+            Some(progress) => Err(progress),
+            None => self.hold(key, "stats"),
+        }
+    }
+
     /// Of another call that holds it: what that is at.
     fn hold(&self, key: &str, doing: &'static str) -> Result<Held, Progress> {
         let mut busy = self.0.lock().unwrap_or_else(PoisonError::into_inner);

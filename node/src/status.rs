@@ -117,7 +117,11 @@ fn seen(machine: &Machine, disk: Disk, mounts: &[Mount], claims: &[Claim]) -> Re
     let by_place = |claim: &&Claim| disk.serial.is_none() && mounts.iter().any(|mount| mount.point == claim.path);
     let volume = claims.iter().find(by_serial).or_else(|| claims.iter().find(by_place)).map(|claim| claim.volume.clone());
     let names = std::iter::once(&disk.name).chain(mappings.iter().map(|mapping| &mapping.device));
-    let ext4_errors = names.map(|name| block::ext4_errors(&machine.sysfs, name)).sum();
+    let unknown = |unknown| {
+        proto::warn!("status: how many errors a filesystem has is unknown: {unknown}");
+        0
+    };
+    let ext4_errors = names.map(|name| block::ext4_errors(&machine.sysfs, name).unwrap_or_else(unknown)).sum();
     let holds = holds(machine, &disk);
     Ok(Seen { holds, mappings, mounts, ext4_errors, volume, disk })
 }

@@ -26,6 +26,7 @@ use tower_service::Service;
 
 use crate::csi::identity_server::IdentityServer;
 use crate::identity::Identity;
+use crate::log::{self, InCall};
 
 /// Calls at one time on one connection; each sidecar has one connection and at most some ten workers.
 const MAX_CONCURRENT_CALLS: u32 = 128;
@@ -230,9 +231,10 @@ type Calls = Arc<dyn Fn(http::Request<Incoming>) -> Answer + Send + Sync>;
 
 /// One client's connection, until it closes or is drained.
 async fn connection(stream: tokio::net::UnixStream, service: Calls, mut stopped: watch::Receiver<bool>) {
-    let served = http2::Builder::new(TokioExecutor::new())
-        .max_concurrent_streams(MAX_CONCURRENT_CALLS)
-        .serve_connection(TokioIo::new(stream), hyper::service::service_fn(move |request| logged(Arc::clone(&service), request)));
+    let served = http2::Builder::new(TokioExecutor::new()).max_concurrent_streams(MAX_CONCURRENT_CALLS).serve_connection(
+        TokioIo::new(stream),
+        hyper::service::service_fn(move |request| InCall::new(log::new_call(), logged(Arc::clone(&service), request))),
+    );
     tokio::pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => Some(ended),

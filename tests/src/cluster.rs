@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use proto::csi;
@@ -11,7 +12,11 @@ use tonic::Status;
 use crate::calls::{self, Calls, NodeVolume};
 use crate::controller::Controller;
 use crate::guest::{Guest, GuestOptions, Job};
+use crate::kube::Kubernetes;
 use crate::sim::{Description, Latency, Simulator, Time, Version};
+
+/// A Lease that nobody has.
+const LEASE_LIMIT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
@@ -26,13 +31,15 @@ pub struct ClusterOptions {
     pub latency: Latency,
     /// The filesystem that its volumes are asked for with.
     pub fs_type: &'static str,
+    /// The controller has a Kubernetes API, which knows the guests as nodes.
+    pub kubernetes: bool,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
         let (version, latency) = (Version::default(), Latency::NONE);
         let (description, fs_type) = (Description::standard(), "ext4");
-        Self { guests: vec![101, 102], memory_mib: 256, files: Vec::new(), description, version, latency, fs_type }
+        Self { guests: vec![101, 102], memory_mib: 256, files: Vec::new(), description, version, latency, fs_type, kubernetes: false }
     }
 }
 
@@ -55,6 +62,8 @@ pub struct Cluster {
     pub controller: Controller,
     pub nodes: Vec<ClusterNode>,
     pub sim: Simulator,
+    /// Where it was asked for.
+    pub kubernetes: Option<Kubernetes>,
     capability: csi::VolumeCapability,
     folder: Folder,
 }
@@ -80,8 +89,17 @@ impl Cluster {
             sim.register_machine(vmid, guest.machine());
             nodes.push(ClusterNode::start(vmid, &name, &region, &zone, guest)?);
         }
-        let controller = Controller::start(&folder.0, &clusters(&sim, &region))?;
-        Ok(Self { controller, nodes, sim, capability: calls::mount_capability(options.fs_type), folder })
+        let kubernetes = if options.kubernetes { Some(calls::runtime().block_on(Kubernetes::start())?) } else { None };
+        let controller = match &kubernetes {
+            None => Controller::start(&folder.0, &clusters(&sim, &region))?,
+            Some(kubernetes) => {
+                nodes.iter().for_each(|node| kubernetes.node(node.node_id.split('/').next().unwrap_or_default(), &node.node_id));
+                let controller = Controller::stand_by(&folder.0, &clusters(&sim, &region), &kubernetes.kubeconfig(&folder.0)?)?;
+                ensure!(controller.acts_within(LEASE_LIMIT)?, "the controller does not act: {}", controller.quote());
+                controller
+            }
+        };
+        Ok(Self { controller, nodes, sim, kubernetes, capability: calls::mount_capability(options.fs_type), folder })
     }
 
     /// Where the controller's files are.

@@ -119,6 +119,8 @@ pub struct GuestOptions {
     pub profile: Profile,
     /// Files to have in the guest: (path there, file here), all executable.
     pub files: Vec<(String, PathBuf)>,
+    /// Behind the usual words of the kernel's command line.
+    pub kernel_options: String,
     /// SMBIOS type 1 serial, where Proxmox's `smbios1` can carry the VMID.
     pub smbios_serial: Option<String>,
 }
@@ -135,6 +137,7 @@ impl Default for GuestOptions {
             kernel,
             profile: Profile::default(),
             files: Vec::new(),
+            kernel_options: String::new(),
             smbios_serial: None,
         }
     }

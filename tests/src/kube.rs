@@ -27,7 +27,8 @@ const ATTACHMENTS: &str = "/apis/storage.k8s.io/v1/volumeattachments";
 const PVS: &str = "/api/v1/persistentvolumes";
 const NODES: &str = "/api/v1/nodes";
 /// What is a list when nothing is in it.
-const PLURALS: [&str; 6] = ["leases", "csinodes", "volumeattachments", "persistentvolumes", "nodes", "events"];
+const PLURALS: [&str; 8] =
+    ["leases", "csinodes", "volumeattachments", "persistentvolumes", "nodes", "events", "storageclasses", "persistentvolumeclaims"];
 
 #[derive(Debug, Default)]
 struct State {
@@ -176,8 +177,20 @@ impl Kubernetes {
 
     /// As somebody else's process would.
     pub fn give_lease_to(&self, holder: &str) {
-        let spec = json!({"holderIdentity": holder, "leaseDurationSeconds": 15});
-        self.put(&format!("{LEASES}/{}", proto::DRIVER_NAME), json!({"metadata": {"name": proto::DRIVER_NAME}, "spec": spec}));
+        let mut lease = self.lease().unwrap_or_else(|| json!({"metadata": {"name": proto::DRIVER_NAME}, "spec": {}}));
+        if let Some(spec) = lease.pointer_mut("/spec").and_then(Value::as_object_mut) {
+            spec.insert("holderIdentity".into(), holder.into());
+            spec.insert("leaseDurationSeconds".into(), 15.into());
+        }
+        self.put(&format!("{LEASES}/{}", proto::DRIVER_NAME), lease);
+    }
+
+    /// As a controller that knew the outcome of all its writes left it: the next one takes it at once.
+    pub fn lease_given_back(&self) {
+        let annotations = json!({"csi.proxmox.sinextra.dev/given-back-by": "an-earlier-one"});
+        let spec = json!({"holderIdentity": "", "leaseDurationSeconds": 15});
+        let lease = json!({"metadata": {"name": proto::DRIVER_NAME, "annotations": annotations}, "spec": spec});
+        self.put(&format!("{LEASES}/{}", proto::DRIVER_NAME), lease);
     }
 
     pub fn delete_lease(&self) {
@@ -318,7 +331,13 @@ impl State {
         let number = |key: &str| query.split('&').find_map(|pair| pair.strip_prefix(key)?.strip_prefix('=')?.parse::<usize>().ok());
         let (limit, from) = (number("limit").unwrap_or(usize::MAX), number("continue").unwrap_or(0));
         let inside = format!("{path}/");
-        let all: Vec<&Value> = self.objects.iter().filter(|(place, _)| place.starts_with(&inside)).map(|(_, object)| object).collect();
+        // Leases of all namespaces, by name.
+        let name = query.split('&').find_map(|pair| pair.strip_prefix("fieldSelector=metadata.name%3D"));
+        let is_in = |place: &str| match name {
+            Some(name) => place.ends_with(&format!("/leases/{name}")),
+            None => place.starts_with(&inside),
+        };
+        let all: Vec<&Value> = self.objects.iter().filter(|(place, _)| is_in(place)).map(|(_, object)| object).collect();
         let next = from.saturating_add(limit);
         let more = if next < all.len() { next.to_string() } else { String::new() };
         let items: Vec<&Value> = all.into_iter().skip(from).take(limit).collect();

@@ -25,6 +25,8 @@ mod detach;
 mod events;
 #[path = "controller/expand.rs"]
 mod expand;
+#[path = "controller/flows.rs"]
+mod flows;
 #[path = "controller/hold.rs"]
 mod hold;
 #[path = "controller/kube.rs"]
@@ -33,18 +35,28 @@ mod kube;
 mod lease;
 #[path = "controller/life.rs"]
 mod life;
+#[path = "controller/list.rs"]
+mod list;
 #[path = "controller/look.rs"]
 mod look;
+#[path = "controller/modify.rs"]
+mod modify;
+#[path = "controller/owner.rs"]
+mod owner;
 #[path = "controller/privileges.rs"]
 mod privileges;
 #[path = "controller/process.rs"]
 mod process;
 #[path = "controller/race.rs"]
 mod race;
+#[path = "controller/rivals.rs"]
+mod rivals;
 #[path = "controller/spread.rs"]
 mod spread;
 #[path = "controller/storages.rs"]
 mod storages;
+#[path = "controller/takeover.rs"]
+mod takeover;
 #[path = "controller/trouble.rs"]
 mod trouble;
 #[path = "controller/urls.rs"]

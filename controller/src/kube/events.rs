@@ -93,7 +93,7 @@ struct Subject {
 }
 
 /// `9999/vm-9999-pvc-0d79.raw` → `pvc-0d79`: a disk that was made for a claim carries its PV's name.
-fn pv_named_by(disk: &str) -> Option<&str> {
+pub(super) fn pv_named_by(disk: &str) -> Option<&str> {
     let file = disk.rsplit('/').next()?;
     let stem = [".raw", ".qcow2", ".vmdk"].iter().find_map(|extension| file.strip_suffix(extension)).unwrap_or(file);
     let (vmid, name) = stem.strip_prefix("vm-")?.split_once('-')?;

@@ -11,7 +11,8 @@
 //!    without a request (reference/proxmox-api.md §2.2), which is what lies between [`RENEW_WITHIN`] and [`DURATION`].
 //! 2. What Proxmox's proxies got before that may be carried out later: up to 30 s. The new holder waits [`LATE_WRITES`] before
 //!    it looks at anything, unless the old one gave the Lease back, which it does only when it knows the outcome of all its
-//!    writes.
+//!    writes, and marks. A Lease that is not there, or has no holder without that mark, was deleted or emptied by hand as well as
+//!    it may be new: it is waited for, too.
 //! 3. A clock may stand still (the whole VM paused), so nothing rests on clocks alone: an attach counts as the only one
 //!    without a second look at all VMs only after [`Lease::confirm`], a renewal that began after the attach was verified. By
 //!    resourceVersion, nobody took over before that. Whoever took over later has read, after it took over, what was attached.
@@ -43,6 +44,8 @@ pub const LATE_WRITES: Duration = Duration::from_secs(35);
 const CALL_LIMIT: Duration = Duration::from_secs(3);
 /// A confirmation that does not come at the second try is none: then all VMs are looked at.
 const CONFIRM_TRIES: usize = 2;
+/// Its annotation where a holder gave it back: who.
+const GIVEN_BACK: &str = "csi.proxmox.sinextra.dev/given-back-by";
 /// A foreign hand may have written a year: it is not waited for longer than that.
 const LONGEST_DURATION: Duration = Duration::from_secs(600);
 
@@ -74,6 +77,8 @@ struct Core {
 #[derive(Debug, Clone, PartialEq)]
 struct Seen {
     holder: String,
+    /// Its last holder gave it back, and knew the outcome of all its writes.
+    is_given_back: bool,
     duration: Duration,
     version: String,
     object: Value,
@@ -88,7 +93,7 @@ enum Move {
     Renew,
     /// Its holder gave it back.
     TakeReleased,
-    /// Its holder has not renewed it.
+    /// Its holder has not renewed it, or somebody has taken it from that one.
     TakeExpired,
     /// Its holder lives.
     Wait,
@@ -111,7 +116,13 @@ fn next_move(seen: Option<&Seen>, unchanged: Duration, me: &str) -> Move {
     match seen {
         None => Move::Create,
         Some(seen) if seen.holder == me => Move::Renew,
-        Some(seen) if seen.holder.is_empty() => Move::TakeReleased,
+        Some(seen) if seen.holder.is_empty() => {
+            if seen.is_given_back {
+                Move::TakeReleased
+            } else {
+                Move::TakeExpired
+            }
+        }
         Some(seen) if unchanged >= seen.duration.clamp(DURATION, LONGEST_DURATION) => Move::TakeExpired,
         Some(_) => Move::Wait,
     }
@@ -121,7 +132,9 @@ fn read(object: &Value) -> Result<Seen, Failure> {
     let version = text(object, "/metadata/resourceVersion").ok_or("Kubernetes API: a Lease without resourceVersion")?;
     let seconds = object.pointer("/spec/leaseDurationSeconds").and_then(Value::as_u64).unwrap_or_default();
     let holder = text(object, "/spec/holderIdentity").unwrap_or_default();
-    Ok(Seen { holder, duration: Duration::from_secs(seconds), version, object: object.clone() })
+    let annotations = object.pointer("/metadata/annotations").and_then(Value::as_object);
+    let is_given_back = holder.is_empty() && annotations.is_some_and(|annotations| annotations.contains_key(GIVEN_BACK));
+    Ok(Seen { holder, is_given_back, duration: Duration::from_secs(seconds), version, object: object.clone() })
 }
 
 impl Lease {
@@ -135,6 +148,12 @@ impl Lease {
     #[must_use]
     pub fn fence(&self) -> Fence {
         self.fence.clone()
+    }
+
+    /// The pod that we are, as [`identity`] says it.
+    #[must_use]
+    pub fn pod(&self) -> &str {
+        self.me.rsplit_once('_').map_or(self.me.as_str(), |(pod, _)| pod)
     }
 
     fn name(&self) -> String {
@@ -170,11 +189,7 @@ impl Lease {
                     let wait = if late_writes.is_zero() {
                         String::new()
                     } else {
-                        format!(
-                            "; its holder before us gave it not back, so what \
-                        that one sent is waited for, {} s",
-                            late_writes.as_secs()
-                        )
+                        format!("; no holder before us gave it back, so what one may have sent is waited for, {} s", late_writes.as_secs())
                     };
                     proto::info!("{} is ours, {}{wait}", self.name(), self.me);
                     return Taken { late_writes };
@@ -205,8 +220,8 @@ impl Lease {
             Move::Wait => return Ok(seen.map(|seen| seen.holder.clone())),
             // An answer of ours was lost, and what was the case then still is.
             Move::Renew => (),
-            Move::Create | Move::TakeReleased => core.late_writes = Duration::ZERO,
-            Move::TakeExpired => core.late_writes = LATE_WRITES,
+            Move::TakeReleased => core.late_writes = Duration::ZERO,
+            Move::Create | Move::TakeExpired => core.late_writes = LATE_WRITES,
         }
         let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
         let answer = match core.seen.as_ref().map(|(seen, _)| seen.clone()) {
@@ -353,7 +368,7 @@ impl Lease {
         self.api.call(Call { method: Method::Post, path: self.path(), body, limit: CALL_LIMIT }).await
     }
 
-    /// Writes it as it was seen, with another holder perhaps; refused where it has changed since.
+    /// Writes it as it was seen, with another holder perhaps (none: given back); refused where it has changed since.
     async fn put(&self, seen: &Seen, holder: &str, is_taken: bool) -> Result<Answer, Failure> {
         let mut body = seen.object.clone();
         let now = when::rfc3339(SystemTime::now());
@@ -365,6 +380,14 @@ impl Lease {
                 let transitions = spec.get("leaseTransitions").and_then(Value::as_u64).unwrap_or_default();
                 spec.insert("leaseTransitions".into(), (transitions + 1).into());
                 spec.insert("acquireTime".into(), now.into());
+            }
+        }
+        if let Some(metadata) = body.pointer_mut("/metadata").and_then(Value::as_object_mut) {
+            let annotations = metadata.entry("annotations").or_insert_with(|| json!({}));
+            match annotations.as_object_mut() {
+                Some(annotations) if holder.is_empty() => drop(annotations.insert(GIVEN_BACK.into(), self.me.clone().into())),
+                Some(annotations) => drop(annotations.remove(GIVEN_BACK)),
+                None => *annotations = if holder.is_empty() { json!({GIVEN_BACK: self.me}) } else { json!({}) },
             }
         }
         let path = format!("{}/{}", self.path(), proto::DRIVER_NAME);
@@ -397,7 +420,11 @@ mod tests {
         let after = |holder, seconds, unchanged| next_move(Some(&seen(holder, seconds)), Duration::from_secs(unchanged), "me");
         assert_eq!(next_move(None, Duration::ZERO, "me"), Move::Create);
         assert_eq!(after("me", 15, 0), Move::Renew);
-        assert_eq!(after("", 1, 0), Move::TakeReleased);
+        // Emptied by hand, while what its holder sent is on its way.
+        assert_eq!(after("", 1, 0), Move::TakeExpired);
+        let mark =
+            json!({"metadata": {"resourceVersion": "7", "annotations": {GIVEN_BACK: "other"}}, "spec": {"leaseDurationSeconds": 15}});
+        assert_eq!(next_move(Some(&read(&mark).unwrap()), Duration::ZERO, "me"), Move::TakeReleased);
         assert_eq!(after("other", 15, 14), Move::Wait);
         assert_eq!(after("other", 15, 15), Move::TakeExpired);
         // A short one is as long as ours, a long one as long as it says, within reason.

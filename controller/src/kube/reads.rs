@@ -1,14 +1,16 @@
 //! What is read: which volume Kubernetes has attached where, what its nodes are to us, and which are out of service. Asked only
 //! when a Proxmox node is off, or when two VMs have one volume.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use proto::VolumeHandle;
 use serde_json::Value;
 use tokio::time::Instant;
 
 use super::client::Call;
+use super::events::pv_named_by;
 use super::{Failure, Kube, text};
 
 /// Entries of one page of a list.
@@ -17,6 +19,14 @@ const PAGE: usize = 500;
 const MAX_PAGES: usize = 1000;
 /// One reading serves all calls that come together.
 const READING_AGE: Duration = Duration::from_secs(5);
+/// The reference driver's word on a PV: `keep`, and its disk stays when the PV is deleted.
+const LIFECYCLE: &str = "csi.proxmox.sinextra.dev~1lifecycle";
+/// The reference driver's word on a Node: its VMID.
+const INSTANCE_ID: &str = "/metadata/annotations/proxmox.sinextra.dev~1instance-id";
+/// VolumeAttributesClasses are GA since Kubernetes 1.34, and beta from 1.31.
+const CLASS_APIS: [&str; 2] = ["/apis/storage.k8s.io/v1", "/apis/storage.k8s.io/v1beta1"];
+/// A PV's handle never changes, but another PV may get its name.
+const HANDLE_AGE: Duration = Duration::from_secs(60);
 /// Kubernetes' own word for a node that is off: kubectl taint node NAME node.kubernetes.io/out-of-service=nodeshutdown:NoExecute
 const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
@@ -44,6 +54,30 @@ pub struct CsiNode {
     pub name: String,
     /// What the agent said that it is: `NAME/VMID` or `NAME`.
     pub node_id: String,
+}
+
+/// A PV of this driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pv {
+    /// Its name.
+    pub name: String,
+    /// Its volume's id, as it has it.
+    pub handle: String,
+    /// Its VolumeAttributesClass.
+    pub class: Option<String>,
+    /// The disk is to stay when the PV goes.
+    pub keeps_disk: bool,
+}
+
+/// What a Node object says of its machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Machine {
+    /// `proxmox://REGION/VMID` by the cloud controller manager, `proxmox://UUID` by Cluster API.
+    pub provider_id: Option<String>,
+    /// A VMID, by an annotation of the reference driver's.
+    pub instance_id: Option<String>,
+    /// SMBIOS' UUID.
+    pub system_uuid: Option<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -93,11 +127,22 @@ impl Kube {
                 Attached::Handle(handle) => Some(handle.clone()),
                 Attached::Pv(pv) => self.handle_of(pv).await?,
             };
-            if let Some(handle) = handle {
-                *handles.entry(handle).or_default() |= attachment.is_attached;
-            }
+            // Gone under its attachment (its finalizer was taken away): nothing can be said of the node.
+            let handle = handle
+                .ok_or_else(|| format!("node {node} has a VolumeAttachment without its PV; remove it: kubectl get volumeattachment"))?;
+            *handles.entry(handle).or_default() |= attachment.is_attached;
         }
         Ok(handles)
+    }
+
+    /// Nodes to which something of ours is attached, and of which there is no CSINode any more.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub async fn nodes_forgotten(self: &Arc<Self>) -> Result<Vec<String>, Failure> {
+        let (attachments, nodes) = (self.attachments().await?, self.nodes().await?);
+        let gone = attachments.iter().map(|attachment| &attachment.node).filter(|name| nodes.iter().all(|node| node.name != **name));
+        Ok(gone.cloned().collect::<std::collections::BTreeSet<_>>().into_iter().collect())
     }
 
     /// Whether a person, or something that knows, has said that the node is off.
@@ -146,6 +191,65 @@ impl Kube {
         Ok(all)
     }
 
+    /// All PVs of this driver.
+    ///
+    /// # Errors
+    /// The call that failed: nothing can be said then.
+    pub async fn pvs(self: &Arc<Self>) -> Result<Arc<Vec<Pv>>, Failure> {
+        let mut held = self.pvs.lock().await;
+        if let Some((_, pvs)) = held.as_ref().filter(|(at, _)| at.elapsed() < READING_AGE) {
+            return Ok(Arc::clone(pvs));
+        }
+        let at = Instant::now();
+        let pvs = Arc::new(self.list("/api/v1/persistentvolumes").await?.iter().filter_map(read_pv).collect::<Vec<_>>());
+        *held = Some((at, Arc::clone(&pvs)));
+        Ok(pvs)
+    }
+
+    /// The PVs that have this volume: the one that its disk is named after is read now, others within some seconds.
+    ///
+    /// # Errors
+    /// The call that failed: nothing can be said then.
+    pub async fn pvs_of(self: &Arc<Self>, handle: &VolumeHandle) -> Result<Vec<Pv>, Failure> {
+        let named = match pv_named_by(&handle.disk) {
+            Some(name) => self.get(format!("/api/v1/persistentvolumes/{name}")).await?.as_ref().and_then(read_pv),
+            None => None,
+        };
+        let mut found: Vec<Pv> = named.into_iter().filter(|pv| is_of(pv, handle)).collect();
+        if found.is_empty() {
+            found.extend(self.pvs().await?.iter().filter(|pv| is_of(pv, handle)).cloned());
+        }
+        Ok(found)
+    }
+
+    /// The parameters of a VolumeAttributesClass; nothing where there is none of that name.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub async fn class(self: &Arc<Self>, name: &str) -> Result<Option<HashMap<String, String>>, Failure> {
+        for api in CLASS_APIS {
+            let path = format!("{api}/volumeattributesclasses/{}", crate::pve::api::percent_encoded(name, ""));
+            let Some(class) = self.get(path).await? else { continue };
+            let parameters = class.get("parameters").and_then(Value::as_object);
+            let pairs = parameters.into_iter().flatten().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())));
+            return Ok(Some(pairs.collect()));
+        }
+        Ok(None)
+    }
+
+    /// What a Node object says of its machine; nothing where there is no such Node.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub async fn machine(self: &Arc<Self>, node: &str) -> Result<Option<Machine>, Failure> {
+        let node = self.get(format!("/api/v1/nodes/{}", crate::pve::api::percent_encoded(node, ""))).await?;
+        Ok(node.map(|node| Machine {
+            provider_id: text(&node, "/spec/providerID"),
+            instance_id: text(&node, INSTANCE_ID),
+            system_uuid: text(&node, "/status/nodeInfo/systemUUID"),
+        }))
+    }
+
     /// The PVs of our volumes that are attached somewhere, or are to be.
     ///
     /// # Errors
@@ -161,14 +265,31 @@ impl Kube {
     /// Nothing where the PV is gone.
     async fn handle_of(self: &Arc<Self>, pv: &str) -> Result<Option<String>, Failure> {
         let known = self.handles.lock().unwrap_or_else(PoisonError::into_inner).get(pv).cloned();
-        if known.is_some() {
-            return Ok(known);
+        if let Some((_, handle)) = known.filter(|(at, _)| at.elapsed() < HANDLE_AGE) {
+            return Ok(Some(handle));
         }
+        let at = Instant::now();
         let path = format!("/api/v1/persistentvolumes/{pv}");
         let Some(volume) = self.get(path.clone()).await? else { return Ok(None) };
         let handle = text(&volume, "/spec/csi/volumeHandle").ok_or_else(|| format!("GET {path}: no volumeHandle"))?;
-        self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), handle.clone());
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner).insert(pv.into(), (at, handle.clone()));
         Ok(Some(handle))
+    }
+
+    /// All objects of a kind, as they are.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(crate) async fn objects(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
+        self.list(path).await
+    }
+
+    /// One object; nothing where it is not there.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(crate) async fn object(self: &Arc<Self>, path: String) -> Result<Option<Value>, Failure> {
+        self.get(path).await
     }
 
     async fn list(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
@@ -203,4 +324,25 @@ impl Kube {
             _ => Err(answer.refusal(&name)),
         }
     }
+}
+
+fn read_pv(entry: &Value) -> Option<Pv> {
+    if text(entry, "/spec/csi/driver").as_deref() != Some(proto::DRIVER_NAME) {
+        return None;
+    }
+    let words = [format!("/metadata/annotations/{LIFECYCLE}"), format!("/spec/csi/volumeAttributes/{LIFECYCLE}")];
+    let keeps = |pointer: &String| text(entry, pointer).is_some_and(|word| word.eq_ignore_ascii_case("keep"));
+    Some(Pv {
+        name: text(entry, "/metadata/name")?,
+        handle: text(entry, "/spec/csi/volumeHandle")?,
+        class: text(entry, "/spec/volumeAttributesClassName"),
+        keeps_disk: words.iter().any(keeps),
+    })
+}
+
+/// Whether the PV has that volume; its handle may carry a zone, or not, where the other does not.
+fn is_of(pv: &Pv, handle: &VolumeHandle) -> bool {
+    let Ok(given) = pv.handle.parse::<VolumeHandle>() else { return false };
+    let is_there = given.zone == handle.zone || given.zone.is_empty() || handle.zone.is_empty();
+    is_there && given.region == handle.region && given.volid() == handle.volid()
 }

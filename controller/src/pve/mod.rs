@@ -133,7 +133,7 @@ impl From<Error> for Broken {
     }
 }
 
-/// What a call's number travels as.
+/// What a call's number travels as: that of the RPC that it is made for, as the log has it, and its own.
 const NUMBER_HEADER: &str = "X-Request-Id";
 
 /// A call that has not ended: it lasts as long as its last clone.
@@ -216,6 +216,12 @@ impl Client {
         self.urls.all.iter().any(|url| urls.contains(url))
     }
 
+    /// Where it talks to.
+    #[must_use]
+    pub fn url_in_use(&self) -> &str {
+        self.urls.at(self.urls.current().unwrap_or_default())
+    }
+
     /// Places of one Proxmox node.
     fn host(&self, host: &str) -> Arc<Semaphore> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,8 +244,9 @@ impl Client {
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
         let flight = Flight::begin(&self.shared.in_flight);
         let number = self.shared.calls.fetch_add(1, Ordering::Relaxed);
+        let number = format!("{:x}.{number}", proto::log::call());
         let begun = Instant::now();
-        let answer = self.at_some_url(&request, number, &flight).await;
+        let answer = self.at_some_url(&request, &number, &flight).await;
         metrics::count_request(&endpoint, &self.region, &answer, begun.elapsed());
         self.heard.note(&answer);
         if request.is_write() && answer.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
@@ -249,7 +256,7 @@ impl Client {
     }
 
     /// At the url in use; where that fails and nothing can have happened, at the next one that answers.
-    async fn at_some_url(self: &Arc<Self>, request: &Request, number: u64, flight: &Arc<Flight>) -> Result<Value, Error> {
+    async fn at_some_url(self: &Arc<Self>, request: &Request, number: &str, flight: &Arc<Flight>) -> Result<Value, Error> {
         let begun = Instant::now();
         for is_last in (0..self.urls.all.len()).map(|tries| tries + 1 == self.urls.all.len()) {
             let index = self.url(begun).await.map_err(|why| Error { call: request.name(), cause: Cause::NotSent(why) })?;
@@ -332,14 +339,15 @@ impl Client {
     }
 
     /// On a thread; where there are other urls, not for longer than this one answers at all.
-    async fn at(self: &Arc<Self>, index: usize, request: &Request, number: u64, flight: &Arc<Flight>) -> Result<Value, Broken> {
+    async fn at(self: &Arc<Self>, index: usize, request: &Request, number: &str, flight: &Arc<Flight>) -> Result<Value, Broken> {
         let (gate, call) = (Gate::default(), request.name());
         let work = {
-            let (client, request, gate, flight) = (Arc::clone(self), request.clone(), gate.clone(), Arc::clone(flight));
+            let (client, request, number) = (Arc::clone(self), request.clone(), number.to_string());
+            let (gate, flight) = (gate.clone(), Arc::clone(flight));
             let thread = Arc::clone(&self.shared.threads).acquire_owned().await;
             move || {
                 let _held = (thread, flight);
-                client.call_blocking(index, &request, &number.to_string(), &gate)
+                client.call_blocking(index, &request, &number, &gate)
             }
         };
         let mut working = tokio::task::spawn_blocking(work);

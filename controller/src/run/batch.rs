@@ -405,7 +405,9 @@ impl<'a> Batch<'a> {
             let Some(handle) = self.works.get(*index).map(|work| work.wish.handle().clone()) else { continue };
             let (region, vmid) = (Arc::clone(self.region), self.vm.vmid);
             // Who needs the answer asks for it, and finds it read.
-            tokio::spawn(async move { region.references(&handle, written, Some(vmid), Depth::Config).await.map(drop) });
+            tokio::spawn(proto::log::carried(
+                async move { region.references(&handle, written, Some(vmid), Depth::Config).await.map(drop) },
+            ));
         }
     }
 

@@ -87,7 +87,7 @@ impl Controller {
 }
 
 /// As DNS compares names; a VM may carry the domain, too.
-fn is_name_of(vm: &str, node: &str) -> bool {
+pub(crate) fn is_name_of(vm: &str, node: &str) -> bool {
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_ascii_lowercase();
     vm.eq_ignore_ascii_case(node) || (first(vm) == first(node) && vm.contains('.') != node.contains('.'))
 }
@@ -227,8 +227,18 @@ impl Region {
         Ok(quorate)
     }
 
-    /// Keeps since when nodes are off.
+    /// Whether that VM had this name when it last showed one.
+    #[must_use]
+    pub(super) fn was_named(&self, vmid: u32, name: &str) -> bool {
+        locked(&self.names).get(&vmid).is_some_and(|shown| is_name_of(shown, name))
+    }
+
+    /// Keeps since when nodes are off, and how VMs are named.
     pub(super) fn note_hosts(&self, resources: &Resources) {
+        let mut names = locked(&self.names);
+        names.retain(|vmid, _| resources.vms.contains_key(vmid));
+        names.extend(resources.vms.values().filter_map(|vm| Some((vm.vmid, vm.name.clone()?))));
+        drop(names);
         let mut most = locked(&self.most_hosts);
         *most = resources.hosts.len().max(*most);
         let mut offline = locked(&self.offline_since);

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use proto::VolumeHandle;
+use proto::log::carried;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -200,7 +201,7 @@ impl Region {
         if depth != Depth::Config {
             for (vmid, host) in self.containers_in_reach(handle, since).await? {
                 let (region, volid) = (Arc::clone(self), volid.clone());
-                reading.spawn(async move { region.references_of_container(vmid, host, &volid, since).await });
+                reading.spawn(carried(async move { region.references_of_container(vmid, host, &volid, since).await }));
             }
         }
         for (vmid, (host, state)) in self.who_could_hold(handle, since, depth).await? {
@@ -208,7 +209,7 @@ impl Region {
                 continue;
             }
             let (region, volid) = (Arc::clone(self), volid.clone());
-            reading.spawn(async move { region.references_of(vmid, host, state, &volid, since, depth).await });
+            reading.spawn(carried(async move { region.references_of(vmid, host, state, &volid, since, depth).await }));
         }
         while let Some(read) = reading.join_next().await {
             match read.map_err(|cause| Error::internal(format!("a reading broke off: {cause}")))? {
@@ -235,6 +236,43 @@ impl Region {
         if references.iter().any(refuses) { self.references(handle, Instant::now(), except, depth).await } else { Ok(references) }
     }
 
+    /// After our own write, where no other controller of the Lease can have written: who has got the volume by hand or from another
+    /// cluster since the VMs were read. One call per node, and a VM is read only if there is something new in it. What a stopped VM
+    /// got into its config is not seen so: it has no QEMU that could write.
+    ///
+    /// # Errors
+    /// As [`Region::references`].
+    pub(crate) async fn newcomers(self: &Arc<Self>, handle: &VolumeHandle, except: u32) -> Result<Vec<Reference>, Error> {
+        let (begun, volid) = (Instant::now(), handle.volid());
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let is_off = |resources: &Resources, host: &String| resources.hosts.get(host).is_some_and(|status| status == "offline");
+        let hosts = self.hosts_in_reach(handle, &resources).await?;
+        let listed = self.states_of(hosts.into_iter().filter(|host| !is_off(&resources, host)).collect(), begun).await?;
+        let (mut found, mut reading) = (Vec::new(), JoinSet::new());
+        for (host, states) in listed {
+            let states = match states {
+                Ok(states) => states,
+                // Gone off since the cluster was read, perhaps.
+                Err(_) if is_off(&*self.resources(Instant::now()).await?, &host) => continue,
+                Err(error) => {
+                    return Err(Error::from(error).during(&format!("which VMs of Proxmox node {host} hold {volid} cannot be told")));
+                }
+            };
+            for (vmid, state) in states {
+                if vmid == except || self.has_nothing_new(vmid, &host, &state, &volid).await {
+                    continue;
+                }
+                let (region, volid, host) = (Arc::clone(self), volid.clone(), host.clone());
+                reading.spawn(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await });
+            }
+        }
+        while let Some(read) = reading.join_next().await {
+            found.extend(read.map_err(|cause| Error::internal(format!("a reading broke off: {cause}")))??);
+        }
+        found.sort_by(|a: &Reference, b: &Reference| (a.vmid, &a.key).cmp(&(b.vmid, &b.key)));
+        Ok(found)
+    }
+
     /// Whether a controller before us left changes that still go on.
     async fn check_no_earlier_writes(self: &Arc<Self>, handle: &VolumeHandle) -> Result<(), Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
@@ -243,12 +281,12 @@ impl Region {
             // What is off carries nothing out.
             if resources.hosts.get(&host).is_some_and(|status| status != "offline") && self.may_have_earlier_writes(&host) {
                 let region = Arc::clone(self);
-                looking.spawn(async move {
+                looking.spawn(carried(async move {
                     let Err(error) = region.check_no_earlier_write(&host).await else { return Ok(()) };
                     // Gone off since the cluster was read, perhaps: then it carries nothing out.
                     let now = region.resources(Instant::now()).await?;
                     if now.hosts.get(&host).is_some_and(|status| status == "offline") { Ok(()) } else { Err(error) }
-                });
+                }));
             }
         }
         while let Some(looked) = looking.join_next().await {
@@ -339,10 +377,10 @@ impl Region {
         let mut reading = JoinSet::new();
         for host in hosts {
             let region = Arc::clone(self);
-            reading.spawn(async move {
+            reading.spawn(carried(async move {
                 let states = region.states(&host, since).await;
                 (host, states)
-            });
+            }));
         }
         let mut read = BTreeMap::new();
         while let Some(one) = reading.join_next().await {
@@ -524,6 +562,7 @@ mod tests {
             config: VmConfig { lines: lines.iter().map(|(key, text)| ((*key).to_string(), line(text))).collect(), digest: "d".into() },
             read_at: Instant::now(),
             held: held.iter().map(|(key, volid)| ((*key).to_string(), (*volid).to_string())).collect(),
+            seen: None,
             snapshots: Some(Snapshots {
                 digest: "d".into(),
                 drives: BTreeMap::from([("s1".into(), BTreeMap::from([("scsi9".to_string(), "ds:a,size=1G".to_string())]))]),

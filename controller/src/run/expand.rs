@@ -43,6 +43,7 @@ impl Region {
     async fn expand(self: &Arc<Self>, request: &Expand) -> Result<Expanded, Error> {
         let handle = &request.handle;
         let volid = handle.volid();
+        self.check_built(handle).await?;
         let host = self.host_of(handle).await?.ok_or_else(|| Error::not_found("no Proxmox node has its storage"))?;
         let mut actual = self.volume_size(&host, &handle.storage, &volid).await?;
         let plugin = self.plugintype(&handle.storage).await?.and_then(|name| Plugin::of(&name, &handle.disk)).unwrap_or(Plugin::Lvm);
@@ -109,7 +110,7 @@ impl Region {
     }
 
     /// The VM that has it. One that is known to is asked first, so that a VM that cannot be read stops its own volumes only.
-    async fn expanding_vm(self: &Arc<Self>, handle: &VolumeHandle) -> Result<Option<Vm>, Error> {
+    pub(super) async fn expanding_vm(self: &Arc<Self>, handle: &VolumeHandle) -> Result<Option<Vm>, Error> {
         let volid = handle.volid();
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         for vmid in self.ever_naming(&volid).await {
@@ -136,7 +137,7 @@ impl Region {
     }
 
     /// A VM's config, once it carries no lock.
-    async fn unlocked_config(&self, vm: &Vm, since: Instant) -> Result<Known, Error> {
+    pub(super) async fn unlocked_config(&self, vm: &Vm, since: Instant) -> Result<Known, Error> {
         let due = deadline::of_caller().unwrap_or_else(|| Instant::now() + LOCK_WAIT);
         let mut since = since;
         loop {

@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use proto::VolumeHandle;
+use tonic::Code;
 
-use super::cluster::Off;
+use super::cluster::{Off, is_name_of};
 use super::evidence::{Reference, View};
-use super::region::{EVIDENCE_AGE, Region, ago};
+use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::error::Error;
-use crate::kube::Kube;
+use crate::kube::{CsiNode, Kube, Machine};
+use crate::pve;
+use crate::pve::api::Vm;
 use crate::request::{NodeId, node_id};
 
 /// What Kubernetes' VolumeAttachments say of a volume and a node.
@@ -20,6 +23,25 @@ pub(super) enum Word {
     Wanted,
     /// It is attached there.
     Attached,
+}
+
+/// Which VM a Node object means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Is {
+    Vmid(u32),
+    Uuid(String),
+    Unsaid,
+}
+
+/// `smbios1: uuid=...,serial=...`
+fn uuid_of(known: &Known) -> Option<String> {
+    let line = known.config.configured("smbios1")?;
+    line.split(',').find_map(|part| part.strip_prefix("uuid=")).map(str::to_ascii_lowercase)
+}
+
+fn is_uuid(text: &str) -> bool {
+    text.len() == 36
+        && text.bytes().enumerate().all(|(at, b)| if matches!(at, 8 | 13 | 18 | 23) { b == b'-' } else { b.is_ascii_hexdigit() })
 }
 
 impl Region {
@@ -55,18 +77,171 @@ impl Region {
         confirmed.is_ok()
     }
 
+    /// Before a write that takes something away: with an unchanged digest Proxmox carries it out however late it comes, and our clock
+    /// may have stood still since it was decided (the whole machine was paused). Without a Lease nothing is asked.
+    ///
+    /// # Errors
+    /// It is not ours now, so that `call` is not sent.
+    pub(super) async fn check_acts_now(&self, call: &str) -> Result<(), pve::Error> {
+        let Some(lease) = self.kube.as_ref().and_then(|kube| kube.lease()) else { return Ok(()) };
+        lease.confirm().await.map_err(|why| pve::Error { call: call.into(), cause: pve::Cause::NotSent(why) })
+    }
+
     /// The Kubernetes nodes that this VM is, by the ids that their agents gave.
     async fn nodes_of(&self, kube: &Arc<Kube>, vmid: u32) -> Result<Vec<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         let name = resources.vms.get(&vmid).and_then(|vm| vm.name.clone());
         let nodes = kube.nodes().await.map_err(Error::unavailable)?;
-        let is_it = |id: &str| match node_id(id) {
-            Ok(NodeId::Vmid(_, of)) => of == vmid,
-            // A VM on a dead node loses its name after some minutes: any could be it.
-            Ok(NodeId::Name(of)) => name.as_ref().is_none_or(|name| *name == of),
-            Err(_) => true,
+        let mut found = Vec::new();
+        for node in nodes.iter() {
+            let is_it = match node_id(&node.node_id) {
+                Ok(NodeId::Vmid(_, of)) => of == vmid,
+                // A VM on a dead node loses its name after some minutes: any could be it.
+                Ok(NodeId::Name(of)) if name.as_ref().is_none_or(|name| *name == of) => true,
+                Ok(NodeId::Name(of)) => {
+                    let by_name = if self.rules().capmox { None } else { resources.vms.values().find(|vm| vm.name.as_ref() == Some(&of)) };
+                    match by_name {
+                        Some(_) => false,
+                        None => self.may_be(kube, &of, vmid).await?,
+                    }
+                }
+                Err(_) => true,
+            };
+            if is_it {
+                found.push(node);
+            }
+        }
+        // Another region may have a VM of that number: then the name says which is meant, as last seen (a silent node's VMs lose it).
+        let is_named = |id: &str| match node_id(id) {
+            Ok(NodeId::Vmid(of, _)) => self.was_named(vmid, &of),
+            Ok(NodeId::Name(_)) | Err(_) => false,
         };
-        Ok(nodes.iter().filter(|node| is_it(&node.node_id)).map(|node| node.name.clone()).collect())
+        let named: Vec<_> = found.iter().copied().filter(|node| is_named(&node.node_id)).collect();
+        let these = if found.len() > 1 && !named.is_empty() { named } else { found };
+        Ok(these.into_iter().map(|node| node.name.clone()).collect())
+    }
+
+    /// Whether a node whose VM has another name could be that VM, by its Node object.
+    async fn may_be(&self, kube: &Arc<Kube>, node: &str, vmid: u32) -> Result<bool, Error> {
+        match kube.machine(node).await.map_err(Error::unavailable)?.map(|machine| self.machine_is(&machine)) {
+            Some(Ok(Is::Vmid(of))) => Ok(of == vmid),
+            // Its VM's config may be what cannot be read.
+            Some(Ok(Is::Uuid(_))) => Ok(self.rules().capmox || self.is_known_by_uuid(vmid).await),
+            Some(Ok(Is::Unsaid)) | None => Ok(false),
+            Some(Err(_)) => Ok(false),
+        }
+    }
+
+    /// Whether a UUID could be that VM's: it was not read, or it has one.
+    async fn is_known_by_uuid(&self, vmid: u32) -> bool {
+        self.last_known(vmid).await.is_none_or(|known| uuid_of(&known).is_some())
+    }
+
+    /// What a Node object says of its VM; an error: it is in another region.
+    fn machine_is(&self, machine: &Machine) -> Result<Is, String> {
+        let vmid = |text: &str| text.parse::<u32>().ok().filter(|vmid| *vmid >= 100);
+        if let Some(rest) = machine.provider_id.as_deref().and_then(|id| id.strip_prefix("proxmox://")) {
+            match rest.rsplit_once('/') {
+                Some((region, number)) => {
+                    let region = region.trim_end_matches('/');
+                    if let Some(vmid) = vmid(number) {
+                        if !region.is_empty() && region != self.name {
+                            return Err(region.into());
+                        }
+                        return Ok(Is::Vmid(vmid));
+                    }
+                }
+                None if is_uuid(rest) => return Ok(Is::Uuid(rest.to_ascii_lowercase())),
+                None => (),
+            }
+        }
+        if let Some(vmid) = machine.instance_id.as_deref().and_then(vmid) {
+            return Ok(Is::Vmid(vmid));
+        }
+        let uuid = machine.system_uuid.as_deref().filter(|uuid| is_uuid(uuid));
+        Ok(uuid.map_or(Is::Unsaid, |uuid| Is::Uuid(uuid.to_ascii_lowercase())))
+    }
+
+    /// The VM that a node id names: by its number or its exact name; with Kubernetes also by what the Node object says, provider ID,
+    /// annotation, SMBIOS UUID in this order, and with `provider: capmox` by that alone.
+    ///
+    /// # Errors
+    /// Proxmox's or Kubernetes'; several VMs could be meant; or its Node object names another region.
+    pub(super) async fn vm_of(&self, node: &NodeId) -> Result<Option<Vm>, Error> {
+        let NodeId::Name(name) = node else { return self.find_vm(node).await };
+        let capmox = self.rules().capmox;
+        if !capmox && let Some(vm) = self.find_vm(node).await? {
+            return Ok(Some(vm));
+        }
+        let Some(kube) = &self.kube else {
+            if !capmox {
+                return Ok(None);
+            }
+            return Err(Error::precondition(format!(
+                "node {node}: features.provider capmox finds nodes by their Node objects, and there is no Kubernetes API; node ids that carry the \
+                 VMID, NAME/VMID, need none"
+            )));
+        };
+        let Some(machine) = kube.machine(name).await.map_err(Error::unavailable)? else { return Ok(None) };
+        match self.machine_is(&machine) {
+            Err(region) => Err(Error::precondition(format!(
+                "node {node} is in region {region} by its provider ID, the volume is in region {}: a volume cannot leave its Proxmox cluster; \
+                 give the PV its nodeAffinity, or the pod a node of region {}",
+                self.name, self.name
+            ))),
+            Ok(Is::Vmid(vmid)) => self.find_vm(&NodeId::Vmid(name.clone(), vmid)).await,
+            Ok(Is::Uuid(uuid)) => self.vm_by_uuid(node, &uuid, capmox).await,
+            Ok(Is::Unsaid) => Ok(None),
+        }
+    }
+
+    /// The VM with that SMBIOS UUID; of all VMs, or of those whose name begins with the node's.
+    async fn vm_by_uuid(&self, node: &NodeId, uuid: &str, of_all: bool) -> Result<Option<Vm>, Error> {
+        let (NodeId::Name(name) | NodeId::Vmid(name, _)) = node;
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let (mut found, mut unread): (Vec<Vm>, Option<Error>) = Default::default();
+        for vm in resources.vms.values().filter(|vm| !vm.template) {
+            if !of_all && vm.name.as_ref().is_none_or(|shown| !shown.starts_with(name.as_str())) {
+                continue;
+            }
+            // One that is off cannot change; what could not be read may be it, if no other is.
+            let since = if self.off(&vm.host).await?.is_some() { self.begun } else { ago(EVIDENCE_AGE) };
+            match self.config(&vm.host, vm.vmid, since).await {
+                Ok(known) if uuid_of(&known).as_deref() == Some(uuid) => found.push(vm.clone()),
+                Ok(_) => (),
+                Err(error) => drop(unread.get_or_insert(Error::from(error).during(&format!("whether VM {} is node {node}", vm.vmid)))),
+            }
+        }
+        match (found.as_slice(), unread) {
+            ([one], _) => Ok(Some(one.clone())),
+            ([], Some(unread)) => Err(unread),
+            ([], None) => Ok(None),
+            ([one, other, ..], _) => Err(Error::precondition(format!(
+                "node {node}: VMs {} and {} have the same SMBIOS UUID {uuid}; give the clone one of its own: qm set {} --smbios1 uuid=...",
+                one.vmid, other.vmid, other.vmid
+            ))),
+        }
+    }
+
+    /// The VM of a Kubernetes node, where it is one of this region's.
+    ///
+    /// # Errors
+    /// As [`Region::vm_of`].
+    pub(super) async fn vm_of_node(&self, node: &CsiNode, is_only: bool) -> Result<Option<Vm>, Error> {
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        match node_id(&node.node_id) {
+            // A number alone may be another cluster's.
+            Ok(NodeId::Vmid(name, vmid)) => {
+                let vm = resources.vms.get(&vmid);
+                Ok(vm.filter(|vm| is_only || vm.name.as_deref().is_none_or(|shown| is_name_of(shown, &name))).cloned())
+            }
+            Ok(id @ NodeId::Name(_)) => match self.vm_of(&id).await {
+                // Another region's node.
+                Err(error) if error.code == Code::FailedPrecondition && !is_only => Ok(None),
+                vm => vm,
+            },
+            Err(_) => Ok(None),
+        }
     }
 
     /// Who has the volume attached to that VM, by Kubernetes' VolumeAttachments.
@@ -85,7 +260,12 @@ impl Region {
             handle.is_some_and(|handle| handle.region == self.name && handle.volid() == volid)
         };
         let mut found = Vec::new();
-        for node in self.nodes_of(kube, vmid).await? {
+        let mut nodes = self.nodes_of(kube, vmid).await?;
+        if nodes.is_empty() {
+            // Its objects are gone with the Kubernetes node, what was attached to it may still be: any of those could be it.
+            nodes = kube.nodes_forgotten().await.map_err(Error::unavailable)?;
+        }
+        for node in nodes {
             if kube.attached_to(&node).await.map_err(Error::unavailable)?.keys().any(is_ours) {
                 found.push(Reference { vmid, host: host.into(), key: node, view: View::Attachment, off: None });
             }

@@ -7,18 +7,22 @@ mod batch;
 mod binding;
 mod capacity;
 mod claim;
-mod cluster;
+pub(crate) mod cluster;
+mod condition;
 mod create;
 mod delete;
 mod doubt;
-mod evidence;
+pub(crate) mod evidence;
 mod expand;
+pub mod holders;
 mod kubernetes;
 mod leftover;
+mod list;
+mod modify;
 mod placed;
 mod publish;
 mod queue;
-mod region;
+pub(crate) mod region;
 pub mod seen;
 mod unpublish;
 pub(crate) mod when;
@@ -37,12 +41,15 @@ use crate::kube::Kube;
 use crate::placement::{Refusal, is_up};
 use crate::pve::Client;
 use crate::pve::api::{self, Storage};
+pub use condition::Condition;
 pub use create::Created;
 use doubt::DOUBT_AGE;
 pub use expand::Expanded;
+pub use list::{Listed, Page};
 use placed::Ledger;
 pub use publish::Published;
 use region::{EVIDENCE_AGE, Region, Rules, ago};
+pub(crate) use unpublish::words;
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
@@ -73,7 +80,7 @@ fn is_tested(version: &str) -> bool {
 }
 
 /// What is said of a region at start; an error: nobody tried that release.
-fn greeting(region: &str, version: &str) -> Result<String, String> {
+pub(crate) fn greeting(region: &str, version: &str) -> Result<String, String> {
     let known = format!("region {region}: Proxmox VE {version}");
     if is_tested(version) {
         return Ok(known);
@@ -83,9 +90,9 @@ fn greeting(region: &str, version: &str) -> Result<String, String> {
 
 /// All clusters of the config file.
 #[derive(Debug)]
-struct Clusters {
-    features: Features,
-    regions: BTreeMap<String, Arc<Region>>,
+pub(crate) struct Clusters {
+    pub(crate) features: Features,
+    pub(crate) regions: BTreeMap<String, Arc<Region>>,
 }
 
 #[derive(Debug)]
@@ -164,7 +171,7 @@ impl Controller {
         }
     }
 
-    fn clusters(&self) -> Result<Arc<Clusters>, Error> {
+    pub(crate) fn clusters(&self) -> Result<Arc<Clusters>, Error> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.looked_at.elapsed() >= CONFIG_AGE {
             loaded.looked_at = Instant::now();
@@ -192,6 +199,12 @@ impl Controller {
             let known: Vec<&str> = clusters.regions.keys().map(String::as_str).collect();
             Error::precondition(format!("region {name:?} is not in the config file; known are {}", known.join(", ")))
         })
+    }
+
+    /// Whether Kubernetes can be asked.
+    #[must_use]
+    pub fn has_kubernetes(&self) -> bool {
+        self.kube.is_some()
     }
 
     /// Whether this controller still acts: without a Lease always.
@@ -291,7 +304,13 @@ fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, befo
         let regions = config.clusters.iter().map(|cluster| {
             let fence = kube.map(|kube| kube.fence()).unwrap_or_default();
             let client = Client::new(cluster, ca_bundle.map(PathBuf::as_path)).fenced(fence);
-            let rules = Rules { fenced: cluster.fenced.clone(), attach_to_protected: features.attach_to_protected };
+            let rules = Rules {
+                fenced: cluster.fenced.clone(),
+                attach_to_protected: features.attach_to_protected,
+                attach_only_owned: features.attach_only_owned,
+                owners: features.delete_also_owned_by.iter().copied().chain([features.controller_vmid]).collect(),
+                capmox: features.capmox,
+            };
             let known = before.and_then(|before| before.regions.get(&cluster.region));
             let region = match known.filter(|region| region.client().is_of(&cluster.urls)) {
                 Some(region) => {
@@ -302,7 +321,8 @@ fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, befo
             };
             (cluster.region.clone(), region)
         });
-        Arc::new(Clusters { features, regions: regions.collect() })
+        let regions = regions.collect();
+        Arc::new(Clusters { features, regions })
     });
     Loaded { clusters, files, looked_at }
 }

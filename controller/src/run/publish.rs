@@ -11,7 +11,7 @@ use tonic::Code;
 use super::Controller;
 use super::evidence::{Depth, Reach, Reference};
 use super::queue::{Done, Wish};
-use super::region::{Region, STATE_AGE, ago};
+use super::region::{EVIDENCE_AGE, Region, STATE_AGE, ago};
 use crate::attach;
 use crate::error::Error;
 use crate::placement::is_zeroed;
@@ -39,7 +39,7 @@ impl Controller {
     /// Another VM holds it, the VM cannot take it, or Proxmox's.
     pub async fn publish(&self, request: Arc<Publish>) -> Result<Published, Error> {
         let region = self.region(&request.handle.region).map_err(|error| Error::not_found(error.text))?;
-        let Some(vm) = region.find_vm(&request.node).await? else {
+        let Some(vm) = region.vm_of(&request.node).await? else {
             self.check_not_elsewhere(&region, &request.node).await?;
             match &request.node {
                 NodeId::Vmid(_, vmid) => region.check_vm_gone(*vmid).await?,
@@ -55,6 +55,16 @@ impl Controller {
 
 impl Region {
     async fn publish(self: &Arc<Self>, mut request: Arc<Publish>, mut vm: Vm) -> Result<Published, Error> {
+        self.check_built(&request.handle).await?;
+        if request.parameters.is_replicated() {
+            return Err(Error::precondition(
+                "it is a replicated volume (replicate: 1), and replication is not built yet; nothing was touched, the reference driver attaches it",
+            ));
+        }
+        if self.rules().attach_only_owned {
+            self.check_is_ours(&request.handle)
+                .map_err(|error| Error::precondition(format!("attachOnlyOwned: true is in the config file, and {}", error.text)))?;
+        }
         let _claim = self.claim(&request.handle).await?;
         self.check_reach(&request.handle, &mut vm).await?;
         // What reads as zeros where nothing was written takes no room there either.
@@ -63,12 +73,7 @@ impl Region {
             Arc::make_mut(&mut request).parameters.give_back_by_default();
         }
         let handle = &request.handle;
-        if owner_of(&handle.disk) == Some(vm.vmid) {
-            proto::warn!(
-                "attach {handle}: by its name it is VM {}'s own disk: a detach sets it aside there as unused, and destroying the VM destroys it",
-                vm.vmid
-            );
-        }
+        self.warn_of_owner(handle).await?;
         self.remove_leftovers_in(handle, &vm).await?;
         self.remove_leftovers(handle, &vm).await?;
         if let Err(error) = self.check_nobody_else(handle, vm.vmid).await {
@@ -79,17 +84,38 @@ impl Region {
             self.remove_leftovers(handle, &vm).await?;
             self.check_nobody_else(handle, vm.vmid).await?;
         }
+        match self.class_of(handle).await {
+            Ok(class) if class.is_empty() => (),
+            Ok(class) => Arc::make_mut(&mut request).parameters.mutable.extend(class),
+            // What is attached stays as it is.
+            Err(_) if self.ever_naming(&handle.volid()).await.contains(&vm.vmid) => (),
+            Err(error) => return Err(error),
+        }
+        let handle = &request.handle;
         match self.submit(&vm, Wish::Attach(Arc::clone(&request))).await? {
             Done::Attached { lun, drive, vm, written } => {
                 // New, or ours and never looked after: its answer was lost, or that look failed.
                 let is_fresh = written.is_some() || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
-                if is_fresh && !self.was_alone().await {
+                if is_fresh {
                     self.settle_rivals(handle, &vm, written.unwrap_or_else(Instant::now)).await?;
                 }
                 self.published(&request, &vm, lun, &drive).await
             }
             Done::Detached => Err(Error::internal("an attach was answered as a detach")),
         }
+    }
+
+    /// An owner that is a VM may take the disk with it, whichever VM it is attached to.
+    async fn warn_of_owner(&self, handle: &VolumeHandle) -> Result<(), Error> {
+        let Some(owner) = owner_of(&handle.disk) else { return Ok(()) };
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        if resources.vms.contains_key(&owner) || resources.containers.contains_key(&owner) {
+            proto::warn!(
+                "attach {handle}: by its name it is VM {owner}'s own disk: a detach from that VM sets it aside there as unused, and destroying \
+                 the VM destroys it"
+            );
+        }
+        Ok(())
     }
 
     /// Held elsewhere: what an earlier try of ours wrote into this VM and never looked after must not stay beside it.
@@ -176,10 +202,20 @@ impl Region {
     /// Our claim is in the config since `written`. Another controller may have written its own at the same moment: of two, the higher VMID
     /// takes its own out again, and the lower waits for that, and yields too if the other stays.
     async fn settle_rivals(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, written: Instant) -> Result<(), Error> {
-        let begun = Instant::now();
-        let mut since = written;
+        let (begun, mut since) = (Instant::now(), written);
+        // With the Lease that other one is not of this Lease, and all VMs need not be read for it.
+        let mut newcomers = match self.has_lease() {
+            true => {
+                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid));
+                was_alone.then_some(newcomers)
+            }
+            false => None,
+        };
         loop {
-            let references = self.references(handle, since, Some(vm.vmid), Depth::Config).await;
+            let references = match newcomers.take() {
+                Some(newcomers) => newcomers,
+                None => self.references(handle, since, Some(vm.vmid), Depth::Config).await,
+            };
             let rival = match references {
                 Ok(references) => references.into_iter().find(Reference::counts),
                 Err(error) => {
@@ -233,7 +269,7 @@ impl Region {
         let known = self.config(&vm.host, vm.vmid, Instant::now()).await.ok()?;
         let drive: Drive = known.config.configured(&attach::slot(lun)).filter(|line| volume_of(line) == drive.volid)?.parse().ok()?;
         let size = drive.size_bytes()?;
-        self.note_size(&drive.volid, size);
+        self.keep_size(&drive.volid, size);
         Some(size)
     }
 }

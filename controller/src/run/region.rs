@@ -13,12 +13,14 @@ use tokio::time::Instant;
 
 use super::claim::Claims;
 use super::doubt::Doubt;
+use super::list::Listings;
+use super::modify::Modified;
 use super::queue::Queue;
 use crate::attach;
 use crate::kube::Kube;
 use crate::look::metrics::{self, Lock};
 use crate::pve::api::{self, Change, Resources, VmState};
-use crate::pve::drive::{Line, VmConfig};
+use crate::pve::drive::{Line, VmConfig, is_drive_key, volume_of};
 use crate::pve::{self, Client};
 
 /// Evidence of who holds a volume may be this old (docs/architecture.md, decision 5). The cluster snapshot, too.
@@ -53,6 +55,8 @@ pub(crate) struct Known {
     pub(crate) read_at: Instant,
     /// Slot → volume, for slots that QEMU still has when the config no longer says what is in them.
     pub(crate) held: BTreeMap<String, String>,
+    /// What QEMU had when all this was put together: its process and slots. Those that were seen empty since are not in it.
+    pub(crate) seen: Option<(Option<u64>, BTreeSet<String>)>,
     /// Read only where something is to be deleted.
     pub(crate) snapshots: Option<Snapshots>,
     /// A write of ours failed since, so that it may say something else now.
@@ -63,6 +67,12 @@ impl Known {
     /// Whether it says enough of what `host` has since `since`.
     fn counts(&self, host: &str, since: Instant) -> bool {
         self.read_at >= since && self.host == host && !self.is_stale
+    }
+
+    fn note_named(&self, slot: &VmSlot) {
+        let drives = self.config.lines.iter().filter(|(key, _)| is_drive_key(key));
+        let lines = drives.flat_map(|(_, line)| [line.value.as_deref(), line.pending.as_deref()]).flatten();
+        *locked(&slot.named) = lines.map(|line| volume_of(line).to_string()).collect();
     }
 
     /// What Proxmox takes at least for a change: the disks that leave QEMU, one after the other.
@@ -91,6 +101,8 @@ pub(super) struct VmSlot {
     /// Held from the look to the verified end of a change.
     changing: Arc<AsyncMutex<()>>,
     pub(super) known: AsyncMutex<Option<Known>>,
+    /// Volumes that the last finished reading named: who only wonders waits for no reading that goes on.
+    named: Mutex<BTreeSet<String>>,
     /// Slots where QEMU keeps leftovers until the VM restarts, and the process that keeps them.
     pub(super) leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
 }
@@ -102,6 +114,12 @@ pub(crate) struct Rules {
     pub(crate) fenced: BTreeSet<String>,
     /// Attach to protected VMs, too.
     pub(crate) attach_to_protected: bool,
+    /// Attach nothing that carries another owner's VMID.
+    pub(crate) attach_only_owned: bool,
+    /// Owner VMIDs whose volumes are ours to delete.
+    pub(crate) owners: BTreeSet<u32>,
+    /// Nodes are found by their Node objects, as Cluster API writes them.
+    pub(crate) capmox: bool,
 }
 
 type StatesOfHost = Arc<AsyncMutex<Option<(Instant, BTreeMap<u32, VmState>)>>>;
@@ -133,9 +151,13 @@ pub(crate) struct Region {
     pub(super) offline_since: Mutex<HashMap<String, SystemTime>>,
     /// Volume → VMs whose drive of it is a leftover: it was taken over while their node was off.
     pub(super) leftovers: Mutex<BTreeMap<String, (VolumeHandle, BTreeSet<u32>)>>,
+    /// VM → its name, where it last showed one.
+    pub(super) names: Mutex<BTreeMap<u32, String>>,
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
     sizes: Mutex<HashMap<String, u64>>,
+    pub(super) listings: Listings,
+    pub(super) modified: Mutex<Modified>,
     pub(super) claims: Claims,
     /// When we began to know.
     pub(super) begun: Instant,
@@ -171,8 +193,11 @@ impl Region {
             quiet: Mutex::default(),
             offline_since: Mutex::default(),
             leftovers: Mutex::default(),
+            names: Mutex::default(),
             most_hosts: Mutex::default(),
             sizes: Mutex::default(),
+            listings: Listings::default(),
+            modified: Mutex::default(),
             claims: Claims::default(),
             begun: Instant::now(),
             readers: Semaphore::new(PARALLEL_READS),
@@ -294,6 +319,9 @@ impl Region {
         if let Some((_, states)) = cell.lock().await.as_mut() {
             states.insert(vmid, state.clone());
         }
+        if let (Some(known), Some(plugged)) = (self.vm(vmid).known.lock().await.as_mut(), &state.plugged) {
+            known.seen.iter_mut().for_each(|(_, seen)| seen.retain(|key| plugged.contains(key)));
+        }
         Ok(state)
     }
 
@@ -310,8 +338,9 @@ impl Region {
         let (read_at, request) = (Instant::now(), api::pending(host, vmid));
         let call = request.name();
         let config = api::read_pending(&call, &self.client().call(request).await?)?;
-        let (kept, snapshots) = held.take().map_or_else(Default::default, |old| (old.held, old.snapshots));
-        let known = Known { host: host.into(), config, read_at, held: kept, snapshots, is_stale: false };
+        let (kept, seen, snapshots) = held.take().map_or_else(Default::default, |old| (old.held, old.seen, old.snapshots));
+        let known = Known { host: host.into(), config, read_at, held: kept, seen, snapshots, is_stale: false };
+        known.note_named(&slot);
         *held = Some(known.clone());
         Ok(known)
     }
@@ -356,7 +385,28 @@ impl Region {
         known.held.extend(explained);
         if let Some(held) = self.vm(vmid).known.lock().await.as_mut() {
             held.held.clone_from(&known.held);
+            // Of this very reading only: another call may have read it again.
+            if held.read_at == known.read_at {
+                held.seen = state.plugged.clone().map(|plugged| (state.pid, plugged));
+            }
         }
+    }
+
+    /// Whether a VM cannot have got the volume since it was last read: that does not name it, and the same QEMU has nothing more than
+    /// it had, but what we saw it take ourselves.
+    pub(crate) async fn has_nothing_new(&self, vmid: u32, host: &str, state: &VmState, volid: &str) -> bool {
+        let slot = self.vm(vmid);
+        let mut held = slot.known.lock().await;
+        let Some(known) = held.as_mut().filter(|known| known.counts(host, ago(EVIDENCE_AGE))) else { return false };
+        if locked(&slot.named).contains(volid) {
+            return false;
+        }
+        let Some(plugged) = &state.plugged else { return !state.running };
+        let Some((_, seen)) = known.seen.as_mut().filter(|(pid, _)| *pid == state.pid) else { return false };
+        // A slot that was empty once is filled with something new.
+        seen.retain(|key| plugged.contains(key));
+        let took = |key: &String| known.held.get(key).is_some_and(|volid| known.config.configured(key).map(volume_of) == Some(volid));
+        plugged.iter().all(|key| seen.contains(key) || took(key))
     }
 
     /// Notes what we saw QEMU take.
@@ -383,13 +433,11 @@ impl Region {
         naming
     }
 
-    /// Of these volumes, those that the last reading of another VM names. VMs that are being read now are passed over: nobody waits.
+    /// Of these volumes, those that the last finished reading of another VM names.
     pub(super) fn named_beside(&self, vmid: u32, volids: &BTreeSet<String>) -> BTreeSet<String> {
         let mut named = BTreeSet::new();
         for (_, slot) in locked(&self.vms).iter().filter(|(other, _)| **other != vmid && !volids.is_empty()) {
-            let Ok(known) = slot.known.try_lock() else { continue };
-            let Some(known) = known.as_ref() else { continue };
-            named.extend(volids.iter().filter(|volid| known.config.naming(volid).next().is_some()).cloned());
+            named.extend(locked(&slot.named).intersection(volids).cloned());
         }
         named
     }
@@ -397,7 +445,9 @@ impl Region {
     /// Forgets a VM that is gone.
     pub(crate) async fn forget(&self, vmid: u32) {
         // Not its slot: others may wait there.
-        *self.vm(vmid).known.lock().await = None;
+        let slot = self.vm(vmid);
+        *slot.known.lock().await = None;
+        locked(&slot.named).clear();
     }
 
     /// Changes drives of a VM and waits for the task. The reading of the VM is kept true.
@@ -413,12 +463,16 @@ impl Region {
                 Ok(()) => note_change(&mut known.config, change),
                 Err(_) => known.is_stale = true,
             }
+            known.note_named(&self.vm(vmid));
         }
         done
     }
 
     /// `least`: what it takes at least.
     async fn send_change(&self, host: &str, vmid: u32, change: &Change, digest: &str, least: Duration) -> Result<(), pve::Error> {
+        if !change.delete.is_empty() {
+            self.check_acts_now(&api::change(host, vmid, change, digest, None).name()).await?;
+        }
         let sent = Instant::now();
         // What takes seconds would keep one of the node's three API workers from all others: it is asked about when it can have ended.
         let permit = if least.is_zero() { self.delayed(host).try_acquire_owned().ok() } else { None };
@@ -450,6 +504,12 @@ impl Region {
 
     /// Notes the size of a volume that we made or grew.
     pub(crate) fn note_size(&self, volid: &str, bytes: u64) {
+        self.listings.note_changed(volid);
+        self.keep_size(volid, bytes);
+    }
+
+    /// Notes the size of a volume as it was read.
+    pub(crate) fn keep_size(&self, volid: &str, bytes: u64) {
         let mut sizes = locked(&self.sizes);
         if sizes.len() >= MAX_SIZES {
             sizes.clear();
@@ -468,12 +528,18 @@ impl Region {
     /// # Errors
     /// Proxmox's; also the task's.
     pub(crate) async fn free(&self, host: &str, storage: &str, volid: &str) -> Result<(), pve::Error> {
+        self.check_acts_now(&api::free(host, storage, volid, None).name()).await?;
         let permit = self.delayed(host).try_acquire_owned().ok();
         let delay = permit.is_some().then_some(DELAY_S);
         let answer = self.client().call(api::free(host, storage, volid, delay)).await;
         drop(permit);
+        self.listings.note_changed(volid);
         match api::read_upid(&answer?) {
-            Some(upid) => self.client().wait(&upid, Instant::now()).await,
+            Some(upid) => {
+                let freed = self.client().wait(&upid, Instant::now()).await;
+                self.listings.note_changed(volid);
+                freed
+            }
             None => Ok(()),
         }
     }
@@ -507,5 +573,35 @@ fn note_change(config: &mut VmConfig, change: &Change) {
             Some(line) if line.value.is_some() => (line.pending, line.delete) = (None, false),
             _ => drop(config.lines.remove(key)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ClusterConfig, Credentials, Trust};
+    use crate::secret::Secret;
+
+    /// Another call reads the VM that has the leftover, and its node takes its time.
+    #[tokio::test]
+    async fn a_vm_that_is_being_read_is_known_by_its_last_reading() {
+        let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
+        let urls = vec!["http://127.0.0.1:1/api2/json".into()];
+        let cluster = ClusterConfig { region: "r".into(), urls, trust: Trust::System, credentials, fenced: BTreeSet::new() };
+        let region = Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None);
+        let line = Line { value: Some("san:vm-9999-a,size=1G".into()), ..Line::default() };
+        let config = VmConfig { lines: BTreeMap::from([("scsi1".into(), line)]), digest: "d".into() };
+        let (read_at, held) = (Instant::now(), BTreeMap::new());
+        let known = Known { host: "pve1".into(), config, read_at, held, seen: None, snapshots: None, is_stale: false };
+        let slot = region.vm(102);
+        known.note_named(&slot);
+        let mut reading = slot.known.lock().await;
+        *reading = Some(known);
+        let volids = BTreeSet::from(["san:vm-9999-a".to_string(), "san:vm-9999-b".to_string()]);
+        assert_eq!(region.named_beside(101, &volids), BTreeSet::from(["san:vm-9999-a".to_string()]));
+        assert!(region.named_beside(102, &volids).is_empty());
+        drop(reading);
+        region.forget(102).await;
+        assert!(region.named_beside(101, &volids).is_empty());
     }
 }

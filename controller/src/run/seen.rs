@@ -124,6 +124,6 @@ fn drives(known: &Known) -> Vec<String> {
 }
 
 /// `local:9999/vm-9999-a.raw`, `local-lvm:vm-9999-a`: the disk's name begins with its owner's.
-fn is_of(volid: &str, owner: &str) -> bool {
+pub(crate) fn is_of(volid: &str, owner: &str) -> bool {
     volid.rsplit([':', '/']).next().is_some_and(|disk| disk.starts_with(owner))
 }

@@ -24,7 +24,7 @@ impl Controller {
     pub async fn unpublish(&self, request: &Unpublish) -> Result<(), Error> {
         let region = self.region(&request.handle.region)?;
         let vms = match &request.node {
-            Some(node) => match region.find_vm(node).await? {
+            Some(node) => match region.vm_of(node).await? {
                 Some(vm) => vec![vm],
                 None => {
                     let gone = region.check_gone_with_it(&request.handle, node).await;
@@ -151,7 +151,7 @@ impl Region {
 }
 
 /// Why a VM cannot take or give a disk, and the line that makes it able.
-pub(super) fn words(refusal: &Refusal, vmid: u32) -> Error {
+pub(crate) fn words(refusal: &Refusal, vmid: u32) -> Error {
     match refusal {
         Refusal::Template => Error::precondition(format!("VM {vmid} is a template, which never runs")),
         Refusal::NotRunning => Error::unavailable(format!("VM {vmid} is not running; it gets its disk when it runs: qm start {vmid}")),

@@ -51,9 +51,9 @@ fn a_foreign_mount_is_never_touched() {
             }
         }
     }
-    for bits in 0..8 {
-        let [mapped, held, empty_folder] = [1, 2, 4].map(|bit| bits & bit != 0);
-        let seen = UnstageSeen { mount: stranger(), mapped, held, empty_folder };
+    for bits in 0..32 {
+        let [mapped, held, empty_folder, offline, dead] = [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
+        let seen = UnstageSeen { mount: stranger(), mapped, held, offline, dead, empty_folder };
         assert!(matches!(next_unstage_step(&seen), Err(Refusal::OtherMount { .. })));
     }
     assert!(matches!(next_unpublish_step(&Target::Other("tmpfs".into())), Err(Refusal::TargetTaken { .. })));

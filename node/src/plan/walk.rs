@@ -19,9 +19,9 @@ use super::*;
 use crate::identity::Want;
 use crate::request::Volume;
 
-/// More turns than any honest way through needs: find the disk, set it running, close what is left, probe, encrypt, probe, open, grow
+/// More turns than any honest way through needs: clear the path, find the disk, set it running, close what is left, probe, encrypt, probe, open, grow
 /// the mapping, probe inside, make the filesystem, probe inside, mount, grow.
-pub(super) const MAX_TURNS: usize = 13;
+pub(super) const MAX_TURNS: usize = 14;
 
 /// Each variant of an enum with its values; one that is not named does not compile, and a value under a wrong name panics.
 macro_rules! every {
@@ -44,6 +44,7 @@ every!(pub(super) every_mount -> Mount {
     Mount::None => [Mount::None],
     Mount::Ours => [Mount::Ours],
     Mount::Gone => [Mount::Gone],
+    Mount::Stale(_) => [Mount::Stale("ext4 from /dev/sdb (8:16)".into())],
     Mount::Stranger(_) => [Mount::Stranger("tmpfs from none (0:42)".into())],
 });
 every!(pub(super) every_disk -> Disk {

@@ -11,9 +11,10 @@ use disk::{Format, Write};
 use rustix::io::Errno;
 use zeroize::Zeroizing;
 
+use super::Node;
 use super::mapping::{self, Medium, read, read_header};
 use super::progress::Deriving;
-use super::{Node, Slot};
+use super::slots::{SLOT_DEADLINE, Slot};
 use crate::error::Cause;
 use crate::plan::{self, Surface};
 use crate::request::{Access as Shown, Encryption, Format as MayFormat, Passphrases, StageRequest, Volume};
@@ -60,7 +61,7 @@ impl Node {
             luks.plan_marked(passphrases.current(), &material, &blank, inside.as_ref(), noise()?)?
         };
         let derived_ms = begun.elapsed().as_millis();
-        let _one_of_few = self.workers.take()?;
+        let _one_of_few = self.workers.take(identity::name(disk))?;
         let device = self.open(disk, Access::Exclusive)?;
         let expected = if unfinished { Surface::Unfinished } else { Surface::Blank };
         let surface = probe::probe(&device, &want.volume, want.zeroed)?;
@@ -92,6 +93,8 @@ impl Node {
             // device-mapper cannot take the disk while this holds it, and nobody else can write to it.
             let device = self.open_new(disk, access)?;
             let mut header = read_header(&device)?;
+            // Said again, where it still is so.
+            metrics::rotation_outstanding(&want.volume.serial, false);
             let key = self.unlock_and_rotate(&want.volume, encryption, disk, &device, &mut header, passphrases)?;
             if !disk.read_only {
                 self.mend(&want.volume, &device, &header)?;
@@ -165,9 +168,15 @@ impl Node {
         format::execute(device, writes, &self.stop)?;
         kill::inside("keyslot-added");
         *header = read_header(device)?;
-        match self.try_keyslot(header, device, number, passphrases.current())? {
-            Some(opened) if opened == key => (),
-            Some(_) | None => {
+        match self.try_keyslot(header, device, number, passphrases.current()) {
+            Ok(Some(opened)) if opened == key => (),
+            // Not waited for again: a call has no time for a second minute. The previous passphrase stays until the new one has been seen to open.
+            Err(why @ (Cause::KdfBusy { .. } | Cause::KeyslotCost(_) | Cause::LuksRead(_))) => {
+                outstanding(volume, &format!("keyslot {number} has the new passphrase, and could not be tried: {why}"));
+                return Ok(key);
+            }
+            Err(why) => return Err(why),
+            Ok(Some(_) | None) => {
                 return Err(Cause::Luks(format!("the new keyslot {number} does not open; the previous passphrase still does")));
             }
         }
@@ -252,7 +261,7 @@ impl Node {
     /// The place of the one key derivation, where there is memory for it. No disk is read or written by who holds it.
     pub(super) fn derive_alone(&self, keyslot: Option<u8>, needs_kib: u64) -> Result<Alone<'_>, Cause> {
         let deriving = Deriving::begin();
-        let alone = self.kdf.take().map_err(busy)?;
+        let alone = self.kdf.take_to_work(SLOT_DEADLINE).map_err(busy)?;
         let room = self.memory()?;
         if needs_kib <= room.free_kib {
             return Ok((alone, deriving));
@@ -322,7 +331,7 @@ fn noise() -> Result<impl luks::Noise, Cause> {
 
 /// The volume is open, by a passphrase that is to go: that is said, and counted, until it is done.
 fn outstanding(volume: &Volume, why: &str) {
-    metrics::ROTATIONS_OUTSTANDING.add();
+    metrics::rotation_outstanding(&volume.serial, true);
     proto::warn!("{volume}: the replacement of its passphrase is outstanding, and tried again by the next stage: {why}");
 }
 
@@ -343,7 +352,7 @@ pub(super) fn is_put_off(cause: &Cause) -> bool {
 /// All places being taken has another reason here.
 pub(super) fn busy(cause: Cause) -> Cause {
     match cause {
-        Cause::Crowded { waited } => Cause::KdfBusy { waited },
+        Cause::Crowded { waited, .. } => Cause::KdfBusy { waited },
         other => other,
     }
 }

@@ -48,6 +48,7 @@ impl Node {
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
             }
             deed.done();
+            progress::at("look");
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }

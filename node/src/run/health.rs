@@ -20,6 +20,9 @@ use crate::sys::{self, block, mountinfo, scsi};
 /// Volumes whose health is remembered, so that a change is said once: a VM has 29 slots, and each of them some history.
 const MAX_KNOWN: usize = 256;
 
+/// kubelet asks once a minute.
+pub(super) const UNASKED: Duration = Duration::from_secs(1800);
+
 /// What NodeGetVolumeStats tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stats {
@@ -44,6 +47,8 @@ pub(super) struct Known {
     serial: String,
     commands: Option<Commands>,
     trouble: Option<String>,
+    /// kubelet has asked.
+    looked: Instant,
 }
 
 impl Node {
@@ -95,8 +100,16 @@ impl Node {
     /// With the filesystem on it.
     fn look_filesystem(&self, volume: &Volume, medium: &Medium, shown: &mountinfo::Mount) -> Result<Seen, Cause> {
         let made_read_only = self.is_made_read_only(medium, shown)?;
-        let ext4_errors = block::ext4_errors(&self.sysfs, &medium.kernel_name());
+        let ext4_errors = self.ext4_errors(medium);
         Ok(Seen { shut_down: shown.shut_down, made_read_only, ext4_errors, ..self.look_disk(volume, medium)? })
+    }
+
+    /// By the kernel's count; one that cannot be read is said to be unknown, and is no trouble by itself.
+    fn ext4_errors(&self, medium: &Medium) -> u64 {
+        block::ext4_errors(&self.sysfs, &medium.kernel_name()).unwrap_or_else(|unknown| {
+            proto::warn!("{}: how many errors its filesystem has is unknown: {unknown}", medium.name());
+            0
+        })
     }
 
     /// Whether the kernel has made the filesystem read-only; not so where that was asked for, or the disk refuses writes.
@@ -111,7 +124,7 @@ impl Node {
         if !self.is_made_read_only(medium, shown)? {
             return Ok(());
         }
-        let ext4_errors = block::ext4_errors(&self.sysfs, &medium.kernel_name());
+        let ext4_errors = self.ext4_errors(medium);
         let seen = Seen { shut_down: shown.shut_down, made_read_only: true, ext4_errors, ..Seen::default() };
         health::judge(&seen).map_or(Ok(()), |trouble| Err(Cause::MadeReadOnly(trouble.sentence(&shown.fstype, &medium.name()))))
     }
@@ -120,6 +133,7 @@ impl Node {
     fn remember(&self, volume: &Volume, trouble: Option<String>) {
         let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(of_volume) = entry(&mut known, volume) else { return };
+        of_volume.looked = Instant::now();
         match (&of_volume.trouble, &trouble) {
             (before, Some(sentence)) if before.as_ref() != Some(sentence) => {
                 proto::warn!("{volume}: {sentence}");
@@ -142,10 +156,19 @@ impl Node {
     }
 }
 
+impl Node {
+    /// Of volumes that kubelet has not asked about for so long nothing is known any more: they have left this node without an unstage.
+    pub(super) fn forget_unasked(&self, since: Duration) {
+        let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|known| known.looked.elapsed() < since);
+        count(&known);
+    }
+}
+
 /// `None`: too many are known already.
 fn entry<'a>(known: &'a mut Vec<Known>, volume: &Volume) -> Option<&'a mut Known> {
     if known.len() < MAX_KNOWN && !known.iter().any(|known| known.serial == volume.serial) {
-        known.push(Known { serial: volume.serial.clone(), commands: None, trouble: None });
+        known.push(Known { serial: volume.serial.clone(), commands: None, trouble: None, looked: Instant::now() });
     }
     known.iter_mut().find(|known| known.serial == volume.serial)
 }

@@ -52,6 +52,8 @@ pub(super) struct Staged {
     pub(super) from: Option<(Medium, mountinfo::Mount)>,
     /// The mapping that it is from, if its disk is gone.
     pub(super) left: Option<dm::Mapping>,
+    /// The filesystem of another SCSI disk.
+    pub(super) other: Option<Dev>,
 }
 
 /// A filesystem's size against its disk's, in filesystem blocks.
@@ -94,7 +96,7 @@ impl Node {
 
     /// What is mounted at a staging path, and from which disk.
     pub(super) fn look_staging(&self, volume: &Volume, real: Option<&Path>, disks: &[Disk]) -> Result<Staged, Cause> {
-        let staged = |mount| Staged { mount, from: None, left: None };
+        let staged = |mount| Staged { mount, from: None, left: None, other: None };
         let mounts = self.mounts()?;
         let Some(mount) = real.and_then(|real| mountinfo::at(&mounts, real)) else { return Ok(staged(Mount::None)) };
         let described = format!("{} from {} ({})", mount.fstype, mount.source, mount.dev);
@@ -104,8 +106,20 @@ impl Node {
         Ok(match self.owner(volume, mount.dev, disks)? {
             Owner::Ours(medium) => Staged { from: Some((medium, mount.clone())), ..staged(Mount::Ours) },
             Owner::Gone(left) => Staged { left, ..staged(Mount::Gone) },
-            Owner::Stranger(why) => staged(Mount::Stranger(format!("{described}: {why}"))),
+            Owner::Stranger(why) => {
+                let other = self.disk_below(mount.dev, disks)?.map(|_| mount.dev);
+                Staged { other, ..staged(Mount::Stranger(format!("{described}: {why}"))) }
+            }
         })
+    }
+
+    /// Whether a filesystem is mounted there alone, and nowhere else that can be seen: no pod is shown it.
+    pub(super) fn is_unused_at(&self, dev: Dev, real: &Path) -> Result<bool, Cause> {
+        let mounts = self.mounts()?;
+        let mut of_it = mounts.iter().filter(|mount| mount.dev == dev);
+        let is_alone = of_it.next().is_some_and(|mount| mount.point == real) && of_it.next().is_none();
+        let is_inside = |mount: &mountinfo::Mount| mount.point != real && mount.point.starts_with(real);
+        Ok(is_alone && !mounts.iter().any(is_inside) && !self.shown_devices(rdev)?.iter().any(|(shown, _)| *shown == dev))
     }
 
     /// What is mounted from where, for the search of a legacy disk. For a filesystem volume a raw block volume's device node
@@ -124,8 +138,7 @@ impl Node {
         Ok(label::Machine {
             kernel: std::fs::read_to_string(&kernel).map_err(sys::Error::io("read", &kernel))?,
             has_selinux: selinux.try_exists().map_err(sys::Error::io("stat", &selinux))?,
-            // EINVAL without a security module.
-            own: std::fs::read_to_string(self.proc.join("self/attr/current")).unwrap_or_default(),
+            own: own_label(&self.proc.join("self/attr/current")),
         })
     }
 
@@ -164,12 +177,12 @@ impl Node {
         })
     }
 
-    /// Other targets of the same volume: whole, in kubelet's folders, and no subPath bind.
+    /// Other targets of the same volume. A node that was removed since counts: whoever opens it gets what has its number now. Whole, in kubelet's folders, and no subPath bind.
     pub(super) fn look_other_targets(&self, medium: &Medium, not: &[&Path]) -> Result<Vec<PathBuf>, Cause> {
         let mut others = Vec::new();
         for mount in self.mounts()? {
             let inside = self.is_inside(&mount.point) && !mount.point.components().any(|part| part.as_os_str() == SUBPATHS);
-            if !inside || mount.is_of_removed() || not.contains(&mount.point.as_path()) {
+            if !inside || not.contains(&mount.point.as_path()) {
                 continue;
             }
             let shown = (mount.dev == medium.dev() && mount.root == Path::new("/"))
@@ -300,6 +313,16 @@ fn unmounted(path: &Path) -> Result<Target, sys::Error> {
         Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(Target::Absent),
         Err(cause) => Err(sys::Error::io("lstat", path)(cause)),
     }
+}
+
+/// Empty where there is no security module (EINVAL). One that cannot be read is said to be unknown: no label is added then.
+fn own_label(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|cause| {
+        if !matches!(Errno::from_io_error(&cause), Some(Errno::INVAL | Errno::NOENT)) {
+            proto::warn!("the agent's own SELinux label is unknown: read on {}: {cause}", path.display());
+        }
+        String::new()
+    })
 }
 
 /// Whether a folder is there and empty.

@@ -36,6 +36,7 @@ impl Node {
             let deed = kill::step(DOING, &step);
             self.perform_publish(want, step, medium.as_ref()).at(DOING, &want.volume, name)?;
             deed.done();
+            progress::at("look");
             if step == PublishStep::Bind {
                 let mode = if want.read_only { "read-only" } else { "writable" };
                 proto::info!("{DOING} {}: shown at {}, {mode}", want.volume, want.target.display());
@@ -143,6 +144,7 @@ impl Node {
                 }
             }
             deed.done();
+            progress::at("look");
         }
         Err(failed(DOING, &want.volume, "", Cause::NoEnd { turns: MAX_TURNS }))
     }

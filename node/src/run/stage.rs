@@ -1,6 +1,6 @@
 //! Stage and unstage.
 
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 
@@ -8,17 +8,19 @@ use super::expand::grow;
 use super::look::{Room, is_empty_folder, not_named, usable};
 use super::mapping::{self, Medium};
 use super::publish::{make_folder, take_away};
+use super::slots::SLOT_DEADLINE;
 use super::{MAX_TURNS, Node, RELEASE_DEADLINE, failed, poll, progress};
 use crate::error::{AtStep, Cause, Error};
 use crate::format::{self, Ground};
 use crate::identity::{self, Found};
 use crate::kill;
 use crate::label;
+use crate::metrics;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
 use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Zeroed};
 use crate::sys::scsi::{self, Disk};
-use crate::sys::{self, block, dm, mount};
+use crate::sys::{self, Dev, block, dm, mount};
 
 /// What stage remembers between its turns: looks that cost much, and deeds that are tried once.
 struct Memory {
@@ -42,6 +44,8 @@ pub(super) struct Known {
     suspended: Option<dm::Mapping>,
     /// What is to be closed.
     mappings: Vec<dm::Mapping>,
+    /// The disk was offline, and was asked to take I/O again.
+    was_set_running: bool,
 }
 
 /// What a turn of stage has seen, beside what the plan judges.
@@ -50,6 +54,18 @@ struct StageLook {
     /// The disk, and the mapping over it where the volume is encrypted.
     medium: Option<Medium>,
     room: Option<Room>,
+}
+
+/// Until it is dropped, nobody else mounts that disk.
+struct Alone<'a> {
+    mounting: &'a Mutex<Vec<Dev>>,
+    dev: Dev,
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.mounting.lock().unwrap_or_else(PoisonError::into_inner).retain(|dev| *dev != self.dev);
+    }
 }
 
 /// Volumes whose unstage has begun and not ended: a VM has 29 slots, and each of them some history.
@@ -67,9 +83,13 @@ impl Node {
             Memory { surface: Surface::Unread, inside: Surface::Unread, mapping_grow_tried: false, grow_tried: false, grow_left: false };
         for _ in 0..MAX_TURNS {
             let look = self.look_stage(want, &memory).at(DOING, &want.volume, "look")?;
-            let Some(step) = plan::next_stage_step(want, &look.seen).at(DOING, &want.volume, "")? else { return Ok(()) };
+            let Some(step) = plan::next_stage_step(want, &look.seen).at(DOING, &want.volume, "")? else {
+                self.remember_staged(want);
+                return Ok(());
+            };
             proto::debug!("{DOING} {}: {step:?}", want.volume);
             let name = match step {
+                StageStep::Unmount => "unmount what is left at the staging path",
                 StageStep::FindDisk => "find the disk",
                 StageStep::SetRunning => "set the disk running",
                 StageStep::Probe => "probe",
@@ -96,6 +116,13 @@ impl Node {
         let real = self.real(&want.staging)?;
         let staged = self.look_staging(&want.volume, real.as_deref(), &disks)?;
         let (mut mount, mut room) = (staged.mount, None);
+        if let (plan::Mount::Stranger(what), Some(other), Some(real)) = (&mount, staged.other, &real) {
+            let ours = disks.iter().find(|disk| disk.serial.as_deref() == Some(&want.disk.serial));
+            let ours = ours.map_or_else(|| "is not there".to_string(), |disk| format!("is {}", identity::name(disk)));
+            let what = format!("{what}; this volume's own disk {ours}");
+            let is_unused = !self.is_staged_for_another(want) && self.is_unused_at(other, real)?;
+            mount = if is_unused { plan::Mount::Stale(what) } else { plan::Mount::Stranger(format!("{what}; the other one is in use")) };
+        }
         let mut medium = match staged.from {
             Some((medium, _)) if !identity::fits(&want.disk, &medium.disk) => {
                 mount = plan::Mount::Stranger(not_named(&medium.disk, &want.disk));
@@ -142,10 +169,11 @@ impl Node {
         let disk = || medium().map(|medium| &medium.disk);
         let secrets = || passphrases.ok_or(Cause::Refused(plan::Refusal::NoPassphrase));
         match step {
+            StageStep::Unmount => self.unmount_left(want, &look.seen.mount),
             StageStep::FindDisk => self.await_disk(&want.disk).map(|_| ()),
             StageStep::SetRunning => self.set_running(disk()?),
             StageStep::Probe => {
-                let _one_of_few = self.workers.take()?;
+                let _one_of_few = self.workers.take(identity::name(disk()?))?;
                 let device = self.open_new(disk()?, block::Access::Shared)?;
                 memory.surface = probe::probe(&device, &want.volume, want.zeroed)?;
                 Ok(())
@@ -170,7 +198,7 @@ impl Node {
                 }
             }
             StageStep::ProbeInside => {
-                let _one_of_few = self.workers.take()?;
+                let _one_of_few = self.workers.take(medium()?.name())?;
                 let device = self.open_medium(medium()?, block::Access::Shared)?;
                 // What is not written reads as noise here: nothing is promised but what was written at the format.
                 memory.inside = probe::probe(&device, &want.volume, Zeroed::Unknown)?;
@@ -206,7 +234,7 @@ impl Node {
 
     /// With `encrypt`, the only places that destroy anything. The surface is probed once more when nobody else can hold it.
     fn make_filesystem(&self, want: &StageRequest, medium: &Medium, options: FormatOptions, unfinished: bool) -> Result<(), Cause> {
-        let _one_of_few = self.workers.take()?;
+        let _one_of_few = self.workers.take(medium.name())?;
         let device = self.open_medium(medium, block::Access::Exclusive)?;
         let expected = if unfinished { Surface::Unfinished } else { Surface::Blank };
         let (zeroed, topology) = match &medium.mapping {
@@ -226,15 +254,13 @@ impl Node {
         let disk = &medium.disk;
         let options = if disk.read_only { options.clone().read_only() } else { options.clone() };
         let options = if by == Filesystem::Xfs { options.any_uuid() } else { options };
-        let options = match label::by_default(&self.look_machine()?, &options) {
-            Some(label) => options.with(label),
-            None => options,
-        };
+        let label = label::by_default(&self.look_machine()?, &options);
+        let options = label.map_or(options.clone(), |label| options.with(label));
         make_folder(&want.staging)?;
-        // Two volumes may claim one legacy disk (stale attachments). So those are mounted one after the other, each after a
-        // look whether another volume has come first.
+        // Two volumes may claim one legacy disk (stale attachments). So it is mounted by one after the other, each after a look whether
+        // another volume has come first.
         let is_legacy = disk.serial.as_deref() != Some(&want.disk.serial);
-        let _alone = if is_legacy { Some(self.legacy_mounts.take()?) } else { None };
+        let _alone = if is_legacy { Some(self.mount_alone(disk)?) } else { None };
         if is_legacy {
             match identity::find(&want.disk, &scsi::scan(&self.sysfs)?, &self.in_use(&want.access)?)? {
                 Found::Disk(now) if now.dev == disk.dev => (),
@@ -247,6 +273,10 @@ impl Node {
         mount::filesystem(by.name(), &self.source_of(medium)?, &device, &want.staging, &options).map_err(|refused| {
             let tool = if by == Filesystem::Xfs { "xfs_repair" } else { "e2fsck -f" };
             let node = if self.name.is_empty() { "NODE" } else { &self.name };
+            match label {
+                Some(label) if refused.is_about_the_label() => return Cause::Label { refused: Box::new(refused), label },
+                Some(_) | None => (),
+            }
             match refused.is_about_the_filesystem() {
                 true => Cause::Damaged { refused: Box::new(refused), tool, device: device.as_str().into(), node: node.into() },
                 false => Cause::Mount(refused),
@@ -254,6 +284,50 @@ impl Node {
         })?;
         proto::info!("stage {}: mounted {} as {} at {}", want.volume, medium.name(), by.name(), want.staging.display());
         Ok(())
+    }
+
+    fn remember_staged(&self, want: &StageRequest) {
+        let mut staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
+        if staged.len() < MAX_UNSTAGING {
+            staged.insert(want.staging.clone(), want.volume.serial.clone());
+        }
+    }
+
+    /// kubelet gives each volume a path of its own. A request that says otherwise takes nothing away from the one that is staged there.
+    fn is_staged_for_another(&self, want: &StageRequest) -> bool {
+        let staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
+        staged.get(&want.staging).is_some_and(|serial| *serial != want.volume.serial)
+    }
+
+    /// Clears the staging path of what is not there any more, or is another disk's and unused: never from under anybody.
+    fn unmount_left(&self, want: &StageRequest, mount: &plan::Mount) -> Result<(), Cause> {
+        let plan::Mount::Stale(what) = mount else {
+            return Ok(take_away(&want.volume, &want.staging, *mount == plan::Mount::Gone)?);
+        };
+        match mount::take_away(&want.staging) {
+            Err(error) if error.errno == Errno::BUSY => {
+                Err(plan::Refusal::OtherMount { what: format!("{what}; the other one is in use: umount2 answers EBUSY") }.into())
+            }
+            Err(error) => Err(error.into()),
+            Ok(()) => {
+                proto::warn!("stage {}: unmounted {}, which nothing used: {what}", want.volume, want.staging.display());
+                Ok(())
+            }
+        }
+    }
+
+    /// The only one that mounts that disk, once nobody else does. Another disk's mount, which may never end, is not waited for.
+    fn mount_alone(&self, disk: &Disk) -> Result<Alone<'_>, Cause> {
+        let mounting = || self.mounting.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = poll(SLOT_DEADLINE, || {
+            let mut mounting = mounting();
+            if mounting.contains(&disk.dev) {
+                return Ok::<_, Cause>(Err(()));
+            }
+            mounting.push(disk.dev);
+            Ok(Ok(Alone { mounting: &self.mounting, dev: disk.dev }))
+        })?;
+        taken.map_err(|()| Cause::Crowded { waited: SLOT_DEADLINE, by: identity::name(disk) })
     }
 
     /// Takes the volume's mount at the staging path away, and answers only when the disk may be detached.
@@ -273,7 +347,13 @@ impl Node {
             }
         }
         if done.is_ok() {
+            self.staged
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .retain(|at, serial| *at != want.staging || *serial != want.volume.serial);
             self.forget_health(&want.volume);
+            self.spare(&want.volume, false);
+            metrics::rotation_outstanding(&want.volume.serial, false);
         }
         done
     }
@@ -290,6 +370,8 @@ impl Node {
                 self.end_trim(disk.dev);
             }
             progress::at(match step {
+                UnstageStep::SetRunning => "set the disk running",
+                UnstageStep::Delete => "delete the disk",
                 UnstageStep::Unmount => "unmount",
                 UnstageStep::Close => "close the LUKS volume",
                 UnstageStep::AwaitRelease => "wait for the disk's release",
@@ -297,6 +379,22 @@ impl Node {
             });
             let deed = kill::step(DOING, &step);
             match (step, &known.disk) {
+                (UnstageStep::SetRunning, Some(disk)) => {
+                    known.was_set_running = true;
+                    match self.set_running(disk) {
+                        Err(Cause::StaysOffline { disk }) => proto::warn!("{DOING} {}: {disk} stays offline", want.volume),
+                        done => done.at(DOING, &want.volume, "set the disk running")?,
+                    }
+                }
+                (UnstageStep::Delete, Some(disk)) => {
+                    scsi::delete(&self.sysfs, disk.address).at(DOING, &want.volume, "delete the disk")?;
+                    proto::warn!(
+                        "{DOING} {}: {} takes no I/O and nothing uses it: the kernel has forgotten it, and finds it anew where it is still attached",
+                        want.volume,
+                        identity::name(disk)
+                    );
+                }
+                (UnstageStep::SetRunning | UnstageStep::Delete, None) => (),
                 (UnstageStep::Unmount, _) => {
                     if let Some(mapping) = known.suspended.take() {
                         self.wake(&mapping).at(DOING, &want.volume, "resume the mapping")?;
@@ -346,7 +444,10 @@ impl Node {
             known.disk = disks.iter().find(|disk| disk.serial.as_deref() == Some(&want.volume.serial)).cloned();
         }
         known.mounted = staged.left.map(|mapping| mapping.uuid).or(known.mounted.take());
-        let mut seen = UnstageSeen { mount: staged.mount, mapped: false, held: false, empty_folder: false };
+        let now = known.disk.as_ref().and_then(|known| disks.iter().find(|now| (now.address, now.dev) == (known.address, known.dev)));
+        let is_offline = now.is_some_and(|disk| disk.state == scsi::State::Offline);
+        let (offline, dead) = (is_offline && !known.was_set_running, is_offline && known.was_set_running);
+        let mut seen = UnstageSeen { mount: staged.mount, mapped: false, held: false, offline, dead, empty_folder: false };
         if seen.mount == plan::Mount::None {
             known.mappings = self.mappings_of(&want.volume, known.disk.as_ref(), known.mounted.as_deref())?;
             seen.mapped = !known.mappings.is_empty();
@@ -420,6 +521,7 @@ impl Node {
     }
 
     fn await_release(&self, disk: &Disk) -> Result<(), Cause> {
+        kill::inside("wait");
         let free = poll(RELEASE_DEADLINE, || Ok::<_, Cause>(self.is_held(disk)?.map_or(Ok(()), Err)))?;
         free.map_err(|by| Cause::StillHeld { waited: RELEASE_DEADLINE, disk: identity::name(disk), by })
     }

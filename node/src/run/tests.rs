@@ -11,16 +11,16 @@ use crate::request::{
 };
 use crate::testing::{FakeDisk, Folder, volume};
 
-const HANDLE: &str = "r/z/s/vm-9999-pvc-1";
+pub(super) const HANDLE: &str = "r/z/s/vm-9999-pvc-1";
 
-struct Bench {
+pub(super) struct Bench {
     root: Folder,
-    node: Node,
+    pub(super) node: Node,
 }
 
 impl Bench {
     /// `mounts`: device, path below kubelet's folder.
-    fn new(mounts: &[(&str, &str, &str)]) -> Self {
+    pub(super) fn new(mounts: &[(&str, &str, &str)]) -> Self {
         let root = Folder::new();
         let path = fs::canonicalize(root.path()).unwrap();
         let kubelet = path.join("kubelet");
@@ -39,7 +39,8 @@ impl Bench {
             folders: Folders::new(vec![kubelet]).unwrap(),
             workers: Slots::new(1),
             kdf: Slots::new(1),
-            legacy_mounts: Slots::new(1),
+            mounting: Mutex::default(),
+            staged: Mutex::default(),
             unstaging: Mutex::default(),
             health: Mutex::default(),
             trimming: trim::Trimming::default(),
@@ -49,11 +50,11 @@ impl Bench {
         Self { root, node }
     }
 
-    fn plug(&self, disk: &FakeDisk) {
+    pub(super) fn plug(&self, disk: &FakeDisk) {
         disk.plug(&self.node.sysfs);
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         fs::canonicalize(self.root.path()).unwrap().join("kubelet").join(name)
     }
 
@@ -74,7 +75,7 @@ impl Bench {
     }
 }
 
-fn ours() -> FakeDisk {
+pub(super) fn ours() -> FakeDisk {
     FakeDisk::new(0, 1).serial(&volume(HANDLE).serial)
 }
 
@@ -354,41 +355,6 @@ fn a_raw_block_volumes_legacy_disk_is_in_use() {
 }
 
 #[test]
-fn a_place_that_stays_taken_is_waited_for_no_longer_than_said() {
-    let slots = Slots::new(1);
-    let held = slots.take_within(Duration::ZERO).unwrap();
-    assert!(matches!(slots.take_within(Duration::ZERO), Err(Cause::Crowded { .. })));
-    drop(held);
-    assert!(slots.take_within(Duration::ZERO).is_ok());
-}
-
-#[test]
-fn places_are_given_in_the_order_in_which_they_were_asked_for() {
-    let (slots, order) = (Slots::new(1), Mutex::new(Vec::new()));
-    let waiting = |count: usize| {
-        while slots.queue.lock().unwrap().waiting.len() != count {
-            std::thread::yield_now()
-        }
-    };
-    std::thread::scope(|scope| {
-        let held = slots.take().unwrap();
-        for number in 0..4 {
-            let (slots, order) = (&slots, &order);
-            scope.spawn(move || {
-                let _place = slots.take().unwrap();
-                order.lock().unwrap().push(number);
-            });
-            waiting(number + 1);
-        }
-        drop(held);
-        // One who has just had it comes after those who wait.
-        let _again = slots.take().unwrap();
-        order.lock().unwrap().push(9);
-    });
-    assert_eq!(*order.lock().unwrap(), [0, 1, 2, 3, 9]);
-}
-
-#[test]
 fn a_filesystem_that_cannot_be_grown_is_not_said_to_be_grown() {
     let bench = Bench::new(&[("8:0", "shown", "btrfs")]);
     bench.plug(&ours());
@@ -452,68 +418,20 @@ fn a_keyslot_that_needs_more_memory_than_there_is_is_a_sentence_with_both_number
 #[test]
 fn one_key_is_derived_at_a_time_and_the_others_are_told() {
     let bench = Bench::new(&[]);
-    let first = bench.node.kdf.take().unwrap();
-    let refused = bench.node.kdf.take_within(std::time::Duration::from_millis(1)).map(drop).unwrap_err();
+    let first = bench.node.kdf.take_to_work(Duration::ZERO).unwrap();
+    let refused = bench.node.kdf.take_to_work(Duration::from_millis(1)).map(drop).unwrap_err();
     assert!(matches!(super::encrypt::busy(refused), Cause::KdfBusy { .. }));
     // Probes, formats and mounts of other volumes wait for nothing of it.
-    drop(bench.node.workers.take_within(std::time::Duration::ZERO).unwrap());
+    drop(bench.node.workers.take("sda".into()).unwrap());
     drop(first);
-    drop(bench.node.kdf.take_within(std::time::Duration::ZERO).unwrap());
+    drop(bench.node.kdf.take_to_work(Duration::ZERO).unwrap());
 }
 
 #[test]
 fn a_keyslot_that_cannot_be_tried_puts_a_rotation_off_and_fails_no_stage() {
     let why = String::new;
-    let put_off = [Cause::LuksRead(why()), Cause::KdfBusy { waited: SLOT_DEADLINE }, Cause::KeyslotCost(why()), Cause::Luks(why())];
+    let put_off = [Cause::LuksRead(why()), Cause::KdfBusy { waited: Duration::ZERO }, Cause::KeyslotCost(why()), Cause::Luks(why())];
     assert!(put_off.iter().all(super::encrypt::is_put_off));
     let told = [Cause::OtherDiskNow { disk: why() }, Cause::Stopped { zeroed_bytes: 0 }, Cause::WrongPassphrase(why())];
     assert!(!told.iter().any(super::encrypt::is_put_off));
-}
-
-#[test]
-fn a_disk_that_the_trimmer_holds_is_said_to_be_held_by_it() {
-    let bench = Bench::new(&[("8:16", "elsewhere", "ext4")]);
-    bench.plug(&ours());
-    let by = || bench.node.mounted_by(&ours().0).unwrap();
-    assert!(by().contains("another mount namespace"), "{}", by());
-    bench.node.begin_trim(sys::Dev { major: 8, minor: 16 });
-    assert!(by().contains("another mount namespace"), "another disk's: {}", by());
-    bench.node.begin_trim(ours().0.dev);
-    assert!(by().contains("own trim"), "{}", by());
-}
-
-#[test]
-fn filesystems_of_this_driver_that_are_writable_are_trimmed_each_once() {
-    let bench = Bench::new(&[
-        ("8:0", "staging", "ext4"),
-        ("8:0", "a/mount", "ext4"),
-        ("8:16", "foreign", "xfs"),
-        ("8:32", "spared", "xfs"),
-        ("8:48", "deaf", "ext4"),
-        ("8:64", "btrfs", "btrfs"),
-        ("0:35", "tmpfs", "tmpfs"),
-    ]);
-    let takes = |dev: &str, most: &str| {
-        let queue = bench.node.sysfs.join("dev/block").join(dev).join("queue");
-        fs::create_dir_all(&queue).unwrap();
-        fs::write(queue.join("discard_max_bytes"), most).unwrap();
-    };
-    let spared = volume("r/z/s/vm-9999-pvc-2");
-    bench.plug(&ours());
-    bench.plug(&FakeDisk::new(0, 2).named("sdb", 16).serial("somebody's"));
-    bench.plug(&FakeDisk::new(0, 3).named("sdc", 32).serial(&spared.serial));
-    bench.plug(&FakeDisk::new(0, 4).named("sdd", 48).serial("csi-0000000000000004"));
-    bench.plug(&FakeDisk::new(0, 5).named("sde", 64).serial("csi-0000000000000005"));
-    ["8:0", "8:16", "8:32", "8:64"].iter().for_each(|dev| takes(dev, "1073741824\n"));
-    takes("8:48", "0\n");
-    bench.node.spare(&spared, true);
-    let candidates = || -> Vec<_> {
-        let found = bench.node.trim_candidates().unwrap();
-        found.into_iter().map(|candidate| (candidate.name, candidate.point)).collect()
-    };
-    let first = (volume(HANDLE).serial, bench.path("staging"));
-    assert_eq!(candidates(), std::slice::from_ref(&first));
-    // Staged anew by a class that says nothing.
-    bench.node.spare(&spared, false);
-    assert_eq!(candidates(), [first, (spared.serial, bench.path("spared"))]);
 }

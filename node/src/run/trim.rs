@@ -1,21 +1,24 @@
 //! Gives back what volumes do not use any more, in the background: one volume at a time, never as a part of a call.
 //!
-//! What is mounted is what the kernel says, as everywhere. Only a class's word against it (`discard: ignore`) is not to be seen here after the agent
-//! was started anew: then the kernel asks QEMU in vain, which drops what such a drive is asked.
+//! What is mounted is what the kernel says, as everywhere. Only a class's word against it (`discard: ignore`) is not to be seen there: it is kept
+//! beside the socket, where it outlives the agent and goes with the driver. Nothing depends on it: without it the kernel asks QEMU in vain,
+//! which drops what such a drive is asked.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
 use super::Node;
+use super::health::UNASKED;
 use super::look::grown_as;
 use super::mapping;
 use crate::error::Cause;
 use crate::identity;
 use crate::kill;
+use crate::metrics;
 use crate::request::Volume;
 use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, Dev, block, mount};
@@ -24,13 +27,35 @@ use crate::trim;
 /// Volumes of which it is remembered that they are not to be trimmed: as many as may be staged, and some history.
 const MAX_SPARED: usize = 256;
 
+/// For one piece of a volume: a slow storage takes seconds for it. After that the others go on without this one.
+const PIECE_DEADLINE: Duration = Duration::from_secs(600);
+/// Trims that may be left behind so, a thread each: where more storages do not answer, nothing is trimmed until one does.
+const MAX_STUCK: usize = 4;
+
 /// What the trimmer and the calls have to tell each other.
 #[derive(Debug, Default)]
 pub(super) struct Trimming {
     /// By serial: their class says `discard: ignore`.
     spared: Mutex<Vec<String>>,
-    /// The disk that is worked on, and the way to end that.
-    now: Mutex<Option<(Dev, Arc<AtomicBool>)>>,
+    /// Where they are written down, one a line.
+    kept: Option<PathBuf>,
+    /// The disks that are worked on: one, and those whose trims do not come to an end.
+    now: Mutex<Vec<Arc<Trim>>>,
+    /// One has done a piece, or has ended.
+    moved: Condvar,
+}
+
+/// One volume's trim, shared between the thread that does it, the trimmer who waits for that, and calls that want the disk.
+#[derive(Debug)]
+struct Trim {
+    disk: Dev,
+    /// It is to end with the piece that is under way.
+    end: AtomicBool,
+    /// It has come to its end.
+    is_over: AtomicBool,
+    pieces: AtomicUsize,
+    /// Nobody waits for it any more.
+    is_left: AtomicBool,
 }
 
 /// A mounted filesystem of this driver's on a disk that takes discards.
@@ -45,24 +70,88 @@ pub(super) struct Candidate {
     size_bytes: u64,
 }
 
+impl Trimming {
+    /// With what an agent before this one has written down there.
+    pub(super) fn kept_at(path: PathBuf) -> Self {
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(cause) => {
+                proto::warn!("volumes with discard=ignore are not known: {}: {cause}", path.display());
+                String::new()
+            }
+        };
+        let spared = text.lines().filter(|line| line.starts_with(identity::OUR_SERIALS)).take(MAX_SPARED).map(str::to_owned).collect();
+        Self { spared: Mutex::new(spared), kept: Some(path), ..Self::default() }
+    }
+}
+
 impl Node {
-    /// Trims the volumes whose time lies between these moments, both since 1970. Trouble is said in the log.
-    pub fn trim_due(&self, from: Duration, to: Duration) {
+    /// Trims the volumes whose time lies between these moments, both since 1970, one after the other. Trouble is said in the log. One that does not
+    /// come to an end is left to itself.
+    pub fn trim_due(self: &Arc<Self>, from: Duration, to: Duration) {
+        self.forget_unasked(UNASKED);
         let candidates = self.trim_candidates().unwrap_or_else(|cause| {
             proto::warn!("trim: {cause}");
             Vec::new()
         });
-        for candidate in candidates.iter().filter(|candidate| trim::is_due(&candidate.name, from, to, kill::limit("TRIM", trim::PERIOD))) {
-            let begun = Instant::now();
-            let at = candidate.point.display();
-            match self.trim(candidate) {
-                Ok(Some(bytes)) => proto::info!("trim {at}: {bytes} bytes in {} s", begun.elapsed().as_secs()),
-                Ok(None) => proto::info!("trim {at}: ended early, the volume is unstaged or the agent ends"),
-                Err(error) if matches!(error.errno, Errno::OPNOTSUPP | Errno::STALE | Errno::NOENT | Errno::INVAL) => {
-                    proto::debug!("trim {at}: {error}");
-                }
-                Err(error) => proto::warn!("trim {at}: {error}"),
+        let period = kill::limit("TRIM", trim::PERIOD);
+        for candidate in candidates.into_iter().filter(|candidate| trim::is_due(&candidate.name, from, to, period)) {
+            self.trim_aside(candidate);
+        }
+    }
+
+    /// On a thread of its own, which is waited for as long as it does something.
+    fn trim_aside(self: &Arc<Self>, candidate: Candidate) {
+        let (name, at) = (candidate.name.clone(), candidate.point.display().to_string());
+        let Some(trim) = self.begin_trim(candidate.disk) else {
+            proto::warn!("trim {at}: put off: {MAX_STUCK} trims do not come to an end, or this volume's own does not");
+            return;
+        };
+        let (node, of_thread) = (Arc::clone(self), Arc::clone(&trim));
+        // The standard library's: the runtime would wait for it at the end.
+        let thread = std::thread::Builder::new().name("trim".into()).spawn(move || {
+            let _over = Over { node: &node, trim: &of_thread };
+            node.trim_and_say(&candidate, &of_thread);
+        });
+        if let Err(cause) = thread {
+            proto::warn!("trim {at}: no thread for it: {cause}");
+            drop(Over { node: self, trim: &trim });
+        }
+        let deadline = kill::limit("TRIM_PIECE", PIECE_DEADLINE);
+        let mut now = self.trimming();
+        loop {
+            let pieces = trim.pieces.load(Ordering::Relaxed);
+            let waits = |_: &mut Vec<Arc<Trim>>| !trim.is_over.load(Ordering::Relaxed) && trim.pieces.load(Ordering::Relaxed) == pieces;
+            let (still, waited) = self.trimming.moved.wait_timeout_while(now, deadline, waits).unwrap_or_else(PoisonError::into_inner);
+            now = still;
+            if trim.is_over.load(Ordering::Relaxed) {
+                return;
             }
+            if waited.timed_out() {
+                trim.is_left.store(true, Ordering::Relaxed);
+                metrics::STUCK_TRIMS.fetch_add(1, Ordering::Relaxed);
+                metrics::STUCK_EVER.add();
+                proto::warn!(
+                    "trim {at}: the disk of {name} has not answered for {} s: the other volumes are trimmed without it; look at its storage on \
+                     Proxmox",
+                    deadline.as_secs()
+                );
+                return;
+            }
+        }
+    }
+
+    fn trim_and_say(&self, candidate: &Candidate, trim: &Trim) {
+        let begun = Instant::now();
+        let at = candidate.point.display();
+        match self.trim(candidate, trim) {
+            Ok(Some(bytes)) => proto::info!("trim {at}: {bytes} bytes in {} s", begun.elapsed().as_secs()),
+            Ok(None) => proto::info!("trim {at}: ended early, the volume is unstaged or the agent ends"),
+            Err(error) if matches!(error.errno, Errno::OPNOTSUPP | Errno::STALE | Errno::NOENT | Errno::INVAL) => {
+                proto::debug!("trim {at}: {error}");
+            }
+            Err(error) => proto::warn!("trim {at}: {error}"),
         }
     }
 
@@ -93,7 +182,7 @@ impl Node {
         Ok(found)
     }
 
-    fn disk_below<'a>(&self, dev: Dev, disks: &'a [Disk]) -> Result<Option<&'a Disk>, Cause> {
+    pub(super) fn disk_below<'a>(&self, dev: Dev, disks: &'a [Disk]) -> Result<Option<&'a Disk>, Cause> {
         if let Some(disk) = disks.iter().find(|disk| disk.dev == dev) {
             return Ok(Some(disk));
         }
@@ -102,12 +191,7 @@ impl Node {
     }
 
     /// Bytes given back, as the kernel counts them; `None`: it was ended early.
-    fn trim(&self, candidate: &Candidate) -> Result<Option<u64>, sys::Error> {
-        let end = Arc::new(AtomicBool::new(false));
-        let mut now = self.trimming.now.lock().unwrap_or_else(PoisonError::into_inner);
-        *now = Some((candidate.disk, Arc::clone(&end)));
-        drop(now);
-        let _cleared = Cleared(&self.trimming);
+    fn trim(&self, candidate: &Candidate, trim: &Trim) -> Result<Option<u64>, sys::Error> {
         // By a mount of its own that is nowhere to be seen: the staged one can be taken away meanwhile, and unstage then waits for the disk's release.
         // Only now, and given back before what is said above: who wants the disk finds out who holds it.
         let folder = mount::unseen(&candidate.point, mount::Leads::Into(candidate.dev))?;
@@ -115,7 +199,7 @@ impl Node {
         let piece = trim::piece_bytes(candidate.size_bytes);
         let (mut at, mut bytes) = (0_u64, 0_u64);
         while at < candidate.size_bytes {
-            if end.load(Ordering::Relaxed) || self.stop.is_requested() {
+            if trim.end.load(Ordering::Relaxed) || self.stop.is_requested() {
                 return Ok(None);
             }
             match block::trim(&folder, &candidate.point, at, piece) {
@@ -125,34 +209,59 @@ impl Node {
                 Err(error) => return Err(error),
             }
             at = at.saturating_add(piece);
+            trim.pieces.fetch_add(1, Ordering::Relaxed);
+            drop(self.trimming());
+            self.trimming.moved.notify_all();
         }
         Ok(Some(bytes))
     }
 
+    fn trimming(&self) -> MutexGuard<'_, Vec<Arc<Trim>>> {
+        self.trimming.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None`: it is trimmed already, or too many do not come to an end.
+    fn begin_trim(&self, disk: Dev) -> Option<Arc<Trim>> {
+        let mut now = self.trimming();
+        if now.len() >= MAX_STUCK || now.iter().any(|trim| trim.disk == disk) {
+            return None;
+        }
+        let trim = Arc::new(Trim {
+            disk,
+            end: AtomicBool::default(),
+            is_over: AtomicBool::default(),
+            pieces: AtomicUsize::default(),
+            is_left: AtomicBool::default(),
+        });
+        now.push(Arc::clone(&trim));
+        Some(trim)
+    }
+
     /// The disk is wanted: whoever trims it ends with the piece that is under way, and lets go.
     pub(super) fn end_trim(&self, disk: Dev) {
-        let now = self.trimming.now.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, end)) = now.as_ref().filter(|(trimmed, _)| *trimmed == disk) {
-            end.store(true, Ordering::Relaxed);
-        }
+        self.trimming().iter().filter(|trim| trim.disk == disk).for_each(|trim| trim.end.store(true, Ordering::Relaxed));
     }
 
     /// Whether this agent trims it now.
     pub(super) fn is_trimmed(&self, disk: Dev) -> bool {
-        self.trimming.now.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|(trimmed, _)| *trimmed == disk)
-    }
-
-    #[cfg(test)]
-    pub(super) fn begin_trim(&self, disk: Dev) {
-        *self.trimming.now.lock().unwrap() = Some((disk, Arc::default()));
+        self.trimming().iter().any(|trim| trim.disk == disk)
     }
 
     /// What the volume's class says of it.
     pub(super) fn spare(&self, volume: &Volume, is_spared: bool) {
         let mut spared = self.trimming.spared.lock().unwrap_or_else(PoisonError::into_inner);
+        if spared.contains(&volume.serial) == is_spared {
+            return;
+        }
         spared.retain(|serial| *serial != volume.serial);
         if is_spared && spared.len() < MAX_SPARED {
             spared.push(volume.serial.clone());
+        }
+        let Some(kept) = &self.trimming.kept else { return };
+        let new = kept.with_extension("new");
+        // At once whole: who reads it finds the old or the new one.
+        if let Err(cause) = std::fs::write(&new, spared.join("\n")).and_then(|()| std::fs::rename(&new, kept)) {
+            proto::warn!("{volume}: discard=ignore is forgotten when the agent ends: {}: {cause}", kept.display());
         }
     }
 
@@ -161,10 +270,23 @@ impl Node {
     }
 }
 
-struct Cleared<'a>(&'a Trimming);
+/// The thread's end, however it comes.
+struct Over<'a> {
+    node: &'a Node,
+    trim: &'a Arc<Trim>,
+}
 
-impl Drop for Cleared<'_> {
+impl Drop for Over<'_> {
     fn drop(&mut self) {
-        *self.0.now.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut now = self.node.trimming();
+        now.retain(|trim| !Arc::ptr_eq(trim, self.trim));
+        self.trim.is_over.store(true, Ordering::Relaxed);
+        if self.trim.is_left.load(Ordering::Relaxed) {
+            metrics::STUCK_TRIMS.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.node.trimming.moved.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -147,10 +147,16 @@ impl AsFd for Device {
 
 /// The kernel's count of errors in the mounted ext4 on the device `name` (`sda`, `dm-0`); it is kept in the superblock until a repair. 0 too: it is
 /// no mounted ext4.
-#[must_use]
-pub fn ext4_errors(sysfs: &Path, name: &str) -> u64 {
-    let text = std::fs::read_to_string(sysfs.join("fs/ext4").join(name).join("errors_count"));
-    text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or_default()
+///
+/// # Errors
+/// It cannot be read.
+pub fn ext4_errors(sysfs: &Path, name: &str) -> Result<u64, Error> {
+    let path = sysfs.join("fs/ext4").join(name).join("errors_count");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => text.trim().parse().map_err(|_| Error { call: "parse", subject: path, errno: Errno::INVAL }),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(0),
+        Err(cause) => Err(Error::io("read", &path)(cause)),
+    }
 }
 
 /// Grows the ext4 of the device `dev` that is mounted at `point` to `blocks` filesystem blocks.

@@ -21,6 +21,24 @@ const MAX_MESSAGES: usize = 16;
 /// Longest single message that the kernel's fs context gives (fs/fs_context.c formats into its own allocation).
 const MAX_MESSAGE_BYTES: usize = 4096;
 
+/// What ext4 (fs/ext4/super.c), xfs (fs/xfs/xfs_super.c), the VFS and SELinux say of options and features that they cannot take, with EINVAL.
+const OF_OPTIONS: &[&str] = &[
+    "option",
+    "optional features",
+    "mount with",
+    "nrecognized",
+    "nknown parameter",
+    "ad value",
+    "not supported",
+    "requires",
+    "SELinux",
+    "conflict",
+    "incompatible",
+];
+/// What the block layer says of a disk that cannot be read, with EIO.
+const OF_THE_DISK: &[&str] =
+    &["I/O error, dev", "Buffer I/O error", "unable to read superblock", "SB validate failed with error -5", "SB buffer"];
+
 /// The call that reads the filesystem.
 const CREATE: &str = "fsconfig(FSCONFIG_CMD_CREATE)";
 
@@ -39,8 +57,23 @@ impl Refused {
     /// Whether it is about what is on the disk, and a repair may help; not about an option, a right or the kernel.
     #[must_use]
     pub fn is_about_the_filesystem(&self) -> bool {
-        let is_damage = matches!(self.error.errno, Errno::UCLEAN | Errno::BADMSG | Errno::INVAL | Errno::IO | Errno::FBIG | Errno::NODATA);
+        let says = |words: &[&str]| self.said.iter().any(|line| words.iter().any(|word| line.contains(word)));
+        let is_damage = match self.error.errno {
+            Errno::UCLEAN | Errno::BADMSG | Errno::FBIG | Errno::NODATA => true,
+            // Of the superblock, or of an option that does not fit it: only the kernel's words tell. Without any, nothing is said of the filesystem.
+            Errno::INVAL => !self.said.is_empty() && !says(OF_OPTIONS),
+            // Of a journal that makes no sense, or of a disk that cannot be read, which no repair mends.
+            Errno::IO => !says(OF_THE_DISK),
+            _ => false,
+        };
         is_damage && self.error.call == CREATE
+    }
+
+    /// Whether it is, or may be, about the label that the mount was to have.
+    #[must_use]
+    pub fn is_about_the_label(&self) -> bool {
+        let is_said = self.said.iter().any(|line| line.contains("SELinux"));
+        is_said || self.option.as_deref() == Some("context") || matches!(self.error.errno, Errno::PERM | Errno::ACCESS)
     }
 }
 
@@ -69,6 +102,8 @@ pub struct Options {
     attributes: u32,
     /// Key and, where there is one, value: for the filesystem.
     filesystem: Vec<(String, Option<String>)>,
+    /// `context=` with nothing behind it: no label is to be added.
+    no_label: bool,
 }
 
 impl Options {
@@ -107,6 +142,12 @@ impl Options {
         self.filesystem.iter().any(|(given, _)| given == key)
     }
 
+    /// Whether a label is ruled out.
+    #[must_use]
+    pub const fn rules_label_out(&self) -> bool {
+        self.no_label
+    }
+
     fn add(&mut self, option: &str) {
         let (set, clear) = match option {
             "nosuid" => (MountAttrFlags::MOUNT_ATTR_NOSUID, MountAttrFlags::empty()),
@@ -128,6 +169,10 @@ impl Options {
                     Some((key, value)) => (key, Some(value.trim_matches('"').to_string())),
                     None => (option, None),
                 };
+                if key == "context" && value.as_deref() == Some("") {
+                    self.no_label = true;
+                    return;
+                }
                 // "ro" is both the filesystem's and the mount's.
                 match key {
                     "ro" => self.attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY.bits(),
@@ -434,6 +479,40 @@ mod tests {
         let text = refused.to_string();
         assert!(text.starts_with("fsconfig on /dev/sda: EINVAL ("), "{text}");
         assert!(text.ends_with(", option \"foo\"; the kernel says: ext4: Unknown parameter 'foo'"), "{text}");
+    }
+
+    /// EINVAL and EIO are of many things: what a repair may mend is told by the kernel's words.
+    #[test]
+    fn an_option_or_a_disk_is_not_taken_for_a_damaged_filesystem() {
+        let refused = |errno: Errno, said: &[&str]| Refused {
+            error: Error { call: CREATE, subject: "/dev/sdb".into(), errno },
+            option: None,
+            said: said.iter().map(|line| (*line).to_string()).collect(),
+        };
+        for (errno, said) in [
+            (Errno::UCLEAN, ""),
+            (Errno::INVAL, "EXT4-fs (sdb): VFS: Can't find ext4 filesystem"),
+            (Errno::INVAL, "EXT4-fs (sdb): bad geometry: block count 16384 exceeds size of device (8192 blocks)"),
+            (Errno::INVAL, "XFS (sdb): Invalid superblock magic number"),
+            (Errno::IO, "EXT4-fs (sdb): error loading journal"),
+        ] {
+            assert!(refused(errno, &[said]).is_about_the_filesystem(), "{said}");
+        }
+        for (errno, said) in [
+            (Errno::INVAL, "EXT4-fs (sdb): can't mount with journal_checksum, fs mounted w/o journal"),
+            (Errno::INVAL, "ext4: Bad value for 'data'"),
+            (Errno::INVAL, "EXT4-fs (sdb): couldn't mount RDWR because of unsupported optional features (400)"),
+            (Errno::INVAL, "XFS (sdb): alignment check failed: sunit/swidth vs. blocksize(4096); option ignored"),
+            (Errno::INVAL, "SELinux: Unable to set superblock options before the security server is initialized"),
+            (Errno::IO, "I/O error, dev sdb, sector 2 op 0x0:(READ) flags 0x1000 phys_seg 1 prio class 2"),
+            (Errno::IO, "EXT4-fs (sdb): unable to read superblock"),
+            (Errno::NOMEM, ""),
+        ] {
+            assert!(!refused(errno, &[said]).is_about_the_filesystem(), "{said}");
+        }
+        assert!(!refused(Errno::INVAL, &[]).is_about_the_filesystem(), "nothing is said of it");
+        let label = Refused { option: Some("context".into()), ..refused(Errno::INVAL, &[]) };
+        assert!(label.is_about_the_label() && !refused(Errno::INVAL, &["EXT4-fs (sdb): bad geometry"]).is_about_the_label());
     }
 
     #[test]

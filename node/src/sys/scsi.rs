@@ -185,6 +185,14 @@ pub fn set_running(sysfs: &Path, address: Address) -> Result<(), Error> {
     write(&device(sysfs, address).join("state"), "running\n")
 }
 
+/// Has the kernel forget the disk; one that is really there is found anew when its host is asked to look.
+///
+/// # Errors
+/// It is gone already.
+pub fn delete(sysfs: &Path, address: Address) -> Result<(), Error> {
+    write(&device(sysfs, address).join("delete"), "1")
+}
+
 /// What sits on the disk: `dm-0`, `md0`, …
 ///
 /// # Errors

@@ -81,7 +81,7 @@ fn pc(options: &GuestOptions, kernel: &Kernel) -> Vec<String> {
     // TCG shows the host's own TSC, whose rate a kernel that boots beside other work gets wrong: its clock then runs at twice the speed.
     // And a timer interrupt that comes late is taken for a broken IO-APIC, which is a panic; under KVM the kernel leaves that check out.
     let clock = if accelerator == "tcg" { " clocksource=acpi_pm tsc=unstable no_timer_check" } else { "" };
-    args.extend(["-append".into(), format!("console=ttyS0 {KERNEL_OPTIONS}{clock}")]);
+    args.extend(["-append".into(), format!("console=ttyS0 {KERNEL_OPTIONS}{clock} {}", options.kernel_options)]);
     args.extend(words(
         "-device pci-bridge,id=pci.1,chassis_nr=1,bus=pci.0,addr=0x1e -device pci-bridge,id=pci.2,chassis_nr=2,bus=pci.0,addr=0x1f",
     ));
@@ -98,7 +98,7 @@ fn pc(options: &GuestOptions, kernel: &Kernel) -> Vec<String> {
 fn virt(options: &GuestOptions) -> Vec<String> {
     let mut args = words("-machine virt,accel=tcg -cpu cortex-a72");
     // Nothing is faster than its emulation: a machine that is busy with other work lets the guest stand still for half a minute.
-    args.extend(["-append".into(), format!("console=ttyAMA0 {KERNEL_OPTIONS} watchdog_thresh=60")]);
+    args.extend(["-append".into(), format!("console=ttyAMA0 {KERNEL_OPTIONS} watchdog_thresh=60 {}", options.kernel_options)]);
     match options.scsi_hardware {
         ScsiHardware::VirtioScsiSingle => {
             for port in 1..=ROOT_PORTS {

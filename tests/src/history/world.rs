@@ -127,6 +127,8 @@ pub struct World {
     pub sim: Arc<Simulator>,
     /// Where controllers need a Lease.
     pub kubernetes: Option<Kubernetes>,
+    /// Those of the controllers from the second on, where each has its own.
+    foreign: Vec<Kubernetes>,
     pub claims: Vec<Claim>,
     incarnations: Vec<Incarnation>,
     /// Which of them each controller is now.
@@ -163,8 +165,8 @@ impl World {
     /// The simulator or a folder cannot be made.
     pub async fn new(builder: Builder, controllers: usize, claims: Vec<Claim>) -> Result<World> {
         let mut world = Self::empty(builder, claims).await?;
-        for _ in 0..controllers {
-            let started = world.start().await?;
+        for number in 0..controllers {
+            let started = world.start(number).await?;
             world.current.push(started);
         }
         Ok(world)
@@ -176,13 +178,32 @@ impl World {
     /// As [`World::new`].
     pub async fn with_lease(builder: Builder, controllers: usize, claims: Vec<Claim>) -> Result<World> {
         let mut world = Self::empty(builder, claims).await?;
-        world.kubernetes = Some(Kubernetes::start_with(world.sim.turns()).await?);
+        let kubernetes = Kubernetes::start_with(world.sim.turns()).await?;
+        kubernetes.lease_given_back();
+        world.kubernetes = Some(kubernetes);
         for number in 0..controllers {
-            let started = world.start().await?;
+            let started = world.start(number).await?;
             world.current.push(started);
             if number == 0 {
                 ensure!(world.go_on(LEASE_LIMIT, |world| world.serves(0)).await?, "nobody takes the Lease");
             }
+        }
+        Ok(world)
+    }
+
+    /// The same with a Kubernetes for each controller, and so a Lease for each: all of them act.
+    ///
+    /// # Errors
+    /// As [`World::new`].
+    pub async fn with_a_lease_each(builder: Builder, controllers: usize, claims: Vec<Claim>) -> Result<World> {
+        let mut world = Self::with_lease(builder, 1, claims).await?;
+        for number in 1..controllers {
+            let kubernetes = Kubernetes::start_with(world.sim.turns()).await?;
+            kubernetes.lease_given_back();
+            world.foreign.push(kubernetes);
+            let started = world.start(number).await?;
+            world.current.push(started);
+            ensure!(world.go_on(LEASE_LIMIT, |world| world.serves(number)).await?, "nobody takes the Lease of controller {number}");
         }
         Ok(world)
     }
@@ -194,6 +215,7 @@ impl World {
         Ok(World {
             sim,
             kubernetes: None,
+            foreign: Vec::new(),
             claims,
             incarnations: Vec::new(),
             current: Vec::new(),
@@ -206,7 +228,7 @@ impl World {
         })
     }
 
-    async fn start(&mut self) -> Result<usize> {
+    async fn start(&mut self, controller: usize) -> Result<usize> {
         let number = self.incarnations.len();
         let door = self.sim.door(&format!("c{number}")).await?;
         let config = self.folder.join(format!("c{number}.yaml"));
@@ -217,7 +239,8 @@ impl World {
         std::fs::write(&config, text).context("write the clusters file")?;
         let serves: Arc<Mutex<Serves>> = Arc::default();
         let mut incarnation = Incarnation { door, kube: None, serves: Arc::clone(&serves) };
-        if let Some(kubernetes) = &self.kubernetes {
+        let own = controller.checked_sub(1).and_then(|place| self.foreign.get(place));
+        if let Some(kubernetes) = own.or(self.kubernetes.as_ref()) {
             let door = kubernetes.door(&format!("c{number} kube")).await?;
             let access = kubernetes.access_at(&door.url, &self.folder)?;
             let kube = Arc::new(Kube::new(access).map_err(anyhow::Error::msg)?.with_lease(&format!("c{number}")));
@@ -260,7 +283,7 @@ impl World {
                 door.shut();
             }
         }
-        let new = self.start().await?;
+        let new = self.start(controller).await?;
         self.note(format!("kill controller {controller} (c{old}); it is c{new} now"));
         if let Some(current) = self.current.get_mut(controller) {
             *current = new;

@@ -62,7 +62,7 @@ pub(crate) async fn respond(cluster: &Arc<Cluster>, request: &Request, door: &st
     let Some(turns) = &cluster.turns else { return answer(cluster, request, path, query).await };
     let text =
         format!("{} {} {}", request.method, percent_decode(&request.target), percent_decode(&String::from_utf8_lossy(&request.body)));
-    let number = request.header("x-request-id").and_then(|number| number.parse().ok()).unwrap_or(u64::MAX);
+    let number = request.header("x-request-id").and_then(|number| number.rsplit('.').next()?.parse().ok()).unwrap_or(u64::MAX);
     let Some(working) = turns.arrive(door, text.trim_end(), number).await else { return Outcome::Close };
     let outcome = answer(cluster, request, path, query).await;
     if working.leave().await { outcome } else { Outcome::Close }

@@ -45,7 +45,10 @@ async fn w20_a_static_volume_that_a_vm_owns_is_not_lost() {
     bed.publish(&volume, "node-101/101").await.unwrap();
     bed.unpublish(&volume, "node-101/101").await.unwrap();
     assert_eq!(bed.sim.vm(101).unwrap().config["unused0"], volume.volid());
-    assert_refused(bed.delete(&volume.to_string()).await, Code::FailedPrecondition, &["VM 101 on pve1 has it set aside as unused0"]);
+    assert_refused(bed.delete(&volume.to_string()).await, Code::FailedPrecondition, &["by its name it is VM 101's"]);
+    // Nor where the config file says that such are ours to delete.
+    let also = crate::owner::with_features(&bed, "{deleteAlsoOwnedBy: [101]}");
+    assert_refused(also.delete(&volume.to_string()).await, Code::FailedPrecondition, &["VM 101 on pve1 has it set aside as unused0"]);
     bed.publish(&volume, "node-102/102").await.unwrap();
     bed.unpublish(&volume, "node-102/102").await.unwrap();
     assert_eq!(bed.sim.volumes("pve1", "local-lvm").len(), 1);
@@ -66,10 +69,11 @@ async fn w33_a_repeated_attach_still_says_that_the_filesystem_grows() {
     }
 }
 
-/// W36: whose number a volume's name carries is no reason not to delete it.
+/// W36: a volume with another number in its name is deleted where the config file says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn w36_volumes_of_any_owner_are_deleted() {
-    let bed = standard().await;
+async fn w36_volumes_of_earlier_owners_are_deleted() {
+    let plain = standard().await;
+    let bed = crate::owner::with_features(&plain, "{deleteAlsoOwnedBy: [100, 4711]}");
     for disk in ["vm-100-disk-7", "vm-4711-pvc-a"] {
         let volume: VolumeHandle = format!("fsn1/pve1/local-lvm/{disk}").parse().unwrap();
         bed.sim.create_volume("pve1", &volume.volid(), 64 * MIB).unwrap();

@@ -63,6 +63,41 @@ async fn after_a_restart_volume_attachments_say_what_a_dead_host_holds() {
     assert!(!asked.iter().any(|call| call.contains("csinodes")), "{asked:?}");
 }
 
+/// An object that is gone says nothing: not that nothing is attached.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_missing_csinode_or_pv_is_no_word_that_nothing_is_attached() {
+    let (bed, held, free) = dead_host().await;
+    for (path, code, words) in [
+        ("/apis/storage.k8s.io/v1/csinodes/node-201", Code::FailedPrecondition, "VolumeAttachment to node node-201"),
+        ("/api/v1/persistentvolumes/pv-a", Code::Unavailable, "without its PV"),
+    ] {
+        let kubernetes = with_an_attachment(&held).await;
+        kubernetes.remove(path);
+        let by = controller_of(&kubernetes, &bed);
+        assert_refused(publish_by(&by, &held, "node-102/102").await, code, &[words]);
+        assert!(bed.traces(102, &held).is_empty());
+        // Whatever else goes on, a volume that is attached nowhere is not held up by a node that was forgotten.
+        if code == Code::FailedPrecondition {
+            publish_by(&by, &free, "node-101/101").await.unwrap();
+        }
+    }
+}
+
+/// Another Proxmox cluster has a VM of the same number, which is another Kubernetes node: its taint says nothing of this one's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_number_in_two_clusters_is_two_nodes() {
+    let (bed, held, _) = dead_host().await;
+    let kubernetes = with_an_attachment(&held).await;
+    kubernetes.node("elsewhere", "elsewhere/201");
+    let by = controller_of(&kubernetes, &bed);
+    kubernetes.taint("elsewhere", true);
+    assert_refused(unpublish_by(&by, &held, "node-201/201").await, Code::Unavailable, &["pve2 is off since"]);
+    kubernetes.taint("elsewhere", false);
+    kubernetes.taint("node-201", true);
+    unpublish_by(&by, &held, "node-201/201").await.unwrap();
+    publish_by(&by, &held, "node-102/102").await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_the_out_of_service_taint_volumes_of_a_dead_host_move() {
     let (bed, held, _) = dead_host().await;

@@ -33,7 +33,7 @@ async fn one_has_the_lease_and_the_others_stand_by() {
     let kubernetes = Kubernetes::start().await.unwrap();
     let (first, second) = (candidate(&kubernetes, "pod-1"), candidate(&kubernetes, "pod-2"));
     assert!(first.fence().check().is_err(), "nobody writes before it has it");
-    assert_eq!(first.acquire().await, Taken { late_writes: Duration::ZERO }, "there was none");
+    assert_eq!(first.acquire().await, Taken { late_writes: LATE_WRITES }, "there was none, or somebody has deleted it");
     let holding = Arc::clone(&first);
     let holding = tokio::spawn(async move { holding.hold().await });
     assert_eq!(within(Duration::from_secs(120), &second).await, None);
@@ -149,7 +149,30 @@ async fn a_lease_taken_without_an_answer_is_known_again() {
     let first = candidate(&kubernetes, "pod-1");
     kubernetes.breaks("POST /apis/coordination.k8s.io", Some(1));
     let taken = within(Duration::from_secs(10), &first).await;
-    assert_eq!(taken, Some(Taken { late_writes: Duration::ZERO }));
+    assert_eq!(taken, Some(Taken { late_writes: LATE_WRITES }));
+}
+
+/// By hand, while a holder acts: what that one sent may still come, though nobody holds it.
+#[tokio::test(start_paused = true)]
+async fn a_lease_deleted_or_emptied_by_hand_is_no_lease_given_back() {
+    for is_deleted in [true, false] {
+        let kubernetes = Kubernetes::start().await.unwrap();
+        let (first, second) = (candidate(&kubernetes, "pod-1"), candidate(&kubernetes, "pod-2"));
+        first.acquire().await;
+        if is_deleted {
+            kubernetes.delete_lease()
+        } else {
+            kubernetes.give_lease_to("")
+        }
+        assert_eq!(second.acquire().await, Taken { late_writes: LATE_WRITES }, "{is_deleted}");
+        // Nor is the mark of an earlier holder one of this holder's.
+        second.release(true).await;
+        let third = candidate(&kubernetes, "pod-3");
+        assert_eq!(third.acquire().await, Taken { late_writes: Duration::ZERO });
+        kubernetes.give_lease_to("");
+        let fourth = candidate(&kubernetes, "pod-4");
+        assert_eq!(fourth.acquire().await, Taken { late_writes: LATE_WRITES });
+    }
 }
 
 /// A controller that has the Lease, and its bed.
@@ -167,6 +190,41 @@ async fn leading() -> (Bed, VolumeHandle, Kubernetes, Arc<Lease>, ControllerServ
 /// Of VMs that have nothing to do with it.
 fn others_read(bed: &Bed) -> usize {
     bed.sim.requests().iter().filter(|request| request.contains("/pending") && !request.contains("/qemu/101/")).count()
+}
+
+/// By hand, a moment before our own write, and after every VM was read: seen by what QEMU has, and nobody has two.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_hand_attached_since_the_vms_were_read_is_seen_with_the_lease_too() {
+    for (vmid, key) in [(102, "scsi7"), (201, "scsi3")] {
+        let (bed, volume, _kubernetes, _lease, by) = leading().await;
+        // All of them are read, and counted as known for a minute.
+        let warm: VolumeHandle = "fsn1//san/vm-9999-warm".parse().unwrap();
+        bed.sim.create_volume("pve1", &warm.volid(), 64 * MIB).unwrap();
+        publish_by(&by, &warm, "node-101/101").await.unwrap();
+        let volid = volume.volid();
+        bed.sim.attach_by_hand(vmid, key, &volid).unwrap();
+        let name = format!("VM {vmid}");
+        let words = ["two writers", name.as_str()];
+        // The higher of the two goes at once; the lower waits for the other, and goes as well.
+        assert_refused(publish_by(&by, &volume, "node-101/101").await, Code::FailedPrecondition, &words);
+        assert!(bed.traces(101, &volume).is_empty(), "{:?}", bed.traces(101, &volume));
+        assert_eq!(bed.traces(vmid, &volume).len(), 2, "what is there stays");
+    }
+}
+
+/// With the digest unchanged Proxmox takes it however late it comes: whoever's clock stood still must ask before it takes away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_taken_away_before_the_lease_is_confirmed() {
+    let (bed, volume, kubernetes, lease, by) = leading().await;
+    publish_by(&by, &volume, "node-101/101").await.unwrap();
+    // Its fence is open still, by its own clock.
+    kubernetes.give_lease_to("pod-2");
+    assert!(lease.fence().check().is_ok());
+    bed.sim.reset_counters();
+    let refused = unpublish_by(&by, &volume, "node-101/101").await;
+    assert_refused(refused, Code::Unavailable, &["POST /nodes/pve1/qemu/101/config", "pod-2 has it"]);
+    assert!(bed.sim.requests().iter().all(|request| request.starts_with("GET")), "{:?}", bed.sim.requests());
+    assert_eq!(bed.traces(101, &volume).len(), 2);
 }
 
 /// Decision 5: the look at every VM after the own write is for those without a Lease.

@@ -122,7 +122,7 @@ async fn one_request_where_the_topology_leaves_one_zone_and_one_more_per_candida
 async fn capabilities_capacity_and_validation() {
     let bed = standard().await;
     let capabilities = bed.csi.controller_get_capabilities(Request::new(csi::ControllerGetCapabilitiesRequest {})).await.unwrap();
-    assert_eq!(capabilities.into_inner().capabilities.len(), 5);
+    assert_eq!(capabilities.into_inner().capabilities.len(), 8);
 
     let capacity = |request| async { bed.csi.get_capacity(Request::new(request)).await.unwrap().into_inner().available_capacity };
     let all = capacity(csi::GetCapacityRequest::default()).await;

@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use controller::kube::Kube;
 use controller::look::health::Standing;
-use controller::look::metrics;
+use controller::look::{labels, metrics};
 use proto::health::Pages;
 use proto::serve::Socket;
+use serde_json::json;
+use testbed::kube::Kubernetes;
 use testbed::sim::Simulator;
 
 use crate::bed::{Bed, clusters, standard, with_config};
@@ -109,4 +112,47 @@ async fn a_standby_is_alive_and_ready_unless_its_config_is_bad() {
     std::fs::write(&bed.config, "").unwrap();
     assert!((pages.ready)().unwrap_err().contains("is empty"));
     assert!(bed.sim.requests().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_s_labels_are_written_for_its_agent_once_they_are_there() {
+    let (bed, kubernetes) = (standard().await, Kubernetes::start().await.unwrap());
+    let folder = bed.config.parent().unwrap();
+    let kube = Arc::new(Kube::new(kubernetes.access(folder).unwrap()).unwrap());
+    assert!(labels::read(&kube, "w1").await.unwrap_err().contains("there is no Node w1"));
+    assert!(labels::read(&kube, "w1/status").await.unwrap_err().contains("no name of a Node"));
+    let path = "/api/v1/nodes/w1";
+    kubernetes.put(path, json!({"metadata": {"name": "w1", "labels": {"topology.kubernetes.io/region": "fsn1"}}}));
+    assert!(labels::read(&kube, "w1").await.unwrap_err().contains("topology.kubernetes.io/zone"));
+    let both = json!({"topology.kubernetes.io/region": "fsn1", "topology.kubernetes.io/zone": "pve1"});
+    kubernetes.put(path, json!({"metadata": {"name": "w1", "labels": both}}));
+    let to = folder.join("labels");
+    labels::write(&to, &labels::read(&kube, "w1").await.unwrap()).unwrap();
+    assert_eq!(std::fs::read_to_string(&to).unwrap(), "topology.kubernetes.io/region=\"fsn1\"\ntopology.kubernetes.io/zone=\"pve1\"\n");
+    kubernetes.breaks("GET /api/v1/nodes", Some(403));
+    assert!(labels::read(&kube, "w1").await.unwrap_err().contains("403"));
+}
+
+/// Names of ours in a text, without a histogram's parts.
+fn named(text: &str) -> BTreeSet<String> {
+    let words = text.split(|character: char| !character.is_ascii_alphanumeric() && character != '_');
+    let ours = words.filter(|word| word.starts_with("proxmox_csi_"));
+    ours.map(|word| ["_bucket", "_sum", "_count"].iter().find_map(|part| word.strip_suffix(part)).unwrap_or(word).to_owned()).collect()
+}
+
+#[test]
+fn dashboard_and_alerts_name_what_is_exported_and_all_of_it_is_shown() {
+    let mut exported = names(&metrics::page(None));
+    let of_node = named(include_str!("../../../node/src/metrics.rs"));
+    let shown = named(include_str!("../../../deploy/monitoring/dashboard.json"));
+    let alerts = named(include_str!("../../../deploy/monitoring/alerts.yaml"));
+    exported.retain(|name| name.starts_with("proxmox_csi_"));
+    let all: BTreeSet<String> = exported.union(&of_node).cloned().collect();
+    for (what, names) in [("dashboard.json", &shown), ("alerts.yaml", &alerts)] {
+        let unknown: Vec<_> = names.difference(&all).collect();
+        assert!(names.len() > 5 && unknown.is_empty(), "{what} has {unknown:?}, which nothing exports");
+    }
+    let everywhere: BTreeSet<String> = shown.union(&alerts).cloned().collect();
+    let hidden: Vec<_> = exported.difference(&everywhere).filter(|name| !name.ends_with("_build_info")).collect();
+    assert!(hidden.is_empty(), "{hidden:?} is in neither");
 }

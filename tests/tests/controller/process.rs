@@ -39,6 +39,7 @@ impl Processes {
     fn new() -> Self {
         let host = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let ((bed, volume), kubernetes) = host.block_on(async { (shared_bed().await, Kubernetes::start().await.unwrap()) });
+        kubernetes.lease_given_back();
         Self { bed, volume, kubernetes, host }
     }
 

@@ -69,8 +69,7 @@ pub(crate) fn rivals(seed: u64) -> (usize, [u32; 2]) {
     (volume, [vms[first], vms[second]])
 }
 
-async fn one_pair(seed: u64, controllers: usize, stopped: Option<&str>) {
-    let mut world = World::new(plan::cluster(), controllers, plan::claims()).await.unwrap();
+async fn one_pair(seed: u64, mut world: World, controllers: usize, stopped: Option<&str>) {
     let (volume, [one, other]) = rivals(seed);
     world.answer_to(0, &Rpc::Create { volume }, CALL_LIMIT).await.unwrap().unwrap();
     let calls = [(0, Rpc::Publish { volume, vm: one }), (controllers - 1, Rpc::Publish { volume, vm: other })];
@@ -105,7 +104,22 @@ fn run(controllers: usize, stopped: Option<&'static str>) {
     proto::log::set_level("error").unwrap();
     for seed in pairs(SHARE) {
         under_paused_time(async {
-            one_pair(seed, controllers, stopped).await;
+            let world = World::new(plan::cluster(), controllers, plan::claims()).await?;
+            one_pair(seed, world, controllers, stopped).await;
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
+/// Two Kubernetes clusters on one Proxmox: each has its Lease, and neither knows of the other's.
+#[test]
+fn racing_pairs_of_two_kubernetes_clusters() {
+    proto::log::set_level("error").unwrap();
+    for seed in pairs(SHARE) {
+        under_paused_time(async {
+            let world = World::with_a_lease_each(plan::cluster(), 2, plan::claims()).await?;
+            one_pair(seed, world, 2, None).await;
             Ok(())
         })
         .unwrap();

@@ -25,14 +25,15 @@ async fn world() -> World {
 
 /// Whatever the number of VMs.
 #[test]
-fn a_warm_publish_with_a_lease_reads_the_vm_writes_and_looks_at_it() {
+fn a_warm_publish_with_a_lease_reads_the_vm_writes_and_looks_at_it_and_at_its_node() {
     under_paused_time(async {
         let mut world = world().await;
         world.sim.reset_counters();
         world.answer_to(0, &Rpc::Publish { volume: 1, vm: 102 }, CALL_LIMIT).await.unwrap().unwrap();
         let calls: Vec<String> = world.sim.requests().iter().map(|request| request.split('?').next().unwrap().to_owned()).collect();
         let vm = "/nodes/pve1/qemu/102";
-        assert_eq!(calls, [format!("GET {vm}/pending"), format!("POST {vm}/config"), format!("GET {vm}/status/current")]);
+        let node = "GET /nodes/pve1/qemu".to_owned();
+        assert_eq!(calls, [format!("GET {vm}/pending"), format!("POST {vm}/config"), format!("GET {vm}/status/current"), node]);
         Ok(())
     })
     .unwrap();

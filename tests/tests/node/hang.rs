@@ -93,3 +93,75 @@ fn guest_an_unmount_that_does_not_end_holds_nobody_up() {
     assert_clean(image);
     agent.guest.power_off().unwrap();
 }
+
+/// The agent's patience with a read or a write that does not end.
+const STUCK: (&str, &str) = ("PROXMOX_CSI_LIMIT_STUCK", "3000");
+const HURRIED_TOO: (&str, &str) = ("PROXMOX_CSI_LIMIT_CALL", "15000");
+
+/// Two places for probes and formats: two disks that never answer must not take them from all the others.
+#[test]
+fn guest_disks_that_never_answer_keep_no_place() {
+    let Some(mut agent) = Agent::start_with_points("stuck") else { return };
+    agent.restart_with(&[STUCK, HURRIED_TOO]);
+    let attached: Vec<(NodeVolume, Image)> = (1..=6_u8)
+        .map(|lun| {
+            let image = Image::new(64 * MIB);
+            let volume = agent.attach(&handle(&format!("stuck-{lun}")), &image, lun);
+            wait_for_size(&agent.guest, lun, Some(64 * MIB));
+            (volume, image)
+        })
+        .collect();
+    let volume = |lun: u8| &attached[usize::from(lun) - 1].0;
+    // LUNs, what of theirs hangs, where their calls stay, and one that is sound.
+    let kinds: [([u8; 2], &str, &str, u8); 2] = [([1, 2], "bps-read", "probe", 5), ([3, 4], "bps-write", "make the filesystem", 6)];
+    for (luns, limit, step, sound) in kinds {
+        // Recycled: zeroing waits for the disk by itself. New: all waits for the flush.
+        let mut hung = [volume(luns[0]).clone(), volume(luns[1]).clone()];
+        hung[0].publish_context.insert(proto::publish_context::ZEROED.into(), "0".into());
+        luns.iter().for_each(|lun| agent.throttle(*lun, json!({ limit: 1 })));
+        std::thread::scope(|scope| {
+            let calls: Vec<_> = hung.iter().map(|volume| scope.spawn(|| agent.calls.node_stage_volume(volume.stage()))).collect();
+            let line = "has not answered for ";
+            let before = agent.log().matches(line).count();
+            // Only who waits for a place looks at those who hold one.
+            let begun = wait::until(SEEN_LIMIT, || {
+                let log = agent.log();
+                let is_at_it = hung.iter().all(|volume| log.contains(&format!("stage {}: {}", volume.id, step_name(step))));
+                Ok::<_, ()>(is_at_it.then_some(()))
+            });
+            assert_eq!(begun, Ok(Some(())), "the calls do not come to {step:?}: {}", agent.log());
+            let staged = wait::until(SEEN_LIMIT, || Ok::<_, ()>(agent.calls.node_stage_volume(volume(sound).stage()).ok()));
+            assert!(staged.unwrap().is_some(), "a sound disk waits for those that do not answer; {}", agent.guest.quote());
+            let log = agent.log();
+            assert!(log.matches(line).count() > before, "nobody is named: {log}");
+            for (volume, call) in hung.iter().zip(calls) {
+                let status = call.join().unwrap().expect_err("its disk does not answer");
+                assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+                assert!(
+                    status.message().contains(&volume.id) && status.message().contains(&format!("stage, at {step:?} for ")),
+                    "{status:?}"
+                );
+            }
+        });
+        luns.iter().for_each(|lun| agent.throttle(*lun, json!({ limit: 0 })));
+        agent.guest.monitor("stop", json!({})).unwrap();
+        agent.guest.monitor("cont", json!({})).unwrap();
+        for volume in hung.iter().chain([volume(sound)]) {
+            let staged = wait::until(2 * SEEN_LIMIT, || Ok::<_, ()>(agent.calls.node_stage_volume(volume.stage()).ok()));
+            assert!(staged.unwrap().is_some(), "{} is not staged when its disk answers again; {}", volume.id, agent.guest.quote());
+            agent.calls.node_unstage_volume(volume.unstage()).unwrap();
+        }
+        for lun in luns.into_iter().chain([sound]) {
+            agent.guest.machine().unplug(lun).unwrap();
+            wait_for_size(&agent.guest, lun, None);
+            assert_clean(&attached[usize::from(lun) - 1].1);
+        }
+    }
+    assert!(agent.log().contains("is waited for no more"), "{}", agent.log());
+    agent.guest.power_off().unwrap();
+}
+
+/// As the log calls a step.
+fn step_name(step: &str) -> &'static str {
+    if step == "probe" { "Probe" } else { "MakeFilesystem" }
+}

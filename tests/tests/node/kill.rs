@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use proto::publish_context::SERIAL;
 use proto::{csi, secrets};
-use testbed::calls::{NodeVolume, mount_capability};
+use testbed::calls::{NodeVolume, block_capability, mount_capability};
 use testbed::guest::{GuestOptions, wait};
 use testbed::tools;
 use tonic::Status;
@@ -29,6 +29,7 @@ const ABORTED: Option<i32> = Some(6);
 /// What volumes are lived through, and how they are judged.
 struct Kind {
     name: &'static str,
+    /// Empty: it is shown as a block device.
     fstype: &'static str,
     size_bytes: u64,
     grown_bytes: u64,
@@ -40,9 +41,20 @@ struct Kind {
     same: &'static [&'static str],
 }
 
-/// Of every kind.
+/// Of every kind with a filesystem.
 const MUST: [&str; 4] =
     ["inside:stage:MakeFilesystem:write-4", "inside:stage:Mount:mounted", "inside:expand:Grow:ioctl", "inside:unstage:Unmount:umount2"];
+
+impl Kind {
+    fn is_block(&self) -> bool {
+        self.fstype.is_empty()
+    }
+
+    /// Where a pod writes.
+    fn file(&self, volume: &NodeVolume) -> String {
+        if self.is_block() { format!("/node{}", volume.target) } else { format!("/node{}/file", volume.target) }
+    }
+}
 
 /// A volume's image after its life, and what was written into it.
 struct Lived {
@@ -152,7 +164,13 @@ impl<'a> Mortal<'a> {
         for call in CALLS {
             self.perform(call, &volume, &image, points.entry(call.into()).or_default());
             match call {
-                "publish" => written = self.agent.guest.fill(&format!("/node{}/file", volume.target), number as u64, MIB).unwrap(),
+                "publish" => {
+                    self.agent.guest.fill(&self.kind.file(&volume), number as u64, MIB).unwrap();
+                    written = self.content(&volume);
+                }
+                "expand" if self.kind.is_block() => {
+                    assert_eq!(self.agent.guest.disk_size_bytes(LUN).unwrap(), Some(self.kind.grown_bytes), "life {number}");
+                }
                 "expand" => {
                     let seen = self.agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
                     assert!(seen.blocks * seen.block_bytes > self.kind.size_bytes, "life {number} has not grown: {seen:?}");
@@ -170,6 +188,15 @@ impl<'a> Mortal<'a> {
         Lived { number, image, written }
     }
 
+    /// Of what `live` writes.
+    fn content(&self, volume: &NodeVolume) -> String {
+        let file = self.kind.file(volume);
+        if !self.kind.is_block() {
+            return self.agent.guest.sha256(&file).unwrap();
+        }
+        [0, MIB - 64].map(|at| format!("{:x?}", self.agent.guest.read_at(&file, at, 64).unwrap())).concat()
+    }
+
     /// The kernel takes a key away a moment after its last link is gone.
     fn assert_no_key_is_left(&self) {
         let gone = wait::until(SEEN_LIMIT, || {
@@ -181,7 +208,7 @@ impl<'a> Mortal<'a> {
 
     fn volume(&self, number: usize, image: &Image) -> NodeVolume {
         let mut volume = self.agent.volume(&handle(&format!("{}-{number}", self.kind.name)), image, LUN);
-        volume.capability = mount_capability(self.kind.fstype);
+        volume.capability = if self.kind.is_block() { block_capability() } else { mount_capability(self.kind.fstype) };
         if self.kind.is_encrypted { encrypted(volume, PASSPHRASE) } else { volume }
     }
 
@@ -193,8 +220,7 @@ impl<'a> Mortal<'a> {
             self.agent.guest.machine().plug(&image.drive(LUN, volume.publish_context.get(SERIAL).map(String::as_str))).unwrap();
             self.agent.stage(&volume);
             self.agent.publish(&volume);
-            let seen = self.agent.guest.sha256(&format!("/node{}/file", volume.target)).unwrap();
-            assert_eq!(seen, *written, "life {number}");
+            assert_eq!(self.content(&volume), *written, "life {number}");
             self.agent.put_away(&volume);
             self.agent.detach(LUN);
         }
@@ -220,7 +246,8 @@ fn walk(kind: &Kind) {
         points.values_mut().for_each(|points| points.retain(|point| !format!("{point}:").contains(&format!(":{deed}:"))));
     }
     let told: String = points.values().flatten().map(|point| format!("{point}\n")).collect();
-    for must in MUST.iter().chain(kind.must) {
+    let must: &[&str] = if kind.is_block() { &[] } else { &MUST };
+    for must in must.iter().chain(kind.must) {
         assert!(told.contains(must), "{must} is not among the points:\n{told}");
     }
     while points.values().any(|left| !left.is_empty()) {
@@ -249,6 +276,23 @@ const EXT4: Kind = Kind {
     same: &[],
 };
 
+const BLOCK: Kind = Kind {
+    name: "killed-block",
+    fstype: "",
+    // Whatever a pod writes is its own business.
+    judge: |_| (),
+    must: &[
+        "after:stage:FindDisk",
+        "before:publish:MakeFile",
+        "inside:publish:Bind:cloned",
+        "after:expand:AwaitSize",
+        "inside:unpublish:Unmount:umount2",
+        "after:unpublish:RemoveFile",
+        "before:unstage:RemoveFolder",
+    ],
+    ..EXT4
+};
+
 const XFS: Kind = Kind {
     name: "killed-xfs",
     fstype: "xfs",
@@ -274,6 +318,11 @@ const LUKS: Kind = Kind {
 #[test]
 fn guest_ext4_killed_at_every_point() {
     walk(&EXT4);
+}
+
+#[test]
+fn guest_raw_block_killed_at_every_point() {
+    walk(&BLOCK);
 }
 
 #[test]

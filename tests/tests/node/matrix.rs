@@ -66,6 +66,27 @@ fn make(tool: &str, arguments: &[&str], image: &Image, folder: &Path) -> Option<
     Some(())
 }
 
+/// What makes a disk a member of a zfs pool, by the public description of its layout ("ZFS On-Disk Specification", 1.2 and 1.3): four labels of
+/// 256 KiB, two at each end, and in the second half of each a ring of uberblocks of 1 KiB. There is no tool for it here.
+fn write_zfs_labels(image: &Image) {
+    const LABEL_BYTES: u64 = 256 << 10;
+    // ub_magic, ub_version, ub_txg, ub_guid_sum, ub_timestamp.
+    let uberblock = |txg: u64| [0x00ba_b10c, 5000, txg, 0x1234_5678_9abc_def0, 1_767_225_600].map(u64::to_le_bytes).concat();
+    let size_bytes = image.size_bytes();
+    for label in [0, LABEL_BYTES, size_bytes - 2 * LABEL_BYTES, size_bytes - LABEL_BYTES] {
+        for txg in 0..16 {
+            image.write_at(label + LABEL_BYTES / 2 + txg * 1024, &uberblock(4 + txg));
+        }
+    }
+}
+
+/// This host's blkid agrees on what was made by hand.
+fn judge_as(image: &Image, kind: &str) {
+    let Some(blkid) = tools::program("blkid") else { return tools::skipped("blkid is missing: what was made by hand is not judged") };
+    let output = Command::new(blkid).args(["-p", "-o", "value", "-s", "TYPE"]).arg(&image.0).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), kind, "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// sfdisk reads its table from there; the others read nothing.
 fn partition_script() -> std::path::PathBuf {
     let path = std::env::temp_dir().join(format!("csi-partition-{}", std::process::id()));
@@ -89,6 +110,11 @@ fn guest_signatures_of_every_tool_are_refused_by_name() {
         }
     }
     let _ = std::fs::remove_dir_all(&folder);
+    let zfs = Image::new(160 * MIB);
+    write_zfs_labels(&zfs);
+    judge_as(&zfs, "zfs_member");
+    let volume = agent.attach(&handle("zfs"), &zfs, 16);
+    made.push(("zfs".into(), "zfs_member", zfs.bytes(), zfs, volume));
     let volumes: Vec<_> = made.iter().map(|(name, _, _, _, volume)| (name.clone(), volume.clone())).collect();
     let answers = stage_all(&agent, &volumes);
     for (name, word, before, image, volume) in &made {

@@ -3,6 +3,8 @@
 use proto::csi;
 use proto::csi::volume_capability::{AccessType, access_mode::Mode};
 use testbed::calls::NodeVolume;
+use testbed::guest::GuestOptions;
+use testbed::tools;
 use tonic::{Code, Status};
 
 use crate::harness::{Agent, Image, MIB, assert_clean, handle, wait_for_size};
@@ -84,6 +86,64 @@ fn guest_modes_and_options() {
     agent.publish(&volume);
     assert!(mount_line(&agent, &volume.target).split(' ').nth(3).unwrap().starts_with("ro,"));
     agent.put_away(&volume);
+    agent.detach(1);
+    assert_clean(&image);
+    the_owner_is_kubelets(&agent, &handle, &image);
+    agent.guest.power_off().unwrap();
+}
+
+/// fsGroupPolicy File: kubelet gives the volume's root to the pod's group, and the agent leaves it so, however often the volume is staged.
+fn the_owner_is_kubelets(agent: &Agent, handle: &proto::VolumeHandle, image: &Image) {
+    let Some(debugfs) = tools::program("debugfs") else { return tools::skipped("debugfs is missing: the owner is not changed") };
+    let run = |args: &[&str]| {
+        let output = std::process::Command::new(&debugfs).args(args).arg(&image.0).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for change in ["set_inode_field / gid 2000", "set_inode_field / mode 042775", "set_inode_field / uid 1000"] {
+        run(&["-w", "-R", change]);
+    }
+    for lun in [1, 2] {
+        let volume = agent.attach(handle, image, lun);
+        agent.stage(&volume);
+        agent.publish(&volume);
+        agent.stage(&volume);
+        agent.publish(&volume);
+        for path in [&volume.staging, &volume.target] {
+            assert_eq!(agent.guest.stat(&format!("/node{path}")).unwrap().unwrap().mode, 0o2775, "{path}");
+        }
+        agent.put_away(&volume);
+        agent.detach(lun);
+        let root = run(&["-R", "stat /"]);
+        let words: Vec<&str> = root.split_whitespace().collect();
+        let of = |name: &str| words.iter().position(|word| *word == name).and_then(|at| words.get(at + 1).copied());
+        assert_eq!((of("User:"), of("Group:"), of("Mode:")), (Some("1000"), Some("2000"), Some("02775")), "{root}");
+        assert_clean(image);
+    }
+}
+
+/// A kernel with SELinux and without a policy takes no label: that is about the label, and nothing is said to be damaged.
+#[test]
+fn guest_a_label_that_the_kernel_does_not_take() {
+    let options = GuestOptions { kernel_options: "security=selinux selinux=1 enforcing=0".into(), ..GuestOptions::named("label") };
+    let Some(agent) = Agent::start_on(&options.with_node()) else { return };
+    if agent.guest.stat("/sys/fs/selinux").unwrap().is_none() {
+        return tools::skipped("the guest's kernel is built without SELinux");
+    }
+    let (handle, image) = (handle("label"), Image::new(64 * MIB));
+    let volume = agent.attach(&handle, &image, 1);
+    let labelled = with_flags(&volume, &["context=\"system_u:object_r:ephemeral_t:s0\""]);
+    let status = agent.calls.node_stage_volume(labelled.stage()).unwrap_err();
+    println!("{}", status.message());
+    assert_eq!(status.code(), Code::Internal, "{status:?}");
+    assert!(status.message().contains("EINVAL") && !status.message().contains("kubectl debug"), "{status:?}");
+    // No policy is loaded: nothing is added. And with an empty label nothing would be, whatever is loaded.
+    for flags in [&[] as &[&str], &["context=", "noatime"]] {
+        let volume = with_flags(&volume, flags);
+        agent.stage(&volume);
+        assert!(!mount_line(&agent, &volume.staging).contains("context="));
+        agent.calls.node_unstage_volume(volume.unstage()).unwrap();
+    }
     agent.detach(1);
     assert_clean(&image);
     agent.guest.power_off().unwrap();

@@ -47,13 +47,13 @@ fn guest_csi_sanity() {
         return tools::skipped(&format!("{} is missing: run scripts/tools test", program.display()));
     }
     let sanity = ("/csi-sanity".to_owned(), program);
-    let Some(cluster) = start(&ClusterOptions { guests: vec![101], memory_mib: 512, files: vec![sanity], ..ClusterOptions::default() })
-    else {
-        return;
-    };
+    // With Kubernetes: all is advertised that there is.
+    let options = ClusterOptions { guests: vec![101], memory_mib: 512, files: vec![sanity], kubernetes: true, ..ClusterOptions::default() };
+    let Some(cluster) = start(&options) else { return };
     let node = &cluster.nodes[0];
     let controller = Bridge::from_port(cluster.controller.socket()).unwrap();
     node.guest.write("/tmp/class.yaml", b"storage: local-lvm\n").unwrap();
+    node.guest.write("/tmp/attributes.yaml", b"diskIOPS: \"500\"\nbackup: \"true\"\n").unwrap();
     // Ginkgo puts the suite's name before the spec's.
     let skip = SKIPPED_SPECS.map(|spec| format!(" {}$", spec.replace('[', "\\[").replace(']', "\\]"))).join("|");
     let args = [
@@ -64,6 +64,7 @@ fn guest_csi_sanity() {
         &format!("-csi.testvolumesize={SIZE}"),
         &format!("-csi.testvolumeexpandsize={GROWN}"),
         "-csi.testvolumeparameters=/tmp/class.yaml",
+        "-csi.testvolumemutableparameters=/tmp/attributes.yaml",
         &format!("-ginkgo.skip={skip}"),
         "-ginkgo.no-color",
         &format!("-ginkgo.timeout={}s", SANITY_LIMIT.as_secs()),
@@ -90,7 +91,7 @@ fn guest_csi_sanity() {
     // Sorted by name, like the report.
     assert_eq!(of(Outcome::ByName), SKIPPED_SPECS);
     assert!(
-        of(Outcome::Passed).len() >= 45,
+        of(Outcome::Passed).len() >= 55,
         "only {:?} ran; without their capability: {:?}",
         of(Outcome::Passed),
         of(Outcome::NotAdvertised)

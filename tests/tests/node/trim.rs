@@ -6,6 +6,7 @@ use testbed::guest::wait;
 
 use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle};
 use crate::luks::{PASSPHRASE, encrypted};
+use crate::xfs::assert_clean_xfs;
 
 /// A week of the trimmer's.
 const WEEK: (&str, &str) = ("PROXMOX_CSI_LIMIT_TRIM", "2000");
@@ -33,20 +34,26 @@ fn emptied(agent: &Agent, volume: &NodeVolume) {
 fn guest_trim_gives_back_what_is_free_and_ends_for_an_unstage() {
     let Some(mut agent) = Agent::start_with_points("trim") else { return };
     agent.restart_with(&[WEEK]);
-    let attach = |name: &str, lun: u8, size_bytes: u64, fstype: &str| {
+    let attach = |agent: &Agent, name: &str, lun: u8, size_bytes: u64, fstype: &str| {
         let image = Image::new(size_bytes);
         let volume = NodeVolume { capability: mount_capability(fstype), ..agent.attach(&handle(name), &image, lun) };
         (volume, image)
     };
-    let (ext4, ext4_image) = attach("trimmed-ext4", 1, 512 * MIB, "ext4");
-    let (xfs, xfs_image) = attach("trimmed-xfs", 2, 512 * MIB, "xfs");
-    let (mut spared, spared_image) = attach("spared", 3, 512 * MIB, "ext4");
+    let (ext4, ext4_image) = attach(&agent, "trimmed-ext4", 1, 512 * MIB, "ext4");
+    let (xfs, xfs_image) = attach(&agent, "trimmed-xfs", 2, 512 * MIB, "xfs");
+    let (mut spared, spared_image) = attach(&agent, "spared", 3, 512 * MIB, "ext4");
     spared.volume_context.insert(proto::volume_context::DISCARD.into(), "ignore".into());
     // Its mapping lets no discard through.
-    let (sealed, sealed_image) = attach("sealed", 4, 512 * MIB, "ext4");
+    let (sealed, sealed_image) = attach(&agent, "sealed", 4, 512 * MIB, "ext4");
     let sealed = encrypted(sealed, PASSPHRASE);
-    [&spared, &sealed, &ext4, &xfs].iter().for_each(|volume| emptied(&agent, volume));
+    // Its mapping does, by its class' word.
+    let (open, open_image) = attach(&agent, "open", 6, 512 * MIB, "ext4");
+    let mut open = encrypted(open, PASSPHRASE);
+    open.volume_context.insert(proto::volume_context::LUKS_DISCARDS.into(), "true".into());
+    [&spared, &sealed, &open, &ext4, &xfs].iter().for_each(|volume| emptied(&agent, volume));
     agent.guest.drop_caches().unwrap();
+    // The journal and the header are noise there, and stay.
+    wait_for(&agent, "room given back through LUKS", || open_image.allocated_bytes() < sealed_image.allocated_bytes() - 28 * MIB);
     for (volume, image) in [(&ext4, &ext4_image), (&xfs, &xfs_image)] {
         wait_for(&agent, "room given back", || image.allocated_bytes() < 28 * MIB);
         let trims = said(&agent, volume, " bytes in ");
@@ -58,18 +65,44 @@ fn guest_trim_gives_back_what_is_free_and_ends_for_an_unstage() {
         assert!(image.allocated_bytes() >= 32 * MIB, "{} bytes", image.allocated_bytes());
     }
 
-    // Unstaged while it is trimmed, on a storage that takes four seconds for a piece and a minute for all of it.
-    let (slow, slow_image) = attach("slow", 5, 4096 * MIB, "ext4");
-    agent.throttle(5, json!({ "bps-write": 64 * MIB }));
-    agent.stage(&slow);
-    let before = said(&agent, &slow, "begins");
-    wait_for(&agent, "a trim that begins", || said(&agent, &slow, "begins") > before);
-    agent.calls.node_unstage_volume(slow.unstage()).unwrap();
-    assert_eq!(said(&agent, &slow, "ended early"), 1, "{}", agent.log());
-    agent.detach(5);
-    assert_clean(&slow_image);
+    // Unstaged while it is trimmed, on a storage that takes four seconds for a piece and a minute for all of it; and the agent killed in a trim.
+    for (fstype, is_killed) in [("ext4", false), ("xfs", true)] {
+        let (slow, slow_image) = attach(&agent, &format!("slow-{fstype}"), 5, 4096 * MIB, fstype);
+        agent.stage(&slow);
+        agent.throttle(5, json!({ "bps-write": 64 * MIB }));
+        let begins = |agent: &Agent| {
+            let before = said(agent, &slow, "begins");
+            wait_for(agent, "a trim that begins", || said(agent, &slow, "begins") > before);
+        };
+        begins(&agent);
+        if is_killed {
+            agent.restart_with(&[WEEK]);
+            begins(&agent);
+        }
+        agent.calls.node_unstage_volume(slow.unstage()).unwrap();
+        assert_eq!(said(&agent, &slow, "ended early"), 1, "{}", agent.log());
+        agent.detach(5);
+        if fstype == "ext4" { assert_clean(&slow_image) } else { assert_clean_xfs(&slow_image.0) }
+    }
+    // The agent that has come since was told nothing of the class.
+    let trims = said(&agent, &ext4, " bytes in ");
+    wait_for(&agent, "two weeks of another volume", || said(&agent, &ext4, " bytes in ") > trims + 1);
+    assert_eq!(said(&agent, &spared, ""), 0, "{}", agent.log());
+    assert!(spared_image.allocated_bytes() >= 32 * MIB, "{} bytes", spared_image.allocated_bytes());
 
-    [&spared, &sealed, &ext4, &xfs].iter().for_each(|volume| agent.put_away(volume));
+    // One whose disk takes no more of it: the others go on, and it is named.
+    agent.restart_with(&[WEEK, ("PROXMOX_CSI_LIMIT_TRIM_PIECE", "3000")]);
+    agent.throttle(2, json!({ "bps-write": 1 }));
+    wait_for(&agent, "the volume that hangs", || said(&agent, &xfs, "has not answered for 3 s") == 1);
+    let trims = said(&agent, &ext4, " bytes in ");
+    wait_for(&agent, "another's trim", || said(&agent, &ext4, " bytes in ") > trims);
+    agent.throttle(2, json!({ "bps-write": 0 }));
+    agent.guest.monitor("stop", json!({})).unwrap();
+    agent.guest.monitor("cont", json!({})).unwrap();
+    let trims = said(&agent, &xfs, " bytes in ");
+    wait_for(&agent, "its trim", || said(&agent, &xfs, " bytes in ") > trims);
+
+    [&spared, &sealed, &open, &ext4, &xfs].iter().for_each(|volume| agent.put_away(volume));
     agent.detach(1);
     assert_clean(&ext4_image);
     agent.guest.power_off().unwrap();

@@ -294,7 +294,7 @@ fn publishing_decides_harmlessly_whatever_is_seen() {
             }
         }
     }
-    assert_eq!(decided, (4 + 4 + 1) * 4 * 8 * 4);
+    assert_eq!(decided, (5 + 4 + 1) * 4 * 8 * 4);
 }
 
 fn assert_harmless(want: &PublishRequest, seen: &PublishSeen) {

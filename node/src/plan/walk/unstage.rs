@@ -83,12 +83,27 @@ every!(every_folder -> Folder {
     Folder::Full => [Folder::Full],
 });
 
+/// Whether the disk takes I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Power {
+    On,
+    Offline,
+    /// Cannot be set running.
+    Dead,
+}
+every!(every_power -> Power {
+    Power::On => [Power::On],
+    Power::Offline => [Power::Offline],
+    Power::Dead => [Power::Dead],
+});
+
 /// `run::stage::Known`, and what `unstage_on` remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 struct Memory {
     disk: bool,
     mapping: bool,
     folder_stays: bool,
+    was_set_running: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -96,6 +111,7 @@ struct World {
     /// The lower one, and the one above it.
     mounts: [Option<At>; 2],
     drive: Drive,
+    power: Power,
     map: Map,
     held: Held,
     folder: Folder,
@@ -117,6 +133,10 @@ impl World {
             mapping: self.memory.mapping || is_mapped,
             ..self.memory
         }
+    }
+
+    fn is_offline(&self) -> bool {
+        self.known().disk && self.drive != Drive::Absent && self.power != Power::On
     }
 
     fn is_mapping_found(&self) -> bool {
@@ -142,14 +162,28 @@ impl Toy for World {
         };
         let is_clear = mount == Mount::None;
         let mapped = is_clear && self.is_mapping_found();
-        let held = is_clear && !mapped && self.known().disk && self.drive != Drive::Absent && self.held != Held::No;
+        // The kernel opens no disk that takes no I/O.
+        let is_there = self.drive != Drive::Absent && self.power == Power::On;
+        let held = is_clear && !mapped && self.known().disk && is_there && self.held != Held::No;
+        let (offline, dead) = (self.is_offline() && !self.memory.was_set_running, self.is_offline() && self.memory.was_set_running);
         let empty_folder = is_clear && matches!(self.folder, Folder::Empty | Folder::Stays) && !self.memory.folder_stays;
-        next_unstage_step(&UnstageSeen { mount, mapped, held, empty_folder })
+        next_unstage_step(&UnstageSeen { mount, mapped, held, offline, dead, empty_folder })
     }
 
     fn perform(mut self, (): &(), step: UnstageStep) -> Result<Self, &'static str> {
         self.memory = self.known();
         match step {
+            UnstageStep::SetRunning => {
+                assert!(self.is_offline() && self.top() != Some(At::Stranger), "{self:?}");
+                self.memory.was_set_running = true;
+                if self.power == Power::Offline {
+                    self.power = Power::On;
+                }
+            }
+            UnstageStep::Delete => {
+                assert!(self.top().is_none() && !self.is_mapping_found() && self.power == Power::Dead, "deleted what is in use: {self:?}");
+                self.drive = Drive::Absent;
+            }
             UnstageStep::Unmount => {
                 assert!(matches!(self.top(), Some(At::Ours { .. } | At::Gone { .. })), "unmounted what is not ours: {self:?}");
                 self.mounts = [self.mounts[0].filter(|_| self.mounts[1].is_some()), None];
@@ -191,7 +225,7 @@ impl Toy for World {
     /// by the reference driver's name, is not found again.
     fn is_known_to_this_process_alone(&self) -> bool {
         let is_passing = self.drive == Drive::Legacy || (self.drive == Drive::Absent && self.map == Map::Reference);
-        is_passing && (self.held != Held::No || self.map == Map::Reference)
+        is_passing && (self.held != Held::No || self.map == Map::Reference || self.power != Power::On)
     }
 
     fn happenings(self) -> Vec<Self> {
@@ -222,11 +256,11 @@ fn worlds() -> Vec<World> {
     }
     let mut worlds = Vec::new();
     for mounts in stacks {
-        for drive in every_drive() {
+        for (drive, power) in every_drive().into_iter().flat_map(|drive| every_power().into_iter().map(move |power| (drive, power))) {
             for map in every_map() {
                 for held in every_held() {
                     for folder in every_folder() {
-                        worlds.push(World { mounts, drive, map, held, folder, memory: Memory::default() });
+                        worlds.push(World { mounts, drive, power, map, held, folder, memory: Memory::default() });
                     }
                 }
             }
@@ -239,7 +273,7 @@ fn worlds() -> Vec<World> {
 #[test]
 fn unstaging_ends_from_everywhere_with_nothing_held() {
     let worlds = worlds();
-    assert_eq!(worlds.len(), (1 + 5 + 25) * 3 * 4 * 3 * 4);
+    assert_eq!(worlds.len(), (1 + 5 + 25) * 3 * 3 * 4 * 3 * 4);
     let walks = Walks::all(&(), &worlds);
     for world in &worlds {
         let (end, _) = &walks.ends[world];
@@ -260,26 +294,26 @@ fn unstaging_ends_from_everywhere_with_nothing_held() {
 fn unstaging_decides_harmlessly_whatever_is_seen() {
     let mut decided = 0;
     for mount in every_mount() {
-        for mapped in BOTH {
-            for held in BOTH {
-                for empty_folder in BOTH {
-                    let seen = UnstageSeen { mount: mount.clone(), mapped, held, empty_folder };
-                    let is_right = match next_unstage_step(&seen) {
-                        Err(refusal) => {
-                            assert_says_its_subject(&refusal);
-                            matches!(mount, Mount::Stranger(_))
-                        }
-                        Ok(Some(UnstageStep::Unmount)) => matches!(mount, Mount::Ours | Mount::Gone),
-                        Ok(Some(UnstageStep::Close)) => mount == Mount::None && mapped,
-                        Ok(Some(UnstageStep::AwaitRelease)) => mount == Mount::None && !mapped && held,
-                        Ok(Some(UnstageStep::RemoveFolder)) => mount == Mount::None && !mapped && !held && empty_folder,
-                        Ok(None) => mount == Mount::None && !mapped && !held && !empty_folder,
-                    };
-                    assert!(is_right, "{seen:?}");
-                    decided += 1;
+        for bits in 0..32 {
+            let [mapped, held, empty_folder, offline, dead] = [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
+            let seen = UnstageSeen { mount: mount.clone(), mapped, held, offline, dead, empty_folder };
+            let is_clear = mount == Mount::None && !offline && !mapped;
+            let is_right = match next_unstage_step(&seen) {
+                Err(refusal) => {
+                    assert_says_its_subject(&refusal);
+                    matches!(mount, Mount::Stranger(_) | Mount::Stale(_))
                 }
-            }
+                Ok(Some(UnstageStep::SetRunning)) => offline && matches!(mount, Mount::None | Mount::Ours | Mount::Gone),
+                Ok(Some(UnstageStep::Unmount)) => matches!(mount, Mount::Ours | Mount::Gone) && !offline,
+                Ok(Some(UnstageStep::Close)) => mount == Mount::None && mapped && !offline,
+                Ok(Some(UnstageStep::Delete)) => is_clear && dead,
+                Ok(Some(UnstageStep::AwaitRelease)) => is_clear && !dead && held,
+                Ok(Some(UnstageStep::RemoveFolder)) => is_clear && !dead && !held && empty_folder,
+                Ok(None) => is_clear && !dead && !held && !empty_folder,
+            };
+            assert!(is_right, "{seen:?}");
+            decided += 1;
         }
     }
-    assert_eq!(decided, 4 * 8);
+    assert_eq!(decided, 5 * 32);
 }
