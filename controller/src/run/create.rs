@@ -117,14 +117,14 @@ impl Controller {
         let begun = tried.as_ref().map(|(_, begun)| *begun);
         let tried = tried.map(|(handle, _)| handle);
         let owner = clusters.features.controller_vmid;
-        let mut found = self.choose(request, &self.look_for(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
+        let mut found = self.choose(request, &self.storages_seen(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
         let lacks_tried = |found: &[Candidate]| tried.as_ref().is_some_and(|tried| !found.iter().any(|one| is_of(one, tried)));
         let refused = |found: &Result<Vec<Candidate>, Refusal>| match found {
             Ok(found) => with_room(want, found).is_err() || lacks_tried(found),
             Err(_) => true,
         };
         if refused(&found) {
-            found = self.choose(request, &self.look_for(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
+            found = self.choose(request, &self.storages_seen(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
         }
         let found = found?;
         if let Some(tried) = &tried
@@ -146,7 +146,7 @@ impl Controller {
     }
 
     /// What is there, read since `since`. A region that is not asked for is still known by its name, but not read.
-    async fn look_for(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Look, Error> {
+    async fn storages_seen(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Look, Error> {
         let mut look = Look::default();
         for (name, region) in &clusters.regions {
             let is_asked_for =

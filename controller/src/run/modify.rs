@@ -23,6 +23,8 @@ use crate::request::Modify;
 const MAX_TURNS: usize = 5;
 /// external-resizer writes the PV's class right after our answer, and again for minutes where the API server is slow.
 const MODIFIED_AGE: Duration = Duration::from_secs(600);
+/// Between two looks at a change that Proxmox has planned and not carried out: that takes a tenth of a second.
+const PLAN_POLL: Duration = Duration::from_millis(400);
 /// Volumes whose change is remembered; beyond it all are forgotten.
 const MAX_MODIFIED: usize = 1024;
 
@@ -62,7 +64,7 @@ impl Region {
     async fn modify_drive(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, wanted: &Mutable) -> Result<(), Error> {
         let volid = handle.volid();
         let _alone = self.change_alone(vm.vmid).await;
-        let mut last = None;
+        let (mut last, mut is_planned) = (None, false);
         for _ in 0..MAX_TURNS {
             let known = self.unlocked_config(vm, Instant::now()).await?;
             let mut slots = known.config.naming(&volid).filter(|(key, _)| !key.starts_with("unused"));
@@ -70,13 +72,19 @@ impl Region {
             let Some((key, line, text)) = there.filter(|(_, line, _)| !line.delete) else {
                 return Err(Error::unavailable(format!("VM {} does not have it configured (any more); repeated", vm.vmid)));
             };
-            if line.pending.is_some() {
-                return Err(words(&Refusal::OtherPlan(key.into()), vm.vmid));
-            }
             let now: Drive = text.parse().map_err(|_| Error::precondition(format!("its drive {key} of VM {} cannot be read", vm.vmid)))?;
             let mut then = now.clone();
             wanted.apply(&mut then.options);
             mutable::check(&then.options).map_err(Error::invalid)?;
+            if let Some(plan) = line.pending.as_deref() {
+                if !is_same(plan, &then) {
+                    return Err(words(&Refusal::OtherPlan(key.into()), vm.vmid));
+                }
+                // Our own, whose answer was lost: Proxmox is at it, or its worker died.
+                is_planned = true;
+                tokio::time::sleep(PLAN_POLL).await;
+                continue;
+            }
             if then == now {
                 return Ok(());
             }
@@ -96,7 +104,20 @@ impl Region {
                 }
             }
         }
-        Err(last.map_or_else(|| Error::aborted("repeated"), Error::from))
+        if is_planned {
+            self.take_back_of(vm, &volid).await?;
+        }
+        Err(last.map_or_else(|| Error::unavailable("Proxmox has it planned and does not carry it out; repeated"), Error::from))
+    }
+
+    /// A plan of ours for that volume that stayed one.
+    async fn take_back_of(&self, vm: &Vm, volid: &str) -> Result<(), Error> {
+        let known = self.config(&vm.host, vm.vmid, Instant::now()).await?;
+        let planned = known.config.naming(volid).find(|(_, line)| line.value.is_some() && line.pending.is_some());
+        match planned {
+            Some((key, _)) => self.take_back(vm, key).await,
+            None => Ok(()),
+        }
     }
 
     /// `cache` of a plugged drive would only be planned, and the whole line with it.
@@ -126,20 +147,11 @@ impl Region {
                 vm.vmid
             )));
         }
-        let mut written = line
-            .value
-            .as_deref()
-            .and_then(|text| text.parse::<Drive>().ok())
-            .unwrap_or_else(|| Drive { volid: String::new(), ..then.clone() });
-        let mut meant = then.clone();
-        for drive in [&mut written, &mut meant] {
-            // Proxmox's own.
-            drive.options.remove("size");
-        }
-        if written == meant {
+        if line.value.as_deref().is_some_and(|text| is_same(text, then)) {
             return Ok(());
         }
-        Err(Error::unavailable(format!("{key} of VM {} is {written}, {meant} was written; repeated", vm.vmid)))
+        let written = line.value.clone().unwrap_or_default();
+        Err(Error::unavailable(format!("{key} of VM {} is {written}, {then} was written; repeated", vm.vmid)))
     }
 
     /// A plan of ours must not wait for the VM's next start.
@@ -176,4 +188,14 @@ impl Region {
         all.extend(modified.map(|(mutable, _)| mutable));
         Ok(all)
     }
+}
+
+/// Whether a line says what was meant; the size is Proxmox's own.
+fn is_same(line: &str, meant: &Drive) -> bool {
+    let Ok(mut drive) = line.parse::<Drive>() else { return false };
+    let mut meant = meant.clone();
+    for one in [&mut drive, &mut meant] {
+        one.options.remove("size");
+    }
+    drive == meant
 }

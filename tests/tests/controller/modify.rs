@@ -7,7 +7,7 @@ use proto::VolumeHandle;
 use proto::csi::{self, controller_server::Controller as _};
 use serde_json::json;
 use testbed::kube::Kubernetes;
-use testbed::sim::{Effect, Fault};
+use testbed::sim::{Effect, Fault, Inner};
 use tonic::{Code, Request, Status};
 
 use crate::bed::{Bed, MIB, assert_refused, create_request, standard};
@@ -91,10 +91,12 @@ async fn what_cannot_be_changed_is_refused_and_nothing_stays_planned() {
     bed.sim.set_pending(101, "scsi1", &format!("{before},queues=4"));
     assert_refused(modify(&by, &id, &[("diskIOPS", "50")]).await, Code::FailedPrecondition, &["--revert scsi1"]);
     bed.sim.drop_pending(101);
-    // Proxmox takes it, and only plans it: somebody changed the drive in the same moment.
     bed.sim.set_lock(101, Some("backup"));
     assert_refused(modify_within(&by, &id).await, Code::Unavailable, &["locked (backup)"]);
     bed.sim.set_lock(101, None);
+    // Its worker dies between the plan and the config: the plan must not wait for the VM's next start.
+    bed.sim.inject_inner(Inner::WorkerDies { vmid: 101 }, 1);
+    assert!(modify(&by, &id, &[("diskIOPS", "50")]).await.is_err());
     assert_eq!(drive(&bed), before);
     assert!(bed.sim.vm(101).unwrap().pending.is_empty());
 }
