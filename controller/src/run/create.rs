@@ -17,7 +17,7 @@ use super::capacity::Look;
 use super::region::{EVIDENCE_AGE, Region, ago};
 use super::{Clusters, Controller, MAX_TRIED, TRIED_AGE};
 use crate::error::Error;
-use crate::placement::{Candidate, Plugin, Refusal, Seen, Want, candidates, disk_name, disk_of, virtual_bytes, with_room};
+use crate::placement::{Candidate, Order, Plugin, Refusal, Seen, Want, candidates, disk_name, disk_of, virtual_bytes, with_room};
 use crate::pve::{self, Meaning, api};
 use crate::request::Create;
 
@@ -68,6 +68,9 @@ impl Controller {
             proto::warn!("create {}: {warning}", request.name);
         }
         let clusters = self.clusters()?;
+        if request.want.order == Order::Wish && request.want.terms.len() > 1 && request.claim.is_some() {
+            self.placed().note_selected(&request.want.storage);
+        }
         let (request, unscheduled) = self.asked_kubernetes(request).await;
         let made = self.make(&clusters, &request).await;
         let (place, capacity_bytes) = match made {
@@ -164,11 +167,13 @@ impl Controller {
 
     /// Chooses, and lets every other call count the choice from this moment on.
     fn choose(&self, request: &Create, look: &Look, tried: Option<&VolumeHandle>, owner: u32) -> Result<Vec<Candidate>, Refusal> {
-        let want = &request.want;
-        let mut placed = self.placed();
+        let (mut want, mut placed) = (request.want.clone(), self.placed());
+        if want.order == Order::Either && placed.was_selected(&want.storage) {
+            want.order = Order::Wish;
+        }
         let promised = look.promised(&placed, &request.name, &want.storage);
         let loads = placed.loads(&request.name, &want.storage);
-        let mut found = candidates(want, Seen { regions: &look.regions, promised: &promised, loads: &loads })?;
+        let mut found = candidates(&want, Seen { regions: &look.regions, promised: &promised, loads: &loads })?;
         if let Some(tried) = tried {
             // It may still be on its way there: not seen yet is not "not made". A stable sort keeps the rest as it was.
             found.sort_by_key(|one| !is_of(one, tried));
