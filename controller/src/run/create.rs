@@ -315,10 +315,10 @@ async fn is_nowhere(clusters: &Clusters, handle: &VolumeHandle) -> bool {
 async fn earlier(places: &[Place]) -> Result<Option<(Place, u64)>, Error> {
     let mut looking = JoinSet::new();
     for place in places.iter().cloned() {
-        looking.spawn(async move {
+        looking.spawn(proto::log::carried(async move {
             let size = place.size().await;
             (place, size)
-        });
+        }));
     }
     let mut found = None;
     while let Some(looked) = looking.join_next().await {

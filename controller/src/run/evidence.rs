@@ -274,7 +274,7 @@ impl Region {
                     continue;
                 }
                 let (region, volid, host) = (Arc::clone(self), volid.clone(), host.clone());
-                reading.spawn(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await });
+                reading.spawn(carried(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await }));
             }
         }
         while let Some(read) = reading.join_next().await {
