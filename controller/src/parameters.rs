@@ -41,17 +41,12 @@ const INODE_SIZES: &[u64] = &[128, 256, 512, 1024, 2048, 4096];
 /// xfs inode sizes, with checksums; at most half a block.
 const XFS_INODE_SIZES: &[u64] = &[512, 1024, 2048];
 
-/// How much of the storage stays free.
-const STORAGE_RESERVE: &str = "storageReserve";
-/// How many times a thin storage's size all its volumes may have together.
-const STORAGE_OVERCOMMIT: &str = "storageOvercommit";
-
 /// Every key that CreateVolume knows.
 const KNOWN: &[&str] = &[
     "storage",
     "storageFormat",
-    STORAGE_RESERVE,
-    STORAGE_OVERCOMMIT,
+    "storageReserve",
+    "storageOvercommit",
     "cache",
     "aio",
     "ssd",
@@ -154,7 +149,7 @@ impl Parameters {
     /// A sentence with the key, the value and what would be right.
     pub fn room_of_class(given: &HashMap<String, String>) -> Result<Room, String> {
         let text = |key: &str| given.get(key).map(String::as_str).filter(|value| !value.is_empty());
-        Room::read(text(STORAGE_RESERVE), text(STORAGE_OVERCOMMIT))
+        Room::read(text("storageReserve"), text("storageOvercommit"))
     }
 
     /// Whether the class speaks of LUKS: it is an encrypting one then, with or without a secret for the provisioner.

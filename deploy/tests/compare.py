@@ -247,6 +247,20 @@ def values_have_their_effect():
     check(not objects["storage.k8s.io/v1", "CSIDriver", "", "csi.proxmox.sinextra.dev"]["spec"]["storageCapacity"], "CSIDriver storageCapacity with enableCapacity false")
 
 
+def probes():
+    """kubelet asks the port that the controller listens at, whatever it is; 0 is off."""
+    for arguments, port in [((), 9808), (("--set", "metrics.enabled=true"), 8080), (("--set", "controller.healthPort=0"), None)]:
+        pod = by_key(rendered(*arguments))["apps/v1", "Deployment", "csi-proxmox", "proxmox-csi-plugin-controller"]["spec"]["template"]["spec"]
+        container = pod["containers"][0]
+        listens = [one for one in container["args"] if one.startswith("--metrics-address")]
+        check(listens == ([f"--metrics-address=:{port}"] if port else []), f"{arguments}: {listens}")
+        ports = {one["name"]: one["containerPort"] for one in container.get("ports", [])}
+        for probe, path in [("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")]:
+            asked = container.get(probe, {}).get("httpGet")
+            check((asked is not None) == bool(port), f"{arguments}: {probe}")
+            check(not asked or (asked["path"], ports.get(asked["port"])) == (path, port), f"{arguments}: {probe} asks {asked}")
+
+
 def confined():
     """Controller: no root, no capability, nothing writable. Node: no memory limit, no account's token."""
     objects = by_key(rendered())
@@ -415,7 +429,7 @@ def commands_of_documents():
     check(ran > 10, f"only {ran} commands were found in the documents")
 
 
-CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, confined, versions, a_daemonset_per_zone, labels_by_an_init_container, keys_are_the_code_s, privileges, documents_are_true, commands_of_documents]
+CHECKS = [helm_and_kustomize, in_place_switch, images_by_digest, wrong_values_are_refused, values_have_their_effect, probes, confined, versions, a_daemonset_per_zone, labels_by_an_init_container, keys_are_the_code_s, privileges, documents_are_true, commands_of_documents]
 
 if __name__ == "__main__":
     for one in CHECKS:

@@ -135,7 +135,7 @@ fn answer(request: &[u8], is_near: bool, pages: &Pages) -> String {
         }
         ("PUT", path) => match path.strip_prefix(LEVEL).map(crate::log::set_level) {
             Some(Ok(())) => ("200 OK", "ok\n".to_string()),
-            Some(Err(why)) => ("400 Bad Request", why),
+            Some(Err(why)) => ("400 Bad Request", why + "\n"),
             None => ("405 Method Not Allowed", ONLY_GET.to_string()),
         },
         _ => ("405 Method Not Allowed", ONLY_GET.to_string()),

@@ -161,7 +161,11 @@ fn shaped(level: &str, call: u64, what: &str, json: Option<Duration>) -> String 
         let what = what.replace('\n', " | ");
         return if call == 0 { format!("{level} {what}\n") } else { format!("{level} [{call:x}] {what}\n") };
     };
-    let mut text = format!("{{\"time\":{},\"level\":\"{level}\",\"request\":\"{call:x}\",\"message\":\"", crate::metrics::seconds(time));
+    let mut text = format!("{{\"time\":{},\"level\":\"{level}\",", crate::metrics::seconds(time));
+    if call != 0 {
+        text.push_str(&format!("\"request\":\"{call:x}\","));
+    }
+    text.push_str("\"message\":\"");
     for character in what.chars() {
         match character {
             '"' | '\\' => text.extend(['\\', character]),
@@ -205,6 +209,7 @@ mod tests {
         assert_eq!(shaped("WARN", 0xab, "c", None), "WARN [ab] c\n");
         let json = shaped("WARN", 0xab, "say \"x\\y\"\n\u{1}ü", Some(Duration::from_millis(1_500)));
         assert_eq!(json, "{\"time\":1.5,\"level\":\"WARN\",\"request\":\"ab\",\"message\":\"say \\\"x\\\\y\\\"\\u000a\\u0001ü\"}\n");
+        assert_eq!(shaped("INFO", 0, "", Some(Duration::ZERO)), "{\"time\":0,\"level\":\"INFO\",\"message\":\"\"}\n");
         assert!(set_format("xml").unwrap_err().contains("json"));
     }
 

@@ -23,6 +23,8 @@ mod kernels;
 mod keys;
 #[path = "node/kill.rs"]
 mod kill;
+#[path = "node/left.rs"]
+mod left;
 #[path = "node/life.rs"]
 mod life;
 #[path = "node/limits.rs"]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use base64ct::{Base64, Encoding as _};
 use serde_json::Value;
 use serde_yaml::Value as Yaml;
 use tokio::sync::Semaphore;
@@ -40,6 +41,8 @@ pub struct Access {
     url: String,
     token: Token,
     ca: Option<PathBuf>,
+    /// Where it is in the kubeconfig itself.
+    trust: Trust,
     /// Our own namespace.
     pub namespace: String,
 }
@@ -59,7 +62,7 @@ impl Access {
     /// With a token in a file.
     #[must_use]
     pub fn new(url: &str, token: PathBuf, ca: Option<&Path>, namespace: &str) -> Self {
-        Self { url: url.into(), token: Token::File(token), ca: ca.map(Into::into), namespace: namespace.into() }
+        Self { url: url.into(), token: Token::File(token), ca: ca.map(Into::into), trust: Trust::System, namespace: namespace.into() }
     }
 
     /// The API server of the cluster that this pod runs in, as kubelet says it; nothing outside of one, or in a pod without a
@@ -112,11 +115,16 @@ impl Access {
             (None, None) => return Err(failed("its user has no token or tokenFile; other ways are not supported")),
         };
         let ca = word(cluster.get("certificate-authority")).map(PathBuf::from);
-        if ca.is_none() && cluster.get("certificate-authority-data").is_some() {
-            return Err(failed("certificate-authority-data is not supported; write certificate-authority: FILE"));
-        }
+        let trust = match (&ca, word(cluster.get("certificate-authority-data"))) {
+            (None, Some(data)) => {
+                let pem = Base64::decode_vec(&data).ok().filter(|pem| !http::certificates(pem).is_empty());
+                let pem = pem.ok_or_else(|| failed("certificate-authority-data is no PEM certificate in base64"))?;
+                Trust::Ca { file: path.into(), pem }
+            }
+            (Some(_), _) | (None, None) => Trust::System,
+        };
         let namespace = word(context.get("namespace")).unwrap_or_else(|| "default".into());
-        Ok(Some(Self { url: url.trim_end_matches('/').into(), token, ca, namespace }))
+        Ok(Some(Self { url: url.trim_end_matches('/').into(), token, ca, trust, namespace }))
     }
 }
 
@@ -221,7 +229,7 @@ impl Api {
     /// # Errors
     /// There are no certificates to trust.
     pub(super) fn new(access: Access) -> Result<Self, Failure> {
-        let agent = http::agent(access.url.starts_with("https://"), &Trust::System, access.ca.as_deref(), http::CONNECT_TIMEOUT)?;
+        let agent = http::agent(access.url.starts_with("https://"), &access.trust, access.ca.as_deref(), http::CONNECT_TIMEOUT)?;
         let threads = |most| Arc::new(Semaphore::new(most));
         Ok(Self { agent, access, in_flight: Arc::default(), threads: threads(MOST_CALLS), threads_of_lease: threads(MOST_OF_LEASE) })
     }
@@ -313,7 +321,8 @@ mod tests {
             ("current-context: c", "current-context: d", "\"d\""),
             ("token: s3cret", "password: s3cret", "tokenFile"),
             ("server: 'http://127.0.0.1:1/'", "server: ''", "server"),
-            ("server:", "certificate-authority-data: x, server:", "certificate-authority: FILE"),
+            ("server:", "certificate-authority-data: x, server:", "no PEM certificate"),
+            ("server:", "certificate-authority-data: aGVsbG8=, server:", "no PEM certificate"),
             ("contexts: [", "contexts: [[", "no YAML"),
         ] {
             let why = read(&GOOD.replace(from, to)).unwrap_err();

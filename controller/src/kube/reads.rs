@@ -115,24 +115,45 @@ impl Kube {
     }
 
     /// The handles of our volumes that Kubernetes has attached to a node, or is attaching to or detaching from it, and whether
-    /// they are attached by its own books.
+    /// they are attached by its own books. Without those whose PV is gone.
     ///
     /// # Errors
     /// The call that failed: nothing can be said then.
     pub async fn attached_to(self: &Arc<Self>, node: &str) -> Result<BTreeMap<String, bool>, Failure> {
+        Ok(self.attachments_of(node).await?.0)
+    }
+
+    /// The same for whom it must be all of them.
+    ///
+    /// # Errors
+    /// The call that failed; or a PV is gone under its attachment (its finalizer was taken away).
+    pub async fn all_attached_to(self: &Arc<Self>, node: &str) -> Result<BTreeMap<String, bool>, Failure> {
+        match self.attachments_of(node).await? {
+            (handles, None) => Ok(handles),
+            (_, Some(pv)) => {
+                Err(format!("node {node} has a VolumeAttachment without its PV {pv}; find and remove it: kubectl get volumeattachment"))
+            }
+        }
+    }
+
+    /// And a PV that is gone, where there is one.
+    async fn attachments_of(self: &Arc<Self>, node: &str) -> Result<(BTreeMap<String, bool>, Option<String>), Failure> {
         let attachments = self.attachments().await?;
-        let mut handles = BTreeMap::new();
+        let (mut handles, mut gone) = (BTreeMap::new(), None);
         for attachment in attachments.iter().filter(|attachment| attachment.node == node) {
             let handle = match &attachment.volume {
-                Attached::Handle(handle) => Some(handle.clone()),
-                Attached::Pv(pv) => self.handle_of(pv).await?,
+                Attached::Handle(handle) => handle.clone(),
+                Attached::Pv(pv) => match self.handle_of(pv).await? {
+                    Some(handle) => handle,
+                    None => {
+                        gone.get_or_insert_with(|| pv.clone());
+                        continue;
+                    }
+                },
             };
-            // Gone under its attachment (its finalizer was taken away): nothing can be said of the node.
-            let handle = handle
-                .ok_or_else(|| format!("node {node} has a VolumeAttachment without its PV; remove it: kubectl get volumeattachment"))?;
             *handles.entry(handle).or_default() |= attachment.is_attached;
         }
-        Ok(handles)
+        Ok((handles, gone))
     }
 
     /// Nodes to which something of ours is attached, and of which there is no CSINode any more.

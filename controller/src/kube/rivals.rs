@@ -73,6 +73,16 @@ impl Kube {
         Ok(())
     }
 
+    /// Namespace and pod of whoever held an attacher's Lease in another namespace within the last ten minutes.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub(crate) async fn rivals(self: &Arc<Self>) -> Result<Vec<(String, String)>, Failure> {
+        let here = self.api.namespace();
+        let elsewhere = self.attachers().await?.into_iter().filter(|(namespace, _)| namespace != here);
+        Ok(elsewhere.map(|(namespace, one)| (namespace, one.holder)).collect())
+    }
+
     fn not_alone(&self, namespace: &str, holder: &str) -> Failure {
         let us = self.lease().map_or("this process", |lease| lease.pod());
         format!(

@@ -19,7 +19,7 @@ const TIGHT_PART: u64 = 10;
 pub enum Order {
     /// A node is selected, or somebody has a wish: by order, as long as there is room.
     Wish,
-    /// The provisioner's rotation, or by chance the same with a selected node.
+    /// The provisioner's rotation, or by chance the same with a selected node. Who knows more says [`Order::Wish`] or [`Order::Free`].
     Either,
     /// No wish: by room and spread.
     Free,

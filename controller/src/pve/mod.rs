@@ -107,6 +107,8 @@ pub struct Client {
 #[derive(Debug)]
 struct Shared {
     in_flight: Arc<AtomicUsize>,
+    /// Of those, the ones that change something.
+    writes: Arc<AtomicUsize>,
     /// Calls so far: each has its number on the wire, so that two that say the same are told apart.
     calls: AtomicU64,
     threads: Arc<Semaphore>,
@@ -116,7 +118,8 @@ struct Shared {
 impl Default for Shared {
     fn default() -> Self {
         let threads = |most| Arc::new(Semaphore::new(most));
-        Self { in_flight: Arc::default(), calls: AtomicU64::default(), threads: threads(CALL_THREADS), looks: threads(MAX_URLS) }
+        let (in_flight, writes) = Default::default();
+        Self { in_flight, writes, calls: AtomicU64::default(), threads: threads(CALL_THREADS), looks: threads(MAX_URLS) }
     }
 }
 
@@ -136,20 +139,24 @@ impl From<Error> for Broken {
 /// What a call's number travels as: that of the RPC that it is made for, as the log has it, and its own.
 const NUMBER_HEADER: &str = "X-Request-Id";
 
-/// A call that has not ended: it lasts as long as its last clone.
+/// A call that has not ended: it lasts as long as its last clone. Of all of them, and of the writes where it is one.
 #[derive(Debug)]
-struct Flight(Arc<AtomicUsize>);
+struct Flight(Vec<Arc<AtomicUsize>>);
 
 impl Flight {
-    fn begin(of: &Arc<AtomicUsize>) -> Arc<Self> {
-        of.fetch_add(1, Ordering::SeqCst);
-        Arc::new(Self(Arc::clone(of)))
+    fn begin(of: Vec<Arc<AtomicUsize>>) -> Arc<Self> {
+        of.iter().for_each(|count| {
+            let _ = count.fetch_add(1, Ordering::SeqCst);
+        });
+        Arc::new(Self(of))
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        self.0.iter().for_each(|count| {
+            let _ = count.fetch_sub(1, Ordering::SeqCst);
+        });
     }
 }
 
@@ -242,7 +249,9 @@ impl Client {
         };
         let _at_a_time = metrics::waited(Lock::ClusterCalls, self.at_a_time.acquire()).await;
         // The thread goes on when the caller gives up, and the caller some time after the thread: the flight ends with both.
-        let flight = Flight::begin(&self.shared.in_flight);
+        let mut counts = vec![Arc::clone(&self.shared.in_flight)];
+        counts.extend(request.is_write().then(|| Arc::clone(&self.shared.writes)));
+        let flight = Flight::begin(counts);
         let number = self.shared.calls.fetch_add(1, Ordering::Relaxed);
         let number = format!("{:x}.{number}", proto::log::call());
         let begun = Instant::now();
@@ -380,6 +389,12 @@ impl Client {
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
         self.shared.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// Those of them that change something: a read leaves nothing that could come later.
+    #[must_use]
+    pub fn writes_in_flight(&self) -> usize {
+        self.shared.writes.load(Ordering::SeqCst)
     }
 
     /// Waits for a task to end well, which it hardly does before `earliest`: until then it is asked about once, for a refusal comes at

@@ -70,11 +70,11 @@ impl Controller {
         let mut looking = JoinSet::new();
         for (other, elsewhere) in self.clusters()?.regions.iter().filter(|(other, _)| **other != region.name) {
             let (other, elsewhere, name) = (other.clone(), Arc::clone(elsewhere), name.clone());
-            looking.spawn(async move {
+            looking.spawn(proto::log::carried(async move {
                 // A cluster that hangs keeps nobody of another one waiting.
                 let found = tokio::time::timeout(ELSEWHERE_LIMIT, elsewhere.vm_named(&name)).await.ok().flatten();
                 found.map(|vm| (other, vm))
-            });
+            }));
         }
         let found: BTreeMap<_, _> = looking.join_all().await.into_iter().flatten().collect();
         let Some((other, vm)) = found.into_iter().next() else { return Ok(()) };

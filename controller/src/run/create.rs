@@ -17,7 +17,7 @@ use super::capacity::Look;
 use super::region::{EVIDENCE_AGE, Region, ago};
 use super::{Clusters, Controller, MAX_TRIED, TRIED_AGE};
 use crate::error::Error;
-use crate::placement::{Candidate, Plugin, Refusal, Seen, Want, candidates, disk_name, disk_of, virtual_bytes, with_room};
+use crate::placement::{Candidate, Order, Plugin, Refusal, Seen, Want, candidates, disk_name, disk_of, virtual_bytes, with_room};
 use crate::pve::{self, Meaning, api};
 use crate::request::Create;
 
@@ -68,6 +68,9 @@ impl Controller {
             proto::warn!("create {}: {warning}", request.name);
         }
         let clusters = self.clusters()?;
+        if request.want.order == Order::Wish && request.want.terms.len() > 1 && request.claim.is_some() {
+            self.placed().note_selected(&request.want.storage);
+        }
         let (request, unscheduled) = self.asked_kubernetes(request).await;
         let made = self.make(&clusters, &request).await;
         let (place, capacity_bytes) = match made {
@@ -92,19 +95,19 @@ impl Controller {
     }
 
     async fn make(&self, clusters: &Clusters, request: &Create) -> Result<(Place, u64), Error> {
-        let places = self.places(clusters, request).await?;
-        if let Some((place, size_bytes)) = earlier(places.get(1..).unwrap_or_default()).await? {
-            return Ok((place, fitting(&request.want, size_bytes)?));
-        }
-        match self.allocate(clusters, request, &places).await {
-            Ok(made) => Ok(made),
-            Err(failed) if failed.is_host_off => {
-                // Nothing was sent; what is read now knows better who is there.
-                let places = self.places(clusters, request).await?;
-                self.allocate(clusters, request, &places).await.map_err(|failed| failed.error)
+        for is_last in [false, true] {
+            let places = self.places(clusters, request).await?;
+            if let Some((place, size_bytes)) = earlier(places.get(1..).unwrap_or_default()).await? {
+                return Ok((place, fitting(&request.want, size_bytes)?));
             }
-            Err(failed) => Err(failed.error),
+            match self.allocate(clusters, request, &places).await {
+                Ok(made) => return Ok(made),
+                // Nothing was sent; what is read next knows better who is there.
+                Err(failed) if failed.is_host_off && !is_last => (),
+                Err(failed) => return Err(failed.error),
+            }
         }
+        Err(Error::internal("no try to create it was the last"))
     }
 
     /// The candidates in order, from a snapshot that is read again before anything is refused.
@@ -114,14 +117,14 @@ impl Controller {
         let begun = tried.as_ref().map(|(_, begun)| *begun);
         let tried = tried.map(|(handle, _)| handle);
         let owner = clusters.features.controller_vmid;
-        let mut found = self.choose(request, &self.look_for(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
+        let mut found = self.choose(request, &self.storages_seen(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
         let lacks_tried = |found: &[Candidate]| tried.as_ref().is_some_and(|tried| !found.iter().any(|one| is_of(one, tried)));
         let refused = |found: &Result<Vec<Candidate>, Refusal>| match found {
             Ok(found) => with_room(want, found).is_err() || lacks_tried(found),
             Err(_) => true,
         };
         if refused(&found) {
-            found = self.choose(request, &self.look_for(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
+            found = self.choose(request, &self.storages_seen(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
         }
         let found = found?;
         if let Some(tried) = &tried
@@ -143,7 +146,7 @@ impl Controller {
     }
 
     /// What is there, read since `since`. A region that is not asked for is still known by its name, but not read.
-    async fn look_for(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Look, Error> {
+    async fn storages_seen(&self, clusters: &Clusters, want: &Want, since: Instant) -> Result<Look, Error> {
         let mut look = Look::default();
         for (name, region) in &clusters.regions {
             let is_asked_for =
@@ -164,11 +167,13 @@ impl Controller {
 
     /// Chooses, and lets every other call count the choice from this moment on.
     fn choose(&self, request: &Create, look: &Look, tried: Option<&VolumeHandle>, owner: u32) -> Result<Vec<Candidate>, Refusal> {
-        let want = &request.want;
-        let mut placed = self.placed();
+        let (mut want, mut placed) = (request.want.clone(), self.placed());
+        if want.order == Order::Either && placed.was_selected(&want.storage) {
+            want.order = Order::Wish;
+        }
         let promised = look.promised(&placed, &request.name, &want.storage);
         let loads = placed.loads(&request.name, &want.storage);
-        let mut found = candidates(want, Seen { regions: &look.regions, promised: &promised, loads: &loads })?;
+        let mut found = candidates(&want, Seen { regions: &look.regions, promised: &promised, loads: &loads })?;
         if let Some(tried) = tried {
             // It may still be on its way there: not seen yet is not "not made". A stable sort keeps the rest as it was.
             found.sort_by_key(|one| !is_of(one, tried));
@@ -310,10 +315,10 @@ async fn is_nowhere(clusters: &Clusters, handle: &VolumeHandle) -> bool {
 async fn earlier(places: &[Place]) -> Result<Option<(Place, u64)>, Error> {
     let mut looking = JoinSet::new();
     for place in places.iter().cloned() {
-        looking.spawn(async move {
+        looking.spawn(proto::log::carried(async move {
             let size = place.size().await;
             (place, size)
-        });
+        }));
     }
     let mut found = None;
     while let Some(looked) = looking.join_next().await {

@@ -4,7 +4,7 @@
 //! names it. On a storage local to one Proxmox node the VMs of that node can hold the volume, and those elsewhere whose
 //! config still names it (moved there by HA, say).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -249,6 +249,17 @@ impl Region {
         let hosts = self.hosts_in_reach(handle, &resources).await?;
         let listed = self.states_of(hosts.into_iter().filter(|host| !is_off(&resources, host)).collect(), begun).await?;
         let (mut found, mut reading) = (Vec::new(), JoinSet::new());
+        let mut missed: BTreeMap<u32, String> = BTreeMap::new();
+        if self.reach(handle).await? != Reach::Local {
+            // On its way from a node asked late to one asked early.
+            let listed: BTreeSet<u32> = listed.values().flatten().flat_map(BTreeMap::keys).copied().collect();
+            let unlisted = resources.vms.values().filter(|vm| !listed.contains(&vm.vmid) && !is_off(&resources, &vm.host));
+            missed.extend(unlisted.map(|vm| (vm.vmid, vm.host.clone())));
+        }
+        for (vmid, host) in missed.into_iter().filter(|(vmid, _)| *vmid != except) {
+            let (region, volid, state) = (Arc::clone(self), volid.clone(), VmState { running: true, ..VmState::default() });
+            reading.spawn(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await });
+        }
         for (host, states) in listed {
             let states = match states {
                 Ok(states) => states,
@@ -263,7 +274,7 @@ impl Region {
                     continue;
                 }
                 let (region, volid, host) = (Arc::clone(self), volid.clone(), host.clone());
-                reading.spawn(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await });
+                reading.spawn(carried(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await }));
             }
         }
         while let Some(read) = reading.join_next().await {

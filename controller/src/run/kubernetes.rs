@@ -53,7 +53,7 @@ impl Region {
         let Some(kube) = &self.kube else { return Ok(None) };
         let nodes = self.nodes_of(kube, vmid).await?;
         let [node] = nodes.as_slice() else { return Ok(None) };
-        let attachments = kube.attached_to(node).await.map_err(Error::unavailable)?;
+        let attachments = kube.all_attached_to(node).await.map_err(Error::unavailable)?;
         let volid = handle.volid();
         let is_ours = |given: &str| given.parse::<VolumeHandle>().is_ok_and(|given| given.region == self.name && given.volid() == volid);
         let words = attachments.iter().filter(|(given, _)| is_ours(given));
@@ -227,7 +227,7 @@ impl Region {
     ///
     /// # Errors
     /// As [`Region::vm_of`].
-    pub(super) async fn vm_of_node(&self, node: &CsiNode, is_only: bool) -> Result<Option<Vm>, Error> {
+    pub(crate) async fn vm_of_node(&self, node: &CsiNode, is_only: bool) -> Result<Option<Vm>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         match node_id(&node.node_id) {
             // A number alone may be another cluster's.
@@ -266,7 +266,7 @@ impl Region {
             nodes = kube.nodes_forgotten().await.map_err(Error::unavailable)?;
         }
         for node in nodes {
-            if kube.attached_to(&node).await.map_err(Error::unavailable)?.keys().any(is_ours) {
+            if kube.all_attached_to(&node).await.map_err(Error::unavailable)?.keys().any(is_ours) {
                 found.push(Reference { vmid, host: host.into(), key: node, view: View::Attachment, off: None });
             }
         }

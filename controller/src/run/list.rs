@@ -225,10 +225,10 @@ impl Region {
                 continue;
             }
             let (region, owners) = (Arc::clone(self), owners.clone());
-            reading.spawn(async move {
+            reading.spawn(proto::log::carried(async move {
                 let listing = region.listing(&source, &owners).await;
                 (source, listing)
-            });
+            }));
         }
         let mut found = Found::default();
         while let Some(read) = reading.join_next().await {

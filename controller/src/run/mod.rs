@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::VolumeHandle;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::{Features, Reading, Stamp, stamp_of};
@@ -158,17 +159,23 @@ impl Controller {
     /// Says once, in the log, which Proxmox VE each region is, and whether that one was ever tried.
     pub async fn greet(&self) {
         let Ok(clusters) = self.clusters() else { return };
+        let mut greeting_all = JoinSet::new();
         for (name, region) in &clusters.regions {
-            let request = api::version();
-            let call = request.name();
-            match region.client().call(request).await.and_then(|data| api::read_version(&call, &data)) {
-                Ok(version) => match greeting(name, &version) {
-                    Ok(known) => proto::info!("{known}"),
-                    Err(untested) => proto::warn!("{untested}"),
-                },
-                Err(error) => proto::warn!("region {name}: {}", Error::from(error).text),
-            }
+            let (name, region) = (name.clone(), Arc::clone(region));
+            greeting_all.spawn(async move {
+                let request = api::version();
+                let call = request.name();
+                match region.client().call(request).await.and_then(|data| api::read_version(&call, &data)) {
+                    Ok(version) => match greeting(&name, &version) {
+                        Ok(known) => proto::info!("{known}"),
+                        Err(untested) => proto::warn!("{untested}"),
+                    },
+                    Err(error) => proto::warn!("region {name}: {}", Error::from(error).text),
+                }
+            });
         }
+        // One that hangs keeps no other one from being heard: readiness waits for that.
+        greeting_all.join_all().await;
     }
 
     pub(crate) fn clusters(&self) -> Result<Arc<Clusters>, Error> {
@@ -229,7 +236,7 @@ impl Controller {
         let fence = self.kube.as_ref().map(|kube| kube.fence()).unwrap_or_default();
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let mut regions = loaded.clusters.iter().flat_map(|clusters| clusters.regions.values());
-        regions.all(|region| region.client().calls_in_flight() == 0) && fence.last_unknown().is_none_or(|at| at.elapsed() >= DOUBT_AGE)
+        regions.all(|region| region.client().writes_in_flight() == 0) && fence.last_unknown().is_none_or(|at| at.elapsed() >= DOUBT_AGE)
     }
 
     /// Calls to Proxmox that have begun and not ended, also those whose caller has given up.
@@ -317,7 +324,14 @@ fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, befo
                     region.renew(client, rules);
                     Arc::clone(region)
                 }
-                None => Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned())),
+                // At other addresses; what was sent to the old ones may still go on.
+                None => {
+                    let client = match known {
+                        Some(region) => client.instead_of(&region.client()),
+                        None => client,
+                    };
+                    Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned()))
+                }
             };
             (cluster.region.clone(), region)
         });

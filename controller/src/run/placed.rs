@@ -24,36 +24,53 @@ struct Placed {
     at: Instant,
 }
 
-/// Volume name → where it is, or is being made.
 #[derive(Debug, Default)]
-pub(super) struct Ledger(HashMap<String, Placed>);
+pub(super) struct Ledger {
+    /// Volume name → where it is, or is being made.
+    volumes: HashMap<String, Placed>,
+    /// Storage → when the provisioner last put a selected node's zone first there: its claims wait for their pods, then.
+    selected: HashMap<String, Instant>,
+}
 
 impl Ledger {
     /// Notes where a volume goes, before it is made: concurrent calls count it.
     pub(super) fn note(&mut self, name: &str, handle: &VolumeHandle, bytes: u64) {
-        if self.0.len() >= MAX_PLACED {
-            self.0.retain(|_, placed| placed.at.elapsed() < LATELY);
+        if self.volumes.len() >= MAX_PLACED {
+            self.volumes.retain(|_, placed| placed.at.elapsed() < LATELY);
         }
-        if self.0.len() >= MAX_PLACED {
-            self.0.clear();
+        if self.volumes.len() >= MAX_PLACED {
+            self.volumes.clear();
         }
-        self.0.insert(name.into(), Placed { handle: handle.clone(), bytes, at: Instant::now() });
+        self.volumes.insert(name.into(), Placed { handle: handle.clone(), bytes, at: Instant::now() });
+    }
+
+    /// A zone that came first was no rotation: a node was selected.
+    pub(super) fn note_selected(&mut self, storage: &str) {
+        self.selected.retain(|_, at| at.elapsed() < LATELY);
+        if self.selected.len() < MAX_PLACED {
+            self.selected.insert(storage.into(), Instant::now());
+        }
+    }
+
+    /// Whether one that could be either is a selected node's, too.
+    pub(super) fn was_selected(&self, storage: &str) -> bool {
+        self.selected.get(storage).is_some_and(|at| at.elapsed() < LATELY)
     }
 
     /// It was not made.
     pub(super) fn forget(&mut self, name: &str) {
-        self.0.remove(name);
+        self.volumes.remove(name);
     }
 
     /// It is gone.
     pub(super) fn forget_volume(&mut self, gone: &VolumeHandle) {
-        self.0.retain(|_, placed| placed.handle.region != gone.region || placed.handle.volid() != gone.volid());
+        self.volumes.retain(|_, placed| placed.handle.region != gone.region || placed.handle.volid() != gone.volid());
     }
 
     /// What counts for the next volume of that name on `storage`.
     pub(super) fn loads(&self, name: &str, storage: &str) -> Loads {
         let mut loads = Loads::new();
-        for (_, placed) in self.0.iter().filter(|(of, placed)| *of != name && placed.at.elapsed() < LATELY) {
+        for (_, placed) in self.volumes.iter().filter(|(of, placed)| *of != name && placed.at.elapsed() < LATELY) {
             let load: &mut Load = loads.entry((placed.handle.region.clone(), placed.handle.zone.clone())).or_default();
             load.volumes += 1;
             if placed.handle.storage == storage && placed.at.elapsed() < UNSEEN {
@@ -69,7 +86,7 @@ impl Ledger {
             (placed.handle.region.as_str(), placed.handle.zone.as_str(), placed.handle.storage.as_str()) == (region, zone, storage)
         };
         let unlisted = |placed: &Placed| placed.at.elapsed() < LATELY && there(placed) && !listed.contains_key(&placed.handle.volid());
-        let of_others = self.0.iter().filter(|(of, placed)| *of != name && unlisted(placed));
+        let of_others = self.volumes.iter().filter(|(of, placed)| *of != name && unlisted(placed));
         of_others.fold(0, |sum: u64, (_, placed)| sum.saturating_add(placed.bytes))
     }
 }
@@ -83,7 +100,7 @@ mod tests {
     }
 
     fn age(ledger: &mut Ledger, by: Duration) {
-        for placed in ledger.0.values_mut() {
+        for placed in ledger.volumes.values_mut() {
             placed.at = placed.at.checked_sub(by).unwrap();
         }
     }
@@ -111,6 +128,8 @@ mod tests {
         for n in 0..=MAX_PLACED {
             ledger.note(&n.to_string(), &handle("r/x/ds/vm-9999-a"), 1);
         }
-        assert!(ledger.0.len() <= MAX_PLACED);
+        assert!(ledger.volumes.len() <= MAX_PLACED);
+        ledger.note_selected("ds");
+        assert!(ledger.was_selected("ds") && !ledger.was_selected("other"));
     }
 }

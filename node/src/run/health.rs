@@ -191,3 +191,21 @@ fn since_start() -> Duration {
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     START.get_or_init(Instant::now).elapsed()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{Bench, HANDLE};
+    use super::*;
+    use crate::testing::volume;
+
+    /// One that left this node without an unstage is in nobody's trouble.
+    #[test]
+    fn a_volume_that_kubelet_asks_about_no_more_is_forgotten() {
+        let node = Bench::new(&[]).node;
+        node.remember(&volume(HANDLE), Some("the ext4 on sdb is ill".into()));
+        node.forget_unasked(UNASKED);
+        assert_eq!(node.health.lock().unwrap().len(), 1);
+        node.forget_unasked(Duration::ZERO);
+        assert!(node.health.lock().unwrap().is_empty());
+    }
+}

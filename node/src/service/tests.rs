@@ -143,3 +143,17 @@ fn the_outcome_of_a_call_that_is_too_late_is_counted_and_keys_are_not_blamed_on_
     // The runtime has waited for the thread.
     assert!(metrics::FILESYSTEM_ERRORS.value() > before && busy.hold("csi-1", "unstage").is_ok());
 }
+
+/// A disk that answers no more costs a thread for each look at it that is let in.
+#[test]
+fn a_volume_is_looked_at_so_often_at_one_time_whatever_paths_are_asked_about() {
+    let looks = Busy::default();
+    let look = |volume: &str, path: &str| looks.hold_among(volume, &format!("{volume} {path}"), 2);
+    let first = look("csi-1", "/a").unwrap();
+    assert!(look("csi-1", "/a").is_err(), "the same path");
+    let _second = look("csi-1", "/b").unwrap();
+    assert!(look("csi-1", "/c").is_err());
+    let _another = look("csi-2", "/c").unwrap();
+    drop(first);
+    assert!(look("csi-1", "/c").is_ok());
+}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::chance::Chance;
+use super::chance::{Chance, of_name};
 use super::world::{Claim, Rpc};
 use crate::sim::{Builder, Description, Effect, Inner, Latency, Node, Simulator, Storage, Version, Vm};
 
@@ -59,6 +59,10 @@ impl fmt::Display for Item {
 pub struct History {
     pub seed: u64,
     pub controllers: usize,
+    /// They have Kubernetes, and one of them acts at a time by its Lease.
+    pub has_lease: bool,
+    /// Volumes on shared storages are made by the driver, too, and not by hand.
+    pub creates_shared: bool,
     /// What Proxmox is simulated.
     pub version: Version,
     pub items: Vec<Item>,
@@ -147,7 +151,15 @@ impl History {
         }
         let items = acts.into_iter().enumerate().map(|(number, act)| Item { number, act }).collect();
         let version = chance.pick(&[Version::V9_2, Version::V9_0, Version::V8_4, Version::V8_2]).copied().unwrap_or_default();
-        History { seed, controllers, version, items }
+        let (has_lease, creates_shared) = (of_name(seed, "lease").is_multiple_of(3), of_name(seed, "shared").is_multiple_of(2));
+        History { seed, controllers, has_lease, creates_shared, version, items }
+    }
+
+    /// Its volumes.
+    #[must_use]
+    pub fn claims(&self) -> Vec<Claim> {
+        let image = |claim: &Claim| claim.image.filter(|_| !self.creates_shared);
+        claims().into_iter().map(|claim| Claim { image: image(&claim), ..claim }).collect()
     }
 
     /// The same without the items at these places.

@@ -9,7 +9,7 @@ use super::chance::of_name;
 use super::judge::{Judge, all_traces};
 use super::plan::{self, Act, History, Item, home};
 use super::world::{Answer, Rpc, World, under_paused_time};
-use crate::sim::{Fault, Inner, Waiting};
+use crate::sim::{Effect, Fault, Inner, Waiting};
 
 /// No history takes a tenth of it.
 const MOST_STEPS: usize = 4000;
@@ -22,6 +22,9 @@ const OLD: Duration = Duration::from_secs(130);
 /// How often a sidecar repeats before a person looks, and how long it waits in between.
 const TRIES: usize = 8;
 const BACK_OFF: Duration = Duration::from_secs(20);
+/// A Lease that nobody gave back is somebody's after 15 s and what may still come, 35 s; and twice that.
+const LEASE_LIMIT: Duration = Duration::from_secs(180);
+const LEASE_LOOK: Duration = Duration::from_secs(2);
 /// One call, with everything let in.
 const CALL_LIMIT: Duration = Duration::from_secs(300);
 /// Time that passes while something else could go on, in ms; the long ones only where nobody waits.
@@ -42,8 +45,12 @@ impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(
             f,
-            "seed {}, {} controllers, Proxmox {}: {}",
-            self.history.seed, self.history.controllers, self.history.version, self.what
+            "seed {}, {} controllers{}, Proxmox {}: {}",
+            self.history.seed,
+            self.history.controllers,
+            if self.history.has_lease { " with a Lease" } else { "" },
+            self.history.version,
+            self.what
         )?;
         self.history.items.iter().try_for_each(|item| writeln!(f, "  {item}"))?;
         self.log.iter().try_for_each(|line| writeln!(f, "    {line}"))
@@ -112,7 +119,11 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     async fn new(history: &'a History) -> Result<Run<'a>> {
-        let world = World::new(plan::cluster().version(history.version), history.controllers, plan::claims()).await?;
+        let cluster = plan::cluster().version(history.version);
+        let world = match history.has_lease {
+            true => World::with_lease(cluster, history.controllers, history.claims()).await?,
+            false => World::new(cluster, history.controllers, history.claims()).await?,
+        };
         Ok(Run {
             history,
             judge: Judge::new(world.claims.len()),
@@ -137,12 +148,15 @@ impl<'a> Run<'a> {
         while self.step < MOST_STEPS {
             self.step += 1;
             self.take_answers()?;
-            self.keep_appointments();
+            self.keep_appointments().await?;
+            self.replace_ended().await?;
             match self.choose() {
                 Choice::Admit(waiting) => self.world.admit(&waiting).await?,
                 Choice::Begin(item) => self.begin(&item).await?,
                 Choice::Pass(time) => self.world.pass(time).await?,
-                Choice::Wait if self.world.running() > 0 || !self.undo.is_empty() || self.world.sim.inside() > 0 => {
+                Choice::Wait
+                    if self.world.running() > 0 || !self.undo.is_empty() || self.world.sim.inside() > 0 || self.waits_for_lease() =>
+                {
                     self.world.pass(pause).await?;
                     pause = (pause * 2).min(Duration::from_secs(2));
                     continue;
@@ -168,7 +182,7 @@ impl<'a> Run<'a> {
     }
 
     /// Clients that give up, locks that end, nodes that come back.
-    fn keep_appointments(&mut self) {
+    async fn keep_appointments(&mut self) -> Result<()> {
         let step = self.step;
         let impatient: Vec<usize> =
             self.calls.iter().filter(|(_, (_, _, until))| until.is_some_and(|until| until <= step)).map(|(call, _)| *call).collect();
@@ -180,10 +194,13 @@ impl<'a> Run<'a> {
         let (due, later) = std::mem::take(&mut self.undo).into_iter().partition(|(at, _)| *at <= step);
         self.undo = later;
         let due: Vec<(usize, Undo)> = due;
-        due.into_iter().for_each(|(_, undo)| self.undo_now(undo));
+        for (_, undo) in due {
+            self.undo_now(undo).await?;
+        }
+        Ok(())
     }
 
-    fn undo_now(&mut self, undo: Undo) {
+    async fn undo_now(&mut self, undo: Undo) -> Result<()> {
         match undo {
             Undo::Unlock(vm) => {
                 self.world.note(format!("VM {vm} is unlocked"));
@@ -193,16 +210,61 @@ impl<'a> Run<'a> {
                 self.world.note(format!("SIGCONT to controller {controller}"));
                 let door = self.world.door(controller).to_owned();
                 self.stopped.remove(&door);
+                // So long, no connection stays: what it was about to send meets a closed one. Its Lease rests on that.
+                let lost = self.world.sim.waiting().into_iter().filter(|one| self.history.has_lease && one.door == door && !one.answer);
+                for one in lost.collect::<Vec<_>>() {
+                    self.world.sim.inject(Fault { method: None, path: "/**".into(), nth: 1, times: 1, effect: Effect::Close });
+                    self.world.admit(&one).await?;
+                }
             }
             Undo::Back(node) => {
                 self.world.note(format!("{node} is back"));
                 self.world.sim.set_node_unreachable(node, None);
             }
         }
+        Ok(())
+    }
+
+    /// Who has lost the Lease ends, and kubelet starts it again.
+    async fn replace_ended(&mut self) -> Result<()> {
+        for controller in 0..self.history.controllers {
+            if self.world.ends(controller) && !self.is_stopped(controller) {
+                self.restart(controller).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn restart(&mut self, controller: usize) -> Result<()> {
+        for call in self.world.kill(controller).await? {
+            self.calls.remove(&call);
+            self.judge.unanswered(call);
+        }
+        Ok(())
+    }
+
+    /// Nothing of it goes in or out, its way to Kubernetes neither.
+    fn is_stopped(&self, controller: usize) -> bool {
+        self.stopped.contains(self.world.door(controller))
+    }
+
+    /// Whoever is asked for, or the one that acts.
+    fn acting(&self, wanted: usize) -> Option<usize> {
+        let others = (0..self.history.controllers).filter(|other| *other != wanted);
+        [wanted].into_iter().chain(others).find(|controller| self.world.serves(*controller))
+    }
+
+    /// Nobody acts now, and there is more to do.
+    fn waits_for_lease(&self) -> bool {
+        let is_left = self.history.items.iter().any(|item| !self.begun.contains(&item.number) && matches!(item.act, Act::Call { .. }));
+        self.history.has_lease && is_left && self.acting(0).is_none()
     }
 
     fn can_begin(&self, place: usize, item: &Item) -> bool {
-        let Act::Call { rpc, overlaps, .. } = &item.act else { return true };
+        let Act::Call { by, rpc, overlaps, .. } = &item.act else { return true };
+        if self.acting(*by).is_none() {
+            return false;
+        }
         let earlier = self.history.items.iter().take(place);
         let mut same = earlier.filter(|earlier| matches!(&earlier.act, Act::Call { rpc: other, .. } if other.volume() == rpc.volume()));
         let running = |number: usize| self.calls.values().any(|(item, _, _)| *item == number);
@@ -215,7 +277,8 @@ impl<'a> Run<'a> {
         let now = self.world.now();
         let all = self.world.sim.waiting();
         self.first_seen.retain(|waiting, _| all.contains(waiting));
-        let waiting: Vec<Waiting> = all.into_iter().filter(|waiting| !self.stopped.contains(&waiting.door)).collect();
+        let waiting: Vec<Waiting> =
+            all.into_iter().filter(|waiting| !self.stopped.contains(waiting.door.trim_end_matches(" kube"))).collect();
         for one in &waiting {
             self.first_seen.entry(one.clone()).or_insert(now);
         }
@@ -241,7 +304,8 @@ impl<'a> Run<'a> {
         self.begun.insert(item.number);
         match &item.act {
             Act::Call { by, rpc, patience, .. } => {
-                if let Ok(call) = self.world.call(*by, rpc) {
+                let by = self.acting(*by).unwrap_or(*by);
+                if let Ok(call) = self.world.call(by, rpc) {
                     self.judge.begins(call, rpc);
                     self.calls.insert(call, (item.number, rpc.volume(), patience.map(|patience| self.step + patience)));
                 }
@@ -249,10 +313,7 @@ impl<'a> Run<'a> {
             Act::Kill { controller } => {
                 let door = self.world.door(*controller).to_owned();
                 self.stopped.remove(&door);
-                for call in self.world.kill(*controller).await? {
-                    self.calls.remove(&call);
-                    self.judge.unanswered(call);
-                }
+                self.restart(*controller).await?;
             }
             act => self.trouble(act),
         }
@@ -320,7 +381,7 @@ impl<'a> Run<'a> {
     /// All trouble is over, and everything that was begun ends.
     async fn come_to_rest(&mut self) -> Result<()> {
         for (_, undo) in std::mem::take(&mut self.undo) {
-            self.undo_now(undo);
+            self.undo_now(undo).await?;
         }
         self.stopped.clear();
         self.world.sim.clear_faults();
@@ -390,10 +451,25 @@ impl<'a> Run<'a> {
         self.judge.at_the_end(&self.world.sim, &self.world.claims).map_err(anyhow::Error::msg)
     }
 
+    /// That one, or whoever acts; waited for.
+    async fn somebody(&mut self, wanted: usize) -> Result<usize> {
+        let begun = self.world.now();
+        loop {
+            self.replace_ended().await?;
+            if let Some(controller) = self.acting(wanted) {
+                return Ok(controller);
+            }
+            if self.world.now() - begun > LEASE_LIMIT {
+                bail!("nobody takes the Lease for {} s", LEASE_LIMIT.as_secs());
+            }
+            self.world.go_on(LEASE_LOOK, |_| false).await?;
+        }
+    }
+
     async fn until_ok(&mut self, rpc: &Rpc) -> Result<()> {
         let mut last = None;
         for turn in 0..TRIES {
-            let by = turn % self.history.controllers;
+            let by = self.somebody(turn % self.history.controllers).await?;
             let call = self.world.call(by, rpc)?;
             self.judge.begins(call, rpc);
             let mut found = None;

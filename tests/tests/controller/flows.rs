@@ -206,6 +206,16 @@ async fn flow_a_claim_stays_pending() {
     Place::finds(&place.look().await, &[("controller", "the plugin is not running; see: kubectl -n csi-proxmox get pods")]);
     place.kubernetes.delete_lease();
     Place::finds(&place.look().await, &[("controller", "none has ever acted")]);
+    place.lease(Duration::ZERO);
+    // The reference driver still does.
+    let name = "external-attacher-leader-csi-proxmox-sinextra-dev";
+    let spec = json!({"holderIdentity": "old-0", "leaseDurationSeconds": 15, "renewTime": moment(Duration::from_secs(5))});
+    let lease = json!({"metadata": {"name": name, "namespace": "kube-system"}, "spec": spec});
+    place.kubernetes.put(&format!("/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/{name}"), lease);
+    Place::finds(
+        &place.look().await,
+        &[("controller", "another workload serves csi.proxmox.sinextra.dev: pod old-0 in namespace kube-system")],
+    );
 }
 
 /// S1, S4: an attachment fails.
@@ -269,6 +279,16 @@ async fn flow_the_device_is_not_found_or_the_mount_fails() {
     place.kubernetes.node("node-102", "node-102/777");
     place.kubernetes.put("/api/v1/nodes/node-102", node("node-102", 102, "pve1"));
     Place::finds(&place.look().await, &[mount, ("node node-102", "no VM has the node id node-102/777")]);
+    // An id without a number: the provider ID says it.
+    place.kubernetes.node("node-102", "w2");
+    let mut named = node("w2", 102, "pve1");
+    named["metadata"]["name"] = "node-102".into();
+    place.kubernetes.put("/api/v1/nodes/node-102", named.clone());
+    place.kubernetes.put("/api/v1/nodes/w2", named);
+    let report = place.look().await;
+    assert!(report.to_string().contains("ok     node node-102: node id w2 is VM 102 on pve1"), "{report}");
+    place.kubernetes.remove("/api/v1/nodes/w2");
+    place.kubernetes.put("/api/v1/nodes/node-102", node("node-102", 102, "pve1"));
     // No agent there.
     place.kubernetes.remove("/apis/storage.k8s.io/v1/csinodes/node-102");
     Place::finds(&place.look().await, &[mount, ("node node-102", "its node agent has not registered")]);

@@ -115,7 +115,8 @@ async fn w53_twenty_claims_that_bind_at_once_are_spread() {
     }
 }
 
-/// The scheduler has spread the pods; each volume is made where its pod is.
+/// The scheduler has spread the pods; each volume is made where its pod is. A third of the selections could be rotations as well: the others
+/// say which.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn twenty_claims_follow_their_pods() {
     for strict in [false, true] {

@@ -13,7 +13,9 @@ use testbed::machine::PluggedDrive;
 use testbed::tools;
 use tonic::Code;
 
-use crate::harness::{Agent, Image, MIB, handle, wait_for_size};
+use crate::ciphertext::decrypted;
+use crate::harness::{Agent, Image, MIB, assert_clean, handle, wait_for_size};
+use crate::xfs::assert_clean_xfs;
 
 pub(crate) const PASSPHRASE: &str = "a passphrase that nobody may see\n";
 /// Behind it the data of a LUKS2 volume begins.
@@ -170,6 +172,11 @@ fn life(fstype: &str, size_bytes: u64, judged_by: &str) {
     agent.put_away(&volume);
     assert_eq!(mappings(&agent), Vec::<String>::new());
     agent.detach(4);
+    if !agent.guest.runs_this_hosts_programs() {
+        // By this host's programs, on what this host decrypts.
+        let plain = decrypted(&image, PASSPHRASE);
+        if judged_by == "e2fsck" { assert_clean(&plain) } else { assert_clean_xfs(&plain.0) }
+    }
     assert_nothing_is_told(&agent, &[PASSPHRASE], &[volume_key(&image, PASSPHRASE).unwrap()]);
     agent.guest.power_off().unwrap();
 }

@@ -33,7 +33,6 @@ fn emptied(agent: &Agent, volume: &NodeVolume) {
 #[test]
 fn guest_trim_gives_back_what_is_free_and_ends_for_an_unstage() {
     let Some(mut agent) = Agent::start_with_points("trim") else { return };
-    agent.restart_with(&[WEEK]);
     let attach = |agent: &Agent, name: &str, lun: u8, size_bytes: u64, fstype: &str| {
         let image = Image::new(size_bytes);
         let volume = NodeVolume { capability: mount_capability(fstype), ..agent.attach(&handle(name), &image, lun) };
@@ -52,12 +51,14 @@ fn guest_trim_gives_back_what_is_free_and_ends_for_an_unstage() {
     open.volume_context.insert(proto::volume_context::LUKS_DISCARDS.into(), "true".into());
     [&spared, &sealed, &open, &ext4, &xfs].iter().for_each(|volume| emptied(&agent, volume));
     agent.guest.drop_caches().unwrap();
+    // Which is told nothing of a class.
+    agent.restart_with(&[WEEK]);
     // The journal and the header are noise there, and stay.
     wait_for(&agent, "room given back through LUKS", || open_image.allocated_bytes() < sealed_image.allocated_bytes() - 28 * MIB);
     for (volume, image) in [(&ext4, &ext4_image), (&xfs, &xfs_image)] {
         wait_for(&agent, "room given back", || image.allocated_bytes() < 28 * MIB);
+        wait_for(&agent, "the end of its trim", || said(&agent, volume, " bytes in ") > 0);
         let trims = said(&agent, volume, " bytes in ");
-        assert!(trims > 0, "{}", agent.log());
         wait_for(&agent, "another week", || said(&agent, volume, " bytes in ") > trims + 1);
     }
     for (volume, image) in [(&spared, &spared_image), (&sealed, &sealed_image)] {
@@ -65,11 +66,11 @@ fn guest_trim_gives_back_what_is_free_and_ends_for_an_unstage() {
         assert!(image.allocated_bytes() >= 32 * MIB, "{} bytes", image.allocated_bytes());
     }
 
-    // Unstaged while it is trimmed, on a storage that takes four seconds for a piece and a minute for all of it; and the agent killed in a trim.
+    // Unstaged while it is trimmed, on a storage that takes two to four seconds for a piece (of xfs an allocation group, a quarter of it); and the agent killed in a trim.
     for (fstype, is_killed) in [("ext4", false), ("xfs", true)] {
         let (slow, slow_image) = attach(&agent, &format!("slow-{fstype}"), 5, 4096 * MIB, fstype);
         agent.stage(&slow);
-        agent.throttle(5, json!({ "bps-write": 64 * MIB }));
+        agent.throttle(5, json!({ "bps-write": if fstype == "ext4" { 64 * MIB } else { 512 * MIB } }));
         let begins = |agent: &Agent| {
             let before = said(agent, &slow, "begins");
             wait_for(agent, "a trim that begins", || said(agent, &slow, "begins") > before);
@@ -84,12 +85,6 @@ fn guest_trim_gives_back_what_is_free_and_ends_for_an_unstage() {
         agent.detach(5);
         if fstype == "ext4" { assert_clean(&slow_image) } else { assert_clean_xfs(&slow_image.0) }
     }
-    // The agent that has come since was told nothing of the class.
-    let trims = said(&agent, &ext4, " bytes in ");
-    wait_for(&agent, "two weeks of another volume", || said(&agent, &ext4, " bytes in ") > trims + 1);
-    assert_eq!(said(&agent, &spared, ""), 0, "{}", agent.log());
-    assert!(spared_image.allocated_bytes() >= 32 * MIB, "{} bytes", spared_image.allocated_bytes());
-
     // One whose disk takes no more of it: the others go on, and it is named.
     agent.restart_with(&[WEEK, ("PROXMOX_CSI_LIMIT_TRIM_PIECE", "3000")]);
     agent.throttle(2, json!({ "bps-write": 1 }));

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::Report;
 use super::proxmox::Found;
 use crate::attach::{Refusal, Seen, Wanted, next_attach, unexplained};
-use crate::kube::{Kube, text};
+use crate::kube::{CsiNode, Kube, text};
 use crate::pve::drive::volume_of;
 use crate::request::{NodeId, node_id};
 use crate::run::cluster::is_name_of;
@@ -50,7 +50,7 @@ pub(super) async fn check(report: &mut Report, kube: &Arc<Kube>, found: &[Found]
             );
             continue;
         };
-        match vm_of(node, &name, id, found) {
+        match vm_of(node, &name, id, found).await {
             Ok((region, look)) => {
                 report.ok(&about, format!("node id {id} is VM {} on {} of region {}", look.vm.vmid, look.vm.host, region.region.name));
                 identity(report, &about, node, &name, region, look);
@@ -80,7 +80,7 @@ fn label(node: &Value, key: &str) -> Option<String> {
 }
 
 /// The VM that the node's id names, in the region that the node says that it is in.
-fn vm_of<'a>(node: &Value, name: &str, id: &str, found: &'a [Found]) -> Result<(&'a Found, &'a Look), String> {
+async fn vm_of<'a>(node: &Value, name: &str, id: &str, found: &'a [Found]) -> Result<(&'a Found, &'a Look), String> {
     let region = label(node, proto::TOPOLOGY_REGION);
     let of_region = |one: &&Found| region.as_ref().is_none_or(|region| *region == one.region.name);
     if let Some(region) = &region
@@ -88,23 +88,21 @@ fn vm_of<'a>(node: &Value, name: &str, id: &str, found: &'a [Found]) -> Result<(
     {
         return Err(format!("its region {region:?} (label {}) is not in the config file, or does not answer", proto::TOPOLOGY_REGION));
     }
-    let is_it = |look: &Look| match node_id(id) {
-        Ok(NodeId::Vmid(_, vmid)) => look.vm.vmid == vmid,
-        Ok(NodeId::Name(name)) => look.vm.name.as_deref() == Some(name.as_str()),
-        Err(_) => false,
-    };
-    let all = found.iter().filter(of_region).flat_map(|one| one.looks.values().map(move |look| (one, look)));
-    let mut meant: Vec<_> = all.filter(|(_, look)| is_it(look)).collect();
-    if meant.len() > 1 {
-        // Several regions number their VMs alike; a name may tell.
-        meant.retain(|(_, look)| look.vm.name.as_deref().is_some_and(|shown| is_name_of(shown, name)));
+    let meant: Vec<&Found> = found.iter().filter(of_region).collect();
+    let node = CsiNode { name: name.into(), node_id: id.into() };
+    let mut vms = Vec::new();
+    for one in &meant {
+        match one.region.vm_of_node(&node, meant.len() == 1).await {
+            Ok(vm) => vms.extend(vm.and_then(|vm| Some((*one, one.looks.get(&vm.vmid)?)))),
+            Err(error) => return Err(error.text),
+        }
     }
-    match meant.as_slice() {
+    match vms.as_slice() {
         [one] => Ok(*one),
         [] if found.is_empty() => Err("no Proxmox cluster answers, so that its VM cannot be looked for".into()),
         [] => Err(format!(
-            "no VM has the node id {id}: a VM's name must be the node's, or the node must know its VMID (SMBIOS serial i=VMID, or --vmid); \
-             without VM.Audit on /vms it is not shown to us"
+            "no VM has the node id {id}: a VM's name must be the node's, or the node must know its VMID (SMBIOS serial i=VMID, --vmid, or its \
+             provider ID); without VM.Audit on /vms it is not shown to us"
         )),
         _ => Err(format!(
             "several VMs have the node id {id}; node ids should carry the VMID (NAME/VMID), and nodes the label of their region"

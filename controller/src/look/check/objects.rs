@@ -38,6 +38,7 @@ struct Objects {
 
 pub(super) async fn check(report: &mut Report, kube: &Arc<Kube>, found: &[Found]) {
     lease(report, kube).await;
+    rivals(report, kube).await;
     let mut lists = Vec::new();
     for path in [
         "/apis/storage.k8s.io/v1/storageclasses",
@@ -94,6 +95,24 @@ async fn lease(report: &mut Report, kube: &Arc<Kube>) {
                 _ => report.wrong(about, format!("none acts since {renewed}: the plugin is not running; {look}")),
             }
         }
+    }
+}
+
+/// Another driver of this name, in another namespace: its attacher renews a Lease there.
+async fn rivals(report: &mut Report, kube: &Arc<Kube>) {
+    match kube.rivals().await {
+        Err(why) => report.note("controller", format!("whether another workload serves {} cannot be told: {why}", proto::DRIVER_NAME)),
+        Ok(others) => others.iter().for_each(|(namespace, pod)| {
+            report.wrong(
+                "controller",
+                format!(
+                    "another workload serves {}: pod {pod} in namespace {namespace}, within the last ten minutes; two drivers would give one \
+                     volume to two VMs, so ours does not start: scale the other's controller to 0 first (kubectl -n {namespace} get \
+                     deployments)",
+                    proto::DRIVER_NAME
+                ),
+            );
+        }),
     }
 }
 

@@ -101,6 +101,10 @@ fn states_size_and_topology_are_written_and_read() {
     assert_eq!(running.state, State::Running);
     rescan_size(root.path(), address).unwrap();
     assert_eq!(fs::read_to_string(device.join("rescan")).unwrap(), "1");
+    fs::write(device.join("delete"), "").unwrap();
+    delete(root.path(), address).unwrap();
+    assert_eq!(fs::read_to_string(device.join("delete")).unwrap(), "1");
+    assert_eq!(delete(root.path(), Address { lun: 2, ..address }).unwrap_err().errno, Errno::NOENT, "no file is made of it");
     assert_eq!(topology(root.path(), &running).unwrap().logical_block_size, 512);
     assert_eq!(rescan_size(root.path(), Address { lun: 2, ..address }).unwrap_err().errno, Errno::NOENT);
 }
