@@ -15,8 +15,8 @@ use crate::guest::{Guest, GuestOptions, Job};
 use crate::kube::Kubernetes;
 use crate::sim::{Description, Latency, Simulator, Time, Version};
 
-/// A Lease that nobody has.
-const LEASE_LIMIT: Duration = Duration::from_secs(30);
+/// A Lease that was given back.
+const LEASE_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
@@ -93,6 +93,8 @@ impl Cluster {
         let controller = match &kubernetes {
             None => Controller::start(&folder.0, &clusters(&sim, &region))?,
             Some(kubernetes) => {
+                // Given back: nothing of a holder before is waited for.
+                kubernetes.give_lease_to("");
                 nodes.iter().for_each(|node| kubernetes.node(node.node_id.split('/').next().unwrap_or_default(), &node.node_id));
                 let controller = Controller::stand_by(&folder.0, &clusters(&sim, &region), &kubernetes.kubeconfig(&folder.0)?)?;
                 ensure!(controller.acts_within(LEASE_LIMIT)?, "the controller does not act: {}", controller.quote());
