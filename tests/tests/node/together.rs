@@ -47,7 +47,8 @@ fn guest_csi_sanity() {
         return tools::skipped(&format!("{} is missing: run scripts/tools test", program.display()));
     }
     let sanity = ("/csi-sanity".to_owned(), program);
-    let options = ClusterOptions { guests: vec![101], memory_mib: 512, files: vec![sanity], ..ClusterOptions::default() };
+    // With Kubernetes: without it, less is advertised.
+    let options = ClusterOptions { guests: vec![101], memory_mib: 512, files: vec![sanity], kubernetes: true, ..ClusterOptions::default() };
     let Some(cluster) = start(&options) else { return };
     let node = &cluster.nodes[0];
     let controller = Bridge::from_port(cluster.controller.socket()).unwrap();
@@ -90,7 +91,7 @@ fn guest_csi_sanity() {
     // Sorted by name, like the report.
     assert_eq!(of(Outcome::ByName), SKIPPED_SPECS);
     assert!(
-        of(Outcome::Passed).len() >= 45,
+        of(Outcome::Passed).len() >= 60,
         "only {:?} ran; without their capability: {:?}",
         of(Outcome::Passed),
         of(Outcome::NotAdvertised)
