@@ -12,7 +12,7 @@ pub const PERIOD: Duration = Duration::from_secs(7 * 24 * 3600);
 const LOOKS: u32 = 1008;
 /// Two block groups of ext4, which it remembers as trimmed when a piece holds all of them.
 const PIECE_BYTES: u64 = 256 << 20;
-/// xfs looks at all free extents of an allocation group for each piece: no more pieces than this.
+/// A look at all free extents of a group for each piece: no more pieces than this.
 const MAX_PIECES: u64 = 256;
 
 /// From one look at what is due to the next.
@@ -35,6 +35,14 @@ pub fn is_due(name: &str, from: Duration, to: Duration, period: Duration) -> boo
 #[must_use]
 pub fn piece_bytes(size_bytes: u64) -> u64 {
     size_bytes.div_ceil(MAX_PIECES).div_ceil(PIECE_BYTES).saturating_mul(PIECE_BYTES).max(PIECE_BYTES)
+}
+
+/// The piece at that offset where the kernel gives free extents back as a whole, for each piece that touches them (xfs, seen with Linux 6.1): up to
+/// the end of whole allocation groups, in which extents lie.
+#[must_use]
+pub fn whole_groups(at: u64, piece: u64, group_bytes: u64) -> u64 {
+    let unit = piece.div_ceil(group_bytes.max(1)).saturating_mul(group_bytes.max(1));
+    unit - at % unit.max(1)
 }
 
 /// FNV-1a: the same on every machine and in every release.
@@ -87,6 +95,20 @@ mod tests {
             assert!(size_bytes.div_ceil(piece) <= MAX_PIECES, "{size_bytes}: {piece}");
         }
         assert_eq!(piece_bytes(1 << 40), 4 << 30);
+    }
+
+    #[test]
+    fn pieces_of_whole_groups_end_where_groups_end() {
+        for (piece, group_bytes) in [(256 << 20, 1 << 30), (4 << 30, 256 << 30), (4 << 30, 16 << 20), (1 << 20, 1)] {
+            let mut at = 3 * 4096_u64;
+            for _ in 0..5 {
+                let length = whole_groups(at, piece, group_bytes);
+                assert!(length > 0 && length <= piece.next_multiple_of(group_bytes), "{piece}, {group_bytes}: {length}");
+                at += length;
+                assert!(at.is_multiple_of(group_bytes), "{piece}, {group_bytes}: {at}");
+            }
+        }
+        assert!(whole_groups(7, 256 << 20, 0) > 0, "no geometry is no division by zero");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::error::Cause;
 use crate::identity;
 use crate::kill;
 use crate::metrics;
-use crate::request::Volume;
+use crate::request::{Filesystem, Volume};
 use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, Dev, block, mount};
 use crate::trim;
@@ -68,6 +68,7 @@ pub(super) struct Candidate {
     pub(super) dev: Dev,
     pub(super) point: PathBuf,
     size_bytes: u64,
+    filesystem: Filesystem,
 }
 
 impl Trimming {
@@ -162,12 +163,8 @@ impl Node {
         for mount in self.mounts()? {
             let is_whole = mount.root == Path::new("/") && self.is_inside(&mount.point);
             let is_writable = !mount.read_only && !mount.filesystem_read_only && !mount.shut_down;
-            if !is_whole
-                || !is_writable
-                || mount.dev.major == 0
-                || grown_as(&mount.fstype).is_none()
-                || found.iter().any(|known| known.dev == mount.dev)
-            {
+            let Some(filesystem) = grown_as(&mount.fstype) else { continue };
+            if !is_whole || !is_writable || mount.dev.major == 0 || found.iter().any(|known| known.dev == mount.dev) {
                 continue;
             }
             let Some(disk) = self.disk_below(mount.dev, &disks)? else { continue };
@@ -176,7 +173,7 @@ impl Node {
             }
             if scsi::takes_discards(&self.sysfs, mount.dev)? {
                 let name = disk.serial.clone().unwrap_or_else(|| mount.point.display().to_string());
-                found.push(Candidate { name, disk: disk.dev, dev: mount.dev, point: mount.point, size_bytes: disk.size_bytes });
+                found.push(Candidate { name, disk: disk.dev, dev: mount.dev, point: mount.point, size_bytes: disk.size_bytes, filesystem });
             }
         }
         Ok(found)
@@ -196,19 +193,31 @@ impl Node {
         // Only now, and given back before what is said above: who wants the disk finds out who holds it.
         let folder = mount::unseen(&candidate.point, mount::Leads::Into(candidate.dev))?;
         proto::debug!("trim {}: begins", candidate.point.display());
-        let piece = trim::piece_bytes(candidate.size_bytes);
-        let (mut at, mut bytes) = (0_u64, 0_u64);
+        let group_bytes = match candidate.filesystem {
+            Filesystem::Ext4 => 0,
+            Filesystem::Xfs => {
+                let geometry = block::xfs_geometry_of(&folder, &candidate.point)?;
+                u64::from(geometry.group_blocks).saturating_mul(geometry.block_size.into())
+            }
+        };
+        let usual = trim::piece_bytes(candidate.size_bytes);
+        let (mut at, mut bytes, mut piece) = (0_u64, 0_u64, usual);
         while at < candidate.size_bytes {
             if trim.end.load(Ordering::Relaxed) || self.stop.is_requested() {
                 return Ok(None);
             }
             match block::trim(&folder, &candidate.point, at, piece) {
-                Ok(given) => bytes = bytes.saturating_add(given),
+                Ok(given) => {
+                    bytes = bytes.saturating_add(given);
+                    at = at.saturating_add(piece);
+                    if group_bytes > 0 && (given > piece || piece != usual) {
+                        piece = trim::whole_groups(at, usual, group_bytes);
+                    }
+                }
                 // The filesystem is smaller than its disk.
                 Err(error) if error.errno == Errno::INVAL && at > 0 => break,
                 Err(error) => return Err(error),
             }
-            at = at.saturating_add(piece);
             trim.pieces.fetch_add(1, Ordering::Relaxed);
             drop(self.trimming());
             self.trimming.moved.notify_all();

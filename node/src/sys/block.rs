@@ -217,6 +217,8 @@ pub struct XfsGeometry {
     pub block_size: u32,
     /// Blocks of the data section.
     pub blocks: u64,
+    /// Of an allocation group.
+    pub group_blocks: u32,
     /// At most so many percent of them are inodes.
     inode_percent: u32,
 }
@@ -228,18 +230,22 @@ pub struct XfsGeometry {
 pub fn xfs_geometry(point: &Path, dev: Dev) -> Result<XfsGeometry, Error> {
     let folder = File::open(point).map_err(Error::io("open", point))?;
     Leads::Into(dev).check(&folder, point)?;
-    geometry_of(&folder, point)
+    xfs_geometry_of(&folder, point)
 }
 
+/// The same of the filesystem that is open as `folder`, by any path.
+///
+/// # Errors
+/// ENOTTY: it is no xfs.
 #[allow(unsafe_code, reason = "an ioctl that rustix lacks")]
-fn geometry_of(folder: &File, point: &Path) -> Result<XfsGeometry, Error> {
+pub fn xfs_geometry_of(folder: impl AsFd, point: &Path) -> Result<XfsGeometry, Error> {
     // SAFETY: this opcode is `_IOR` of exactly this `repr(C)` struct: the kernel writes its 112 bytes, all of them plain
     // numbers that take any value, reads none and keeps nothing.
     let getter = unsafe { Getter::<XFS_IOC_FSGEOMETRY_V1, XfsGeometryV1>::new() };
     // SAFETY: `getter` says rightly what the kernel does with its argument (above); another filesystem than xfs answers
-    // ENOTTY and writes nothing, and the descriptor is open since `folder` is borrowed.
+    // ENOTTY and writes nothing, and the descriptor is open since `folder` lives.
     let seen = unsafe { ioctl(folder, getter) }.map_err(Error::at("ioctl(XFS_IOC_FSGEOMETRY_V1)", point))?;
-    Ok(XfsGeometry { block_size: seen.blocksize, blocks: seen.datablocks, inode_percent: seen.imaxpct })
+    Ok(XfsGeometry { block_size: seen.blocksize, blocks: seen.datablocks, group_blocks: seen.agblocks, inode_percent: seen.imaxpct })
 }
 
 /// Grows the xfs of the device `dev` that is mounted at `point` to `blocks` filesystem blocks. Never shrinks it: Linux from 5.12 on takes fewer
@@ -254,7 +260,7 @@ fn geometry_of(folder: &File, point: &Path) -> Result<XfsGeometry, Error> {
 pub fn xfs_grow(point: &Path, dev: Dev, blocks: u64) -> Result<(), Error> {
     let folder = File::open(point).map_err(Error::io("open", point))?;
     Leads::Into(dev).check(&folder, point)?;
-    let geometry = geometry_of(&folder, point)?;
+    let geometry = xfs_geometry_of(&folder, point)?;
     if blocks <= geometry.blocks {
         return Ok(());
     }
