@@ -473,8 +473,9 @@ pub fn next_unstage_step(seen: &UnstageSeen) -> Result<Option<UnstageStep>, Refu
         Mount::None | Mount::Ours | Mount::Gone if seen.offline => Ok(Some(UnstageStep::SetRunning)),
         Mount::Ours | Mount::Gone => Ok(Some(UnstageStep::Unmount)),
         Mount::None if seen.mapped => Ok(Some(UnstageStep::Close)),
-        Mount::None if seen.dead => Ok(Some(UnstageStep::Delete)),
+        // Before the disk is given up: whoever holds it may have written what has not reached it.
         Mount::None if seen.held => Ok(Some(UnstageStep::AwaitRelease)),
+        Mount::None if seen.dead => Ok(Some(UnstageStep::Delete)),
         Mount::None => Ok(seen.empty_folder.then_some(UnstageStep::RemoveFolder)),
     }
 }

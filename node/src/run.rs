@@ -154,7 +154,10 @@ impl Node {
     /// Takes an offline disk up again: the reference driver leaves disks so when it unstages them.
     fn set_running(&self, disk: &Disk) -> Result<(), Cause> {
         kill::called("write");
-        scsi::set_running(&self.sysfs, disk.address)?;
+        match scsi::set_running(&self.sysfs, disk) {
+            Err(error) if scsi::is_gone(error.errno) => return Err(Cause::OtherDiskNow { disk: identity::name(disk) }),
+            done => done?,
+        }
         proto::info!("{}: was offline, set running", identity::name(disk));
         match scsi::disk(&self.sysfs, disk.address)? {
             Some(now) if now.state == State::Running => Ok(()),
@@ -167,10 +170,7 @@ impl Node {
     /// gives its number to no other disk, so what is said of it stays true.
     fn open(&self, disk: &Disk, access: Access) -> Result<Device, Cause> {
         let device = Device::open(&self.node_of(disk), disk.dev, access)?;
-        let said = |disk: &Disk| {
-            (disk.serial.clone(), disk.wwid.clone(), disk.designators.clone(), disk.vendor.clone(), disk.dev, disk.name.clone())
-        };
-        let same = scsi::disk(&self.sysfs, disk.address)?.is_some_and(|now| said(&now) == said(disk));
+        let same = scsi::disk(&self.sysfs, disk.address)?.is_some_and(|now| now.is(disk));
         if same { Ok(device) } else { Err(Cause::OtherDiskNow { disk: identity::name(disk) }) }
     }
 

@@ -48,6 +48,13 @@ pub(super) struct Known {
     was_set_running: bool,
 }
 
+#[cfg(test)]
+impl Known {
+    pub(super) fn of(disk: Disk, was_set_running: bool) -> Self {
+        Self { disk: Some(disk), was_set_running, ..Self::default() }
+    }
+}
+
 /// What a turn of stage has seen, beside what the plan judges.
 struct StageLook {
     seen: StageSeen,
@@ -337,6 +344,8 @@ impl Node {
     pub fn unstage(&self, want: &UnstageRequest) -> Result<(), Error> {
         let left = || self.unstaging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut known = left().remove(&want.volume.serial).unwrap_or_default();
+        // Of this call: the disk may take I/O again by now.
+        known.was_set_running = false;
         let done = self.unstage_on(want, &mut known);
         // A disk without serial is found by its mount alone: after the unmount, a repeated call would know of nothing that is still held.
         let is_found_again = known.disk.as_ref().is_some_and(|disk| disk.serial.as_deref() == Some(&want.volume.serial));
@@ -383,11 +392,16 @@ impl Node {
                     known.was_set_running = true;
                     match self.set_running(disk) {
                         Err(Cause::StaysOffline { disk }) => proto::warn!("{DOING} {}: {disk} stays offline", want.volume),
+                        // The next look finds out.
+                        Err(Cause::OtherDiskNow { .. }) => (),
                         done => done.at(DOING, &want.volume, "set the disk running")?,
                     }
                 }
                 (UnstageStep::Delete, Some(disk)) => {
-                    scsi::delete(&self.sysfs, disk.address).at(DOING, &want.volume, "delete the disk")?;
+                    match scsi::delete(&self.sysfs, disk) {
+                        Err(error) if scsi::is_gone(error.errno) => (),
+                        done => done.at(DOING, &want.volume, "delete the disk")?,
+                    }
                     proto::warn!(
                         "{DOING} {}: {} takes no I/O and nothing uses it: the kernel has forgotten it, and finds it anew where it is still attached",
                         want.volume,
@@ -444,7 +458,7 @@ impl Node {
             known.disk = disks.iter().find(|disk| disk.serial.as_deref() == Some(&want.volume.serial)).cloned();
         }
         known.mounted = staged.left.map(|mapping| mapping.uuid).or(known.mounted.take());
-        let now = known.disk.as_ref().and_then(|known| disks.iter().find(|now| (now.address, now.dev) == (known.address, known.dev)));
+        let now = known.disk.as_ref().and_then(|known| disks.iter().find(|now| now.is(known)));
         let is_offline = now.is_some_and(|disk| disk.state == scsi::State::Offline);
         let (offline, dead) = (is_offline && !known.was_set_running, is_offline && known.was_set_running);
         let mut seen = UnstageSeen { mount: staged.mount, mapped: false, held: false, offline, dead, empty_folder: false };

@@ -240,6 +240,32 @@ fn an_unstage_of_a_plain_folder_touches_no_disk() {
     assert_eq!(fs::read(node_disk.join("rescan")).unwrap(), b"");
 }
 
+/// An unstage that failed is repeated when the slot, with its name and number, is another volume's.
+#[test]
+fn a_repeated_unstage_leaves_the_next_disk_in_the_slot_alone() {
+    let bench = Bench::new(&[]);
+    let gone = legacy_disk(1, "sda", 0);
+    let next = FakeDisk::new(0, 1).serial("csi-fedcba9876543210").plug(&bench.node.sysfs);
+    let want = UnstageRequest { volume: volume(HANDLE), staging: bench.path("staging") };
+    for was_set_running in [true, false] {
+        fs::write(next.join("state"), "offline\n").unwrap();
+        fs::write(next.join("delete"), "").unwrap();
+        bench.node.unstaging.lock().unwrap().insert(want.volume.serial.clone(), stage::Known::of(gone.0.clone(), was_set_running));
+        bench.node.unstage(&want).unwrap();
+        assert_eq!(fs::read_to_string(next.join("delete")).unwrap(), "");
+        assert_eq!(fs::read_to_string(next.join("state")).unwrap(), "offline\n");
+    }
+    // It is there still, and is asked to take I/O before it is given up: what an earlier call has asked says nothing of now.
+    let bench = Bench::new(&[]);
+    let device = gone.plug(&bench.node.sysfs);
+    fs::write(device.join("state"), "offline\n").unwrap();
+    fs::write(device.join("delete"), "").unwrap();
+    bench.node.unstaging.lock().unwrap().insert(want.volume.serial.clone(), stage::Known::of(gone.0.clone(), true));
+    bench.node.unstage(&UnstageRequest { staging: bench.path("staging"), ..want }).unwrap();
+    assert_eq!(fs::read_to_string(device.join("state")).unwrap(), "running\n");
+    assert_eq!(fs::read_to_string(device.join("delete")).unwrap(), "");
+}
+
 /// W12: what is mounted there is not the volume's: it stays, and so does what is in an unmounted folder.
 #[test]
 fn unstage_leaves_a_foreign_mount_and_a_filled_folder() {

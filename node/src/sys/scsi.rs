@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -86,6 +87,16 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+impl Disk {
+    /// Whether both are looks at one disk: what it says of itself, and its name and number. A slot and its names go to the next disk.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        (self.address, self.dev) == (other.address, other.dev)
+            && (&self.serial, &self.wwid, &self.designators) == (&other.serial, &other.wwid, &other.designators)
+            && (&self.vendor, &self.name) == (&other.vendor, &other.name)
+    }
+}
+
 /// What mkfs wants to know of a disk, in bytes; zeros where the disk says nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[allow(missing_docs, reason = "named as in /sys/block/<name>/queue")]
@@ -123,7 +134,10 @@ pub fn scan(sysfs: &Path) -> Result<Vec<Disk>, Error> {
 /// # Errors
 /// sysfs cannot be read.
 pub fn disk(sysfs: &Path, address: Address) -> Result<Option<Disk>, Error> {
-    let device = device(sysfs, address);
+    disk_in(&device(sysfs, address), address)
+}
+
+fn disk_in(device: &Path, address: Address) -> Result<Option<Disk>, Error> {
     let text = |name: &str| text(&device.join(name));
     let Some(name) = names(&device.join("block"))?.unwrap_or_default().into_iter().min() else { return Ok(None) };
     let block = device.join("block").join(&name);
@@ -142,7 +156,7 @@ pub fn disk(sysfs: &Path, address: Address) -> Result<Option<Disk>, Error> {
             _ => State::Passing,
         },
         wwid: text("wwid")?.filter(|wwid| !wwid.is_empty()),
-        serial: serial(&device)?,
+        serial: serial(device)?,
         designators: attribute(&device.join("vpd_pg83"))?.map(|page| ascii_designators(&page)).unwrap_or_default(),
         dev,
         size_bytes: sectors.saturating_mul(SYSFS_SECTOR_BYTES),
@@ -181,16 +195,28 @@ pub fn rescan_size(sysfs: &Path, address: Address) -> Result<(), Error> {
 ///
 /// # Errors
 /// The disk is gone, or the kernel refuses.
-pub fn set_running(sysfs: &Path, address: Address) -> Result<(), Error> {
-    write(&device(sysfs, address).join("state"), "running\n")
+pub fn set_running(sysfs: &Path, disk: &Disk) -> Result<(), Error> {
+    write_to(sysfs, disk, "state", "running\n")
 }
 
 /// Has the kernel forget the disk; one that is really there is found anew when its host is asked to look.
 ///
 /// # Errors
 /// It is gone already.
-pub fn delete(sysfs: &Path, address: Address) -> Result<(), Error> {
-    write(&device(sysfs, address).join("delete"), "1")
+pub fn delete(sysfs: &Path, disk: &Disk) -> Result<(), Error> {
+    write_to(sysfs, disk, "delete", "1")
+}
+
+/// To an attribute of this disk and no other: its folder is held open from the look on. Below the folder of a device that is gone there is nothing
+/// any more, whoever has its address now (kernfs: `kernfs_dop_revalidate`).
+fn write_to(sysfs: &Path, disk: &Disk, name: &str, what: &str) -> Result<(), Error> {
+    let path = device(sysfs, disk.address);
+    let held = std::fs::File::open(&path).map_err(Error::io("open", &path))?;
+    let device = Path::new("/proc/self/fd").join(held.as_raw_fd().to_string());
+    if !disk_in(&device, disk.address)?.is_some_and(|now| now.is(disk)) {
+        return Err(Error { call: "open", subject: path, errno: Errno::NODEV });
+    }
+    write(&device.join(name), what).map_err(|error| Error { subject: path.join(name), ..error })
 }
 
 /// What sits on the disk: `dm-0`, `md0`, …
@@ -302,7 +328,7 @@ fn ascii(bytes: &[u8]) -> Option<String> {
 fn names(folder: &Path) -> Result<Option<Vec<String>>, Error> {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
-        Err(cause) if is_gone(&cause) => return Ok(None),
+        Err(cause) if is_absent(&cause) => return Ok(None),
         Err(cause) => return Err(Error::io("read folder", folder)(cause)),
     };
     let mut names = Vec::new();
@@ -318,7 +344,7 @@ fn attribute(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     match std::fs::read(path) {
         Ok(bytes) if bytes.len() > MAX_ATTRIBUTE_BYTES => Err(Error { call: "read", subject: path.into(), errno: Errno::FBIG }),
         Ok(bytes) => Ok(Some(bytes)),
-        Err(cause) if is_gone(&cause) || cause.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(None),
+        Err(cause) if is_absent(&cause) || cause.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(None),
         Err(cause) => Err(Error::io("read", path)(cause)),
     }
 }
@@ -327,8 +353,14 @@ fn text(path: &Path) -> Result<Option<String>, Error> {
     Ok(attribute(path)?.map(|bytes| String::from_utf8_lossy(&bytes).trim().to_string()))
 }
 
-fn is_gone(cause: &io::Error) -> bool {
-    [Errno::NOENT, Errno::NOTDIR, Errno::NXIO, Errno::NODEV].iter().any(|errno| cause.raw_os_error() == Some(errno.raw_os_error()))
+fn is_absent(cause: &io::Error) -> bool {
+    cause.raw_os_error().is_some_and(|errno| is_gone(Errno::from_raw_os_error(errno)))
+}
+
+/// How a look at a device, or a deed on it, fails when it is not there any more.
+#[must_use]
+pub fn is_gone(errno: Errno) -> bool {
+    matches!(errno, Errno::NOENT | Errno::NOTDIR | Errno::NXIO | Errno::NODEV)
 }
 
 fn write(path: &Path, what: &str) -> Result<(), Error> {

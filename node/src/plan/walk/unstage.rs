@@ -162,9 +162,8 @@ impl Toy for World {
         };
         let is_clear = mount == Mount::None;
         let mapped = is_clear && self.is_mapping_found();
-        // The kernel opens no disk that takes no I/O.
-        let is_there = self.drive != Drive::Absent && self.power == Power::On;
-        let held = is_clear && !mapped && self.known().disk && is_there && self.held != Held::No;
+        // Of a disk that takes no I/O too: the kernel claims it for the opener (EBUSY) before it asks the disk (ENXIO).
+        let held = is_clear && !mapped && self.known().disk && self.drive != Drive::Absent && self.held != Held::No;
         let (offline, dead) = (self.is_offline() && !self.memory.was_set_running, self.is_offline() && self.memory.was_set_running);
         let empty_folder = is_clear && matches!(self.folder, Folder::Empty | Folder::Stays) && !self.memory.folder_stays;
         next_unstage_step(&UnstageSeen { mount, mapped, held, offline, dead, empty_folder })
@@ -181,7 +180,8 @@ impl Toy for World {
                 }
             }
             UnstageStep::Delete => {
-                assert!(self.top().is_none() && !self.is_mapping_found() && self.power == Power::Dead, "deleted what is in use: {self:?}");
+                let is_unused = self.top().is_none() && !self.is_mapping_found() && self.held == Held::No;
+                assert!(is_unused && self.power == Power::Dead, "deleted what is in use: {self:?}");
                 self.drive = Drive::Absent;
             }
             UnstageStep::Unmount => {
@@ -306,8 +306,8 @@ fn unstaging_decides_harmlessly_whatever_is_seen() {
                 Ok(Some(UnstageStep::SetRunning)) => offline && matches!(mount, Mount::None | Mount::Ours | Mount::Gone),
                 Ok(Some(UnstageStep::Unmount)) => matches!(mount, Mount::Ours | Mount::Gone) && !offline,
                 Ok(Some(UnstageStep::Close)) => mount == Mount::None && mapped && !offline,
-                Ok(Some(UnstageStep::Delete)) => is_clear && dead,
-                Ok(Some(UnstageStep::AwaitRelease)) => is_clear && !dead && held,
+                Ok(Some(UnstageStep::Delete)) => is_clear && dead && !held,
+                Ok(Some(UnstageStep::AwaitRelease)) => is_clear && held,
                 Ok(Some(UnstageStep::RemoveFolder)) => is_clear && !dead && !held && empty_folder,
                 Ok(None) => is_clear && !dead && !held && !empty_folder,
             };

@@ -95,18 +95,35 @@ fn states_size_and_topology_are_written_and_read() {
         fs::write(device.join("state"), format!("{text}\n")).unwrap();
         assert_eq!(disk(root.path(), address).unwrap().unwrap().state, state);
     }
-    set_running(root.path(), address).unwrap();
+    let now = disk(root.path(), address).unwrap().unwrap();
+    set_running(root.path(), &now).unwrap();
     assert_eq!(fs::read(device.join("state")).unwrap(), b"running\n", "the kernel takes no state without a newline");
     let running = disk(root.path(), address).unwrap().unwrap();
     assert_eq!(running.state, State::Running);
     rescan_size(root.path(), address).unwrap();
     assert_eq!(fs::read_to_string(device.join("rescan")).unwrap(), "1");
     fs::write(device.join("delete"), "").unwrap();
-    delete(root.path(), address).unwrap();
+    delete(root.path(), &running).unwrap();
     assert_eq!(fs::read_to_string(device.join("delete")).unwrap(), "1");
-    assert_eq!(delete(root.path(), Address { lun: 2, ..address }).unwrap_err().errno, Errno::NOENT, "no file is made of it");
+    let other = Disk { address: Address { lun: 2, ..address }, ..running.clone() };
+    assert_eq!(delete(root.path(), &other).unwrap_err().errno, Errno::NOENT, "no file is made of it");
     assert_eq!(topology(root.path(), &running).unwrap().logical_block_size, 512);
     assert_eq!(rescan_size(root.path(), Address { lun: 2, ..address }).unwrap_err().errno, Errno::NOENT);
+}
+
+#[test]
+fn the_next_disk_in_a_slot_is_neither_deleted_nor_set_running() {
+    let root = Folder::new();
+    let before = FakeDisk::new(0, 1).serial("csi-0123456789abcdef");
+    let device = before.plug(root.path());
+    fs::write(device.join("delete"), "").unwrap();
+    // Same address, name and number.
+    FakeDisk::new(0, 1).serial("csi-fedcba9876543210").plug(root.path());
+    for refused in [delete(root.path(), &before.0), set_running(root.path(), &before.0)] {
+        let refused = refused.unwrap_err();
+        assert_eq!((refused.errno, refused.subject), (Errno::NODEV, root.path().join("bus/scsi/devices/0:0:0:1")));
+    }
+    assert_eq!(fs::read_to_string(device.join("delete")).unwrap(), "");
 }
 
 #[test]
