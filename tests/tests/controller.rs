@@ -41,6 +41,8 @@ mod list;
 mod look;
 #[path = "controller/modify.rs"]
 mod modify;
+#[path = "controller/nodes.rs"]
+mod nodes;
 #[path = "controller/owner.rs"]
 mod owner;
 #[path = "controller/privileges.rs"]

@@ -93,7 +93,9 @@ enum Move {
     Renew,
     /// Its holder gave it back.
     TakeReleased,
-    /// Its holder has not renewed it, or somebody has taken it from that one.
+    /// Somebody has taken it from its holder.
+    TakeEmptied,
+    /// Its holder has not renewed it.
     TakeExpired,
     /// Its holder lives.
     Wait,
@@ -120,7 +122,7 @@ fn next_move(seen: Option<&Seen>, unchanged: Duration, me: &str) -> Move {
             if seen.is_given_back {
                 Move::TakeReleased
             } else {
-                Move::TakeExpired
+                Move::TakeEmptied
             }
         }
         Some(seen) if unchanged >= seen.duration.clamp(DURATION, LONGEST_DURATION) => Move::TakeExpired,
@@ -221,7 +223,9 @@ impl Lease {
             // An answer of ours was lost, and what was the case then still is.
             Move::Renew => (),
             Move::TakeReleased => core.late_writes = Duration::ZERO,
-            Move::Create | Move::TakeExpired => core.late_writes = LATE_WRITES,
+            // Its holder may not know yet, and writes on until it cannot renew.
+            Move::Create | Move::TakeEmptied => core.late_writes = LATE_WRITES + RENEW_WITHIN,
+            Move::TakeExpired => core.late_writes = LATE_WRITES,
         }
         let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
         let answer = match core.seen.as_ref().map(|(seen, _)| seen.clone()) {
@@ -421,7 +425,7 @@ mod tests {
         assert_eq!(next_move(None, Duration::ZERO, "me"), Move::Create);
         assert_eq!(after("me", 15, 0), Move::Renew);
         // Emptied by hand, while what its holder sent is on its way.
-        assert_eq!(after("", 1, 0), Move::TakeExpired);
+        assert_eq!(after("", 1, 0), Move::TakeEmptied);
         let mark =
             json!({"metadata": {"resourceVersion": "7", "annotations": {GIVEN_BACK: "other"}}, "spec": {"leaseDurationSeconds": 15}});
         assert_eq!(next_move(Some(&read(&mark).unwrap()), Duration::ZERO, "me"), Move::TakeReleased);

@@ -243,6 +243,15 @@ impl Kube {
         Ok(found)
     }
 
+    /// Whether any PV of this volume, by whichever of its handles, says that its disk stays; all PVs are read now.
+    ///
+    /// # Errors
+    /// The call that failed: nothing can be said then.
+    pub async fn keeps_disk(self: &Arc<Self>, handle: &VolumeHandle) -> Result<bool, Failure> {
+        let pvs = self.list("/api/v1/persistentvolumes").await?;
+        Ok(pvs.iter().filter_map(read_pv).any(|pv| pv.keeps_disk && is_of(&pv, handle)))
+    }
+
     /// The parameters of a VolumeAttributesClass; nothing where there is none of that name.
     ///
     /// # Errors

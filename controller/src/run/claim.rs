@@ -23,6 +23,13 @@ pub(super) struct Claim {
     volume: (String, String),
 }
 
+impl Claims {
+    /// The same ones, for a second Region.
+    pub(super) fn shared(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
 impl Drop for Claim {
     fn drop(&mut self) {
         locked(&self.claims).remove(&self.volume);

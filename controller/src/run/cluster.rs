@@ -42,15 +42,39 @@ impl std::fmt::Display for Off {
 
 impl Controller {
     /// Whether the VM is the Kubernetes node that is meant: a number alone may be another VM's, of a clone of the node's
-    /// template, or in another cluster. Node and VM may have different names; a VM of exactly that name elsewhere is proof.
+    /// template, or in another cluster. Node and VM may have different names; a VM of exactly that name elsewhere is proof. Where the
+    /// number came from a Node object that names no region, and there are several, only the name tells. An exact name of another
+    /// region's node is no proof of being it either.
     ///
     /// # Errors
-    /// It is another one, by name.
-    pub(super) async fn check_is_node(&self, region: &Region, node: &NodeId, vm: &Vm) -> Result<(), Error> {
-        let (NodeId::Vmid(name, _), Some(shown)) = (node, vm.name.as_deref()) else { return Ok(()) };
-        if is_name_of(shown, name) {
+    /// It is another one, by name; or that cannot be told.
+    pub(super) async fn check_is_node(&self, region: &Region, node: &NodeId, vm: &Vm, is_by_bare_number: bool) -> Result<(), Error> {
+        let are_several = self.clusters()?.regions.len() > 1;
+        let name = match node {
+            NodeId::Vmid(name, _) => name,
+            NodeId::Name(name) if is_by_bare_number => name,
+            NodeId::Name(_) if are_several && !region.rules().capmox => {
+                return match region.region_of_machine(node).await? {
+                    Some(other) => Err(region.is_elsewhere(node, &other)),
+                    None => Ok(()),
+                };
+            }
+            NodeId::Name(_) => return Ok(()),
+        };
+        let is_named = vm.name.as_deref().map_or_else(|| region.was_named(vm.vmid, name), |shown| is_name_of(shown, name));
+        if is_named {
             return Ok(());
         }
+        let Some(shown) = vm.name.as_deref() else {
+            if !is_by_bare_number || !are_several {
+                return Ok(());
+            }
+            return Err(Error::unavailable(format!(
+                "node {node}: its Node object names VM {} without a region, and that VM of region {} shows no name now (its Proxmox node is \
+                 silent, or it is new); repeated",
+                vm.vmid, region.name
+            )));
+        };
         if let Some(other) = region.vm_named(name).await {
             return Err(Error::precondition(format!(
                 "node {node}: VM {} is named {shown:?}, and VM {} on {} is named {name:?}; the node carries another VM's number: set the \
@@ -58,7 +82,15 @@ impl Controller {
                 vm.vmid, other.vmid, other.host
             )));
         }
-        self.check_not_elsewhere(region, node).await
+        self.check_not_elsewhere(region, node).await?;
+        if is_by_bare_number && are_several {
+            return Err(Error::precondition(format!(
+                "node {node}: its Node object names VM {} without a region, and that VM of region {} is named {shown:?}: it may be another \
+                 region's node; give the Node the provider ID proxmox://REGION/{}",
+                vm.vmid, region.name, vm.vmid
+            )));
+        }
+        Ok(())
     }
 
     /// Whether a VM of the node's name is in another region: then node and volume do not belong together.
@@ -205,7 +237,8 @@ impl Region {
         let (read_at, request) = (Instant::now(), api::cluster_status());
         let call = request.name();
         let quorate = match self.client().call(request).await.and_then(|data| api::read_quorate(&call, &data)) {
-            Ok(quorate) => quorate,
+            // One that was part of a cluster and shows only itself has lost the others, not outlived them.
+            Ok(quorate) => quorate && !self.has_lost_the_others(),
             Err(error) if error.meaning() == Meaning::Forbidden => {
                 let resources = self.resources(since.min(ago(STATE_AGE))).await?;
                 let online = resources.hosts.values().filter(|status| *status == "online").count();
@@ -225,6 +258,12 @@ impl Region {
         };
         *held = Some((read_at, quorate));
         Ok(quorate)
+    }
+
+    /// Whether the cluster as last read is one node alone, and was more.
+    fn has_lost_the_others(&self) -> bool {
+        let hosts = locked(&self.last_resources).as_ref().map_or(0, |(_, resources)| resources.hosts.len());
+        hosts == 1 && *locked(&self.most_hosts) > 1
     }
 
     /// Whether that VM had this name when it last showed one.

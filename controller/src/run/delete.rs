@@ -86,7 +86,7 @@ impl Controller {
 /// Kubernetes does not say: then nothing is deleted.
 async fn keeps_disk(kube: &Arc<Kube>, handle: &VolumeHandle) -> Result<bool, Error> {
     let of = |why| Error::unavailable(format!("whether its PV says lifecycle: keep cannot be told, so that nothing is deleted: {why}"));
-    Ok(kube.pvs_of(handle).await.map_err(of)?.iter().any(|pv| pv.keeps_disk))
+    kube.keeps_disk(handle).await.map_err(of)
 }
 
 impl Region {

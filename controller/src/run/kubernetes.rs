@@ -7,7 +7,7 @@ use tonic::Code;
 
 use super::cluster::{Off, is_name_of};
 use super::evidence::{Reference, View};
-use super::region::{EVIDENCE_AGE, Known, Region, ago};
+use super::region::{EVIDENCE_AGE, Known, Region, ago, locked};
 use crate::error::Error;
 use crate::kube::{CsiNode, Kube, Machine};
 use crate::pve;
@@ -29,8 +29,24 @@ pub(super) enum Word {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Is {
     Vmid(u32),
+    /// A number without a region: every cluster may have one.
+    Bare(u32),
     Uuid(String),
     Unsaid,
+}
+
+/// Which VM a node id names.
+#[derive(Debug)]
+pub(super) struct Meant {
+    pub(super) vm: Option<Vm>,
+    /// By a number that does not say of which region: its name must tell.
+    pub(super) is_by_bare_number: bool,
+}
+
+impl From<Option<Vm>> for Meant {
+    fn from(vm: Option<Vm>) -> Self {
+        Self { vm, is_by_bare_number: false }
+    }
 }
 
 /// `smbios1: uuid=...,serial=...`
@@ -51,7 +67,7 @@ impl Region {
     /// It does not answer.
     pub(super) async fn word_of_kubernetes(&self, handle: &VolumeHandle, vmid: u32) -> Result<Option<Word>, Error> {
         let Some(kube) = &self.kube else { return Ok(None) };
-        let nodes = self.nodes_of(kube, vmid).await?;
+        let nodes = self.nodes_for_certain(kube, vmid).await?;
         let [node] = nodes.as_slice() else { return Ok(None) };
         let attachments = kube.all_attached_to(node).await.map_err(Error::unavailable)?;
         let volid = handle.volid();
@@ -96,13 +112,14 @@ impl Region {
         for node in nodes.iter() {
             let is_it = match node_id(&node.node_id) {
                 Ok(NodeId::Vmid(_, of)) => of == vmid,
-                // A VM on a dead node loses its name after some minutes: any could be it.
-                Ok(NodeId::Name(of)) if name.as_ref().is_none_or(|name| *name == of) => true,
                 Ok(NodeId::Name(of)) => {
-                    let by_name = if self.rules().capmox { None } else { resources.vms.values().find(|vm| vm.name.as_ref() == Some(&of)) };
-                    match by_name {
-                        Some(_) => false,
-                        None => self.may_be(kube, &of, vmid).await?,
+                    let named = || resources.vms.values().filter(|vm| vm.name.as_ref() == Some(&of));
+                    // A VM on a dead node loses its name after some minutes: any could be it that has no VM.
+                    let by_name = name.as_ref().is_none_or(|name| *name == of);
+                    match self.rules().capmox {
+                        true => self.may_be(kube, &of, vmid).await?.unwrap_or(by_name),
+                        false if named().next().is_some() => named().any(|vm| vm.vmid == vmid),
+                        false => by_name || self.may_be(kube, &of, vmid).await?.unwrap_or(false),
                     }
                 }
                 Err(_) => true,
@@ -121,15 +138,51 @@ impl Region {
         Ok(these.into_iter().map(|node| node.name.clone()).collect())
     }
 
-    /// Whether a node whose VM has another name could be that VM, by its Node object.
-    async fn may_be(&self, kube: &Arc<Kube>, node: &str, vmid: u32) -> Result<bool, Error> {
-        match kube.machine(node).await.map_err(Error::unavailable)?.map(|machine| self.machine_is(&machine)) {
-            Some(Ok(Is::Vmid(of))) => Ok(of == vmid),
-            // Its VM's config may be what cannot be read.
-            Some(Ok(Is::Uuid(_))) => Ok(self.rules().capmox || self.is_known_by_uuid(vmid).await),
-            Some(Ok(Is::Unsaid)) | None => Ok(false),
-            Some(Err(_)) => Ok(false),
+    /// The same for whom the wrong one would let volumes go: none where a node that is gone could be it as well, and no name tells.
+    async fn nodes_for_certain(&self, kube: &Arc<Kube>, vmid: u32) -> Result<Vec<String>, Error> {
+        let mut nodes = self.nodes_of(kube, vmid).await?;
+        if nodes.iter().any(|node| self.was_named(vmid, node)) {
+            return Ok(nodes);
         }
+        if !kube.nodes_forgotten().await.map_err(Error::unavailable)?.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Another cluster's, by its provider ID.
+        let mut elsewhere = Vec::new();
+        for node in &nodes {
+            if kube.machine(node).await.map_err(Error::unavailable)?.is_some_and(|machine| self.machine_is(&machine).is_err()) {
+                elsewhere.push(node.clone());
+            }
+        }
+        nodes.retain(|node| !elsewhere.contains(node));
+        Ok(nodes)
+    }
+
+    /// Whether a node could be that VM, by its Node object; nothing where that does not say.
+    async fn may_be(&self, kube: &Arc<Kube>, node: &str, vmid: u32) -> Result<Option<bool>, Error> {
+        match kube.machine(node).await.map_err(Error::unavailable)?.map(|machine| self.machine_is(&machine)) {
+            Some(Ok(Is::Vmid(of) | Is::Bare(of))) => Ok(Some(of == vmid)),
+            Some(Ok(Is::Uuid(uuid))) => Ok(Some(match self.last_with(&uuid).await {
+                found if found.contains(&vmid) => true,
+                found if !found.is_empty() => false,
+                // Its VM's config may be what cannot be read.
+                _ => self.rules().capmox || self.is_known_by_uuid(vmid).await,
+            })),
+            Some(Ok(Is::Unsaid)) | None => Ok(None),
+            Some(Err(_)) => Ok(Some(false)),
+        }
+    }
+
+    /// The VMs that had this UUID when they were last read.
+    async fn last_with(&self, uuid: &str) -> Vec<u32> {
+        let all: Vec<u32> = locked(&self.vms).keys().copied().collect();
+        let mut found = Vec::new();
+        for vmid in all {
+            if self.last_known(vmid).await.is_some_and(|known| uuid_of(&known).as_deref() == Some(uuid)) {
+                found.push(vmid);
+            }
+        }
+        found
     }
 
     /// Whether a UUID could be that VM's: it was not read, or it has one.
@@ -145,10 +198,11 @@ impl Region {
                 Some((region, number)) => {
                     let region = region.trim_end_matches('/');
                     if let Some(vmid) = vmid(number) {
-                        if !region.is_empty() && region != self.name {
-                            return Err(region.into());
-                        }
-                        return Ok(Is::Vmid(vmid));
+                        return match region {
+                            "" => Ok(Is::Bare(vmid)),
+                            region if region == self.name => Ok(Is::Vmid(vmid)),
+                            region => Err(region.into()),
+                        };
                     }
                 }
                 None if is_uuid(rest) => return Ok(Is::Uuid(rest.to_ascii_lowercase())),
@@ -156,42 +210,74 @@ impl Region {
             }
         }
         if let Some(vmid) = machine.instance_id.as_deref().and_then(vmid) {
-            return Ok(Is::Vmid(vmid));
+            return Ok(Is::Bare(vmid));
         }
         let uuid = machine.system_uuid.as_deref().filter(|uuid| is_uuid(uuid));
         Ok(uuid.map_or(Is::Unsaid, |uuid| Is::Uuid(uuid.to_ascii_lowercase())))
     }
 
-    /// The VM that a node id names: by its number or its exact name; with Kubernetes also by what the Node object says, provider ID,
-    /// annotation, SMBIOS UUID in this order, and with `provider: capmox` by that alone.
+    /// The VM that a node id names.
     ///
     /// # Errors
-    /// Proxmox's or Kubernetes'; several VMs could be meant; or its Node object names another region.
+    /// As [`Region::vm_meant`]; or its Node object names another region.
     pub(super) async fn vm_of(&self, node: &NodeId) -> Result<Option<Vm>, Error> {
-        let NodeId::Name(name) = node else { return self.find_vm(node).await };
+        let meant = self.vm_meant(node).await?.map_err(|region| self.is_elsewhere(node, &region))?;
+        Ok(meant.vm)
+    }
+
+    /// Its provider ID names another region.
+    pub(super) fn is_elsewhere(&self, node: &NodeId, region: &str) -> Error {
+        Error::precondition(format!(
+            "node {node} is in region {region} by its provider ID, the volume is in region {}: a volume cannot leave its Proxmox cluster; \
+             give the PV its nodeAffinity, or the pod a node of region {}",
+            self.name, self.name
+        ))
+    }
+
+    /// The other region that a node's provider ID names, where Kubernetes is there to say so.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(super) async fn region_of_machine(&self, node: &NodeId) -> Result<Option<String>, Error> {
+        let (Some(kube), NodeId::Name(name)) = (&self.kube, node) else { return Ok(None) };
+        let machine = kube.machine(name).await.map_err(Error::unavailable)?;
+        Ok(machine.and_then(|machine| self.machine_is(&machine).err()))
+    }
+
+    /// By its number or its exact name; with Kubernetes also by what the Node object says, provider ID, annotation, SMBIOS UUID in this
+    /// order, and with `provider: capmox` by that alone. The inner error: its Node object names that other region.
+    ///
+    /// # Errors
+    /// Proxmox's or Kubernetes'; or several VMs could be meant.
+    pub(super) async fn vm_meant(&self, node: &NodeId) -> Result<Result<Meant, String>, Error> {
+        let NodeId::Name(name) = node else { return Ok(Ok(self.find_vm(node).await?.into())) };
         let capmox = self.rules().capmox;
-        if !capmox && let Some(vm) = self.find_vm(node).await? {
-            return Ok(Some(vm));
-        }
+        // That a VM shows no name now keeps no other one from being found by its Node object.
+        let by_name = match self.find_vm(node).await {
+            _ if capmox => Ok(None),
+            Ok(Some(vm)) => return Ok(Ok(Some(vm).into())),
+            Err(error) if error.code != Code::Unavailable => return Err(error),
+            found => found,
+        };
         let Some(kube) = &self.kube else {
             if !capmox {
-                return Ok(None);
+                return by_name.map(|found| Ok(found.into()));
             }
             return Err(Error::precondition(format!(
                 "node {node}: features.provider capmox finds nodes by their Node objects, and there is no Kubernetes API; node ids that carry the \
                  VMID, NAME/VMID, need none"
             )));
         };
-        let Some(machine) = kube.machine(name).await.map_err(Error::unavailable)? else { return Ok(None) };
+        let Some(machine) = kube.machine(name).await.map_err(Error::unavailable)? else { return by_name.map(|found| Ok(found.into())) };
         match self.machine_is(&machine) {
-            Err(region) => Err(Error::precondition(format!(
-                "node {node} is in region {region} by its provider ID, the volume is in region {}: a volume cannot leave its Proxmox cluster; \
-                 give the PV its nodeAffinity, or the pod a node of region {}",
-                self.name, self.name
-            ))),
-            Ok(Is::Vmid(vmid)) => self.find_vm(&NodeId::Vmid(name.clone(), vmid)).await,
-            Ok(Is::Uuid(uuid)) => self.vm_by_uuid(node, &uuid, capmox).await,
-            Ok(Is::Unsaid) => Ok(None),
+            Err(region) => Ok(Err(region)),
+            Ok(Is::Vmid(vmid)) => Ok(Ok(self.find_vm(&NodeId::Vmid(name.clone(), vmid)).await?.into())),
+            Ok(Is::Bare(vmid)) => Ok(Ok(Meant { vm: self.find_vm(&NodeId::Vmid(name.clone(), vmid)).await?, is_by_bare_number: true })),
+            Ok(Is::Uuid(uuid)) => match self.vm_by_uuid(node, &uuid, capmox).await? {
+                None => by_name.map(|found| Ok(found.into())),
+                found => Ok(Ok(found.into())),
+            },
+            Ok(Is::Unsaid) => by_name.map(|found| Ok(found.into())),
         }
     }
 
@@ -199,22 +285,27 @@ impl Region {
     async fn vm_by_uuid(&self, node: &NodeId, uuid: &str, of_all: bool) -> Result<Option<Vm>, Error> {
         let (NodeId::Name(name) | NodeId::Vmid(name, _)) = node;
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
-        let (mut found, mut unread): (Vec<Vm>, Option<Error>) = Default::default();
+        let (mut found, mut unread, mut unread_off): (Vec<Vm>, Option<Error>, Option<Error>) = Default::default();
         for vm in resources.vms.values().filter(|vm| !vm.template) {
             if !of_all && vm.name.as_ref().is_none_or(|shown| !shown.starts_with(name.as_str())) {
                 continue;
             }
-            // One that is off cannot change; what could not be read may be it, if no other is.
-            let since = if self.off(&vm.host).await?.is_some() { self.begun } else { ago(EVIDENCE_AGE) };
+            // One that is off cannot change; what could not be read then may be it, if no other is.
+            let is_off = self.off(&vm.host).await?.is_some();
+            let since = if is_off { self.begun } else { ago(EVIDENCE_AGE) };
             match self.config(&vm.host, vm.vmid, since).await {
                 Ok(known) if uuid_of(&known).as_deref() == Some(uuid) => found.push(vm.clone()),
                 Ok(_) => (),
-                Err(error) => drop(unread.get_or_insert(Error::from(error).during(&format!("whether VM {} is node {node}", vm.vmid)))),
+                Err(error) => {
+                    let unread = if is_off { &mut unread_off } else { &mut unread };
+                    unread.get_or_insert(Error::from(error).during(&format!("whether VM {} is node {node}", vm.vmid)));
+                }
             }
         }
-        match (found.as_slice(), unread) {
-            ([one], _) => Ok(Some(one.clone())),
-            ([], Some(unread)) => Err(unread),
+        match (found.as_slice(), unread.or(if found.is_empty() { unread_off } else { None })) {
+            // A copy that was restored beside the original has its UUID, too.
+            ([_] | [], Some(unread)) => Err(unread),
+            ([one], None) => Ok(Some(one.clone())),
             ([], None) => Ok(None),
             ([one, other, ..], _) => Err(Error::precondition(format!(
                 "node {node}: VMs {} and {} have the same SMBIOS UUID {uuid}; give the clone one of its own: qm set {} --smbios1 uuid=...",
@@ -261,10 +352,9 @@ impl Region {
         };
         let mut found = Vec::new();
         let mut nodes = self.nodes_of(kube, vmid).await?;
-        if nodes.is_empty() {
-            // Its objects are gone with the Kubernetes node, what was attached to it may still be: any of those could be it.
-            nodes = kube.nodes_forgotten().await.map_err(Error::unavailable)?;
-        }
+        // Its objects may be gone with the Kubernetes node, and what was attached to it may still be: any of those could be it, and one
+        // that is there may be another cluster's VM of that number.
+        nodes.extend(kube.nodes_forgotten().await.map_err(Error::unavailable)?);
         for node in nodes {
             if kube.all_attached_to(&node).await.map_err(Error::unavailable)?.keys().any(is_ours) {
                 found.push(Reference { vmid, host: host.into(), key: node, view: View::Attachment, off: None });
@@ -279,7 +369,7 @@ impl Region {
     /// Kubernetes does not answer.
     pub(super) async fn is_out_of_service(&self, vmid: u32) -> Result<bool, Error> {
         let Some(kube) = &self.kube else { return Ok(false) };
-        let nodes = self.nodes_of(kube, vmid).await?;
+        let nodes = self.nodes_for_certain(kube, vmid).await?;
         // With names alone it may be any of several: all of them, then.
         for node in &nodes {
             if !kube.is_out_of_service(node).await.map_err(Error::unavailable)? {

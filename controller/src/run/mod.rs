@@ -326,11 +326,11 @@ fn load(path: &Path, ca_bundle: Option<&PathBuf>, kube: Option<&Arc<Kube>>, befo
                 }
                 // At other addresses; what was sent to the old ones may still go on.
                 None => {
-                    let client = match known {
-                        Some(region) => client.instead_of(&region.client()),
-                        None => client,
-                    };
-                    Arc::new(Region::new(cluster.region.clone(), client, rules, kube.cloned()))
+                    let new = |client| Region::new(cluster.region.clone(), client, rules, kube.cloned());
+                    Arc::new(match known {
+                        Some(region) => new(client.instead_of(&region.client())).after(region),
+                        None => new(client),
+                    })
                 }
             };
             (cluster.region.clone(), region)

@@ -39,7 +39,9 @@ impl Controller {
     /// Another VM holds it, the VM cannot take it, or Proxmox's.
     pub async fn publish(&self, request: Arc<Publish>) -> Result<Published, Error> {
         let region = self.region(&request.handle.region).map_err(|error| Error::not_found(error.text))?;
-        let Some(vm) = region.vm_of(&request.node).await? else {
+        let meant = region.vm_meant(&request.node).await?.map_err(|other| region.is_elsewhere(&request.node, &other))?;
+        let is_by_bare_number = meant.is_by_bare_number;
+        let Some(vm) = meant.vm else {
             self.check_not_elsewhere(&region, &request.node).await?;
             match &request.node {
                 NodeId::Vmid(_, vmid) => region.check_vm_gone(*vmid).await?,
@@ -48,7 +50,8 @@ impl Controller {
             return Err(Error::not_found(format!("node {}: no such VM in region {}", request.node, region.name)));
         };
         let step = format!("attach {} to VM {} on {}", request.handle, vm.vmid, vm.host);
-        self.check_is_node(&region, &request.node, &vm).await.map_err(|error| error.during(&step))?;
+        let is_node = self.check_is_node(&region, &request.node, &vm, is_by_bare_number).await;
+        is_node.map_err(|error| error.during(&step))?;
         region.publish(request, vm).await.map_err(|error| error.during(&step))
     }
 }
@@ -62,8 +65,7 @@ impl Region {
             ));
         }
         if self.rules().attach_only_owned {
-            self.check_is_ours(&request.handle)
-                .map_err(|error| Error::precondition(format!("attachOnlyOwned: true is in the config file, and {}", error.text)))?;
+            self.check_may_attach(&request.handle)?;
         }
         let _claim = self.claim(&request.handle).await?;
         self.check_reach(&request.handle, &mut vm).await?;
@@ -102,6 +104,21 @@ impl Region {
                 self.published(&request, &vm, lun, &drive).await
             }
             Done::Detached => Err(Error::internal("an attach was answered as a detach")),
+        }
+    }
+
+    /// `attachOnlyOwned`: by its name it is one of ours.
+    fn check_may_attach(&self, handle: &VolumeHandle) -> Result<(), Error> {
+        let owners = self.rules().owners;
+        match owner_of(&handle.disk) {
+            Some(owner) if owners.contains(&owner) => Ok(()),
+            Some(owner) => Err(Error::precondition(format!(
+                "attachOnlyOwned: true is in the config file, and by its name it is VM {owner}'s; set attachOnlyOwned: false, or add {owner} to \
+                 deleteAlsoOwnedBy (then DeleteVolume deletes them, too)"
+            ))),
+            None => Err(Error::precondition(
+                "attachOnlyOwned: true is in the config file, and its name carries no owner; set attachOnlyOwned: false",
+            )),
         }
     }
 

@@ -144,7 +144,7 @@ pub(crate) struct Region {
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
     pub(super) quorate: AsyncMutex<Option<(Instant, bool)>>,
-    pub(super) doubts: Mutex<HashMap<String, Doubt>>,
+    pub(super) doubts: Arc<Mutex<HashMap<String, Doubt>>>,
     /// Proxmox node → when no change of an earlier controller was seen to go on there.
     pub(super) quiet: Mutex<HashMap<String, Instant>>,
     /// Proxmox node → when it was first seen offline.
@@ -189,7 +189,7 @@ impl Region {
             delayed: Mutex::default(),
             sees_all_vms: AsyncMutex::default(),
             quorate: AsyncMutex::default(),
-            doubts: Mutex::default(),
+            doubts: Arc::default(),
             quiet: Mutex::default(),
             offline_since: Mutex::default(),
             leftovers: Mutex::default(),
@@ -210,6 +210,13 @@ impl Region {
         client.heard.follow(&held.heard);
         *held = Arc::new(client.instead_of(&held));
         *locked(&self.rules) = rules;
+    }
+
+    /// Takes the place of one of its name at other addresses: another cluster, perhaps. What that one began goes on, so that its claims
+    /// and its doubts hold.
+    #[must_use]
+    pub(crate) fn after(self, before: &Self) -> Self {
+        Self { doubts: Arc::clone(&before.doubts), claims: before.claims.shared(), ..self }
     }
 
     /// Its API.

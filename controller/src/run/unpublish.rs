@@ -24,8 +24,10 @@ impl Controller {
     pub async fn unpublish(&self, request: &Unpublish) -> Result<(), Error> {
         let region = self.region(&request.handle.region)?;
         let vms = match &request.node {
-            Some(node) => match region.vm_of(node).await? {
-                Some(vm) => vec![vm],
+            Some(node) => match self.vm_to_detach(&region, &request.handle, node).await? {
+                Some(Some(vm)) => vec![vm],
+                // Another machine has the number, and does not hold it.
+                Some(None) => Vec::new(),
                 None => {
                     let gone = region.check_gone_with_it(&request.handle, node).await;
                     gone.map_err(|error| error.during(&format!("detach {} from {node}", request.handle)))?;
@@ -45,6 +47,50 @@ impl Controller {
             region.unpublish(&request.handle, &vm).await.map_err(|error| error.during(&step))?;
         }
         if is_elsewhere { Ok(()) } else { region.check_no_doubt(&request.handle.volid()).await }
+    }
+}
+
+impl Controller {
+    /// The node's VM, where it is listed; nothing inside: it is another machine's number or region, and nothing of this volume is there.
+    /// The attacher repeats what is refused: as soon as the rightful node has let go it succeeds.
+    ///
+    /// # Errors
+    /// By its name the VM is not that node, and it holds the volume: for another node, perhaps.
+    async fn vm_to_detach(&self, region: &Arc<Region>, handle: &VolumeHandle, node: &NodeId) -> Result<Option<Option<Vm>>, Error> {
+        let step = || format!("detach {handle} from {node}");
+        let meant = match region.vm_meant(node).await? {
+            Ok(meant) => meant,
+            Err(other) => {
+                region.check_gone_with_it(handle, node).await.map_err(|error| error.during(&step()))?;
+                proto::info!("detach {handle}: node {node} is in region {other}, nothing is attached to it here");
+                return Ok(Some(None));
+            }
+        };
+        let Some(vm) = meant.vm else { return Ok(None) };
+        let is_node = match (node, meant.is_by_bare_number) {
+            (NodeId::Name(_), false) => Ok(()),
+            (_, is_by_bare_number) => self.check_is_node(region, node, &vm, is_by_bare_number).await,
+        };
+        let Err(why) = is_node else { return Ok(Some(Some(vm))) };
+        let references = region.references(handle, Instant::now(), None, Depth::Plugged).await.map_err(|error| error.during(&step()))?;
+        match references.iter().find(|one| one.vmid == vm.vmid && one.counts()) {
+            Some(holder) => Err(Error {
+                code: why.code,
+                text: format!(
+                    "{}: {}; and {holder}: it is let go when the node that has it there lets it go; if it was attached for this node, give the VM the \
+                 node's name, or detach it by hand: qm set {} --delete {}",
+                    step(),
+                    why.text,
+                    vm.vmid,
+                    holder.key
+                ),
+            }),
+            None if region.doubted_vm(&handle.volid()) == Some(vm.vmid) => Err(why.during(&step())),
+            None => {
+                proto::info!("detach {handle}: {}; it does not have it", why.text);
+                Ok(Some(None))
+            }
+        }
     }
 }
 

@@ -36,7 +36,11 @@ async fn only_our_own_is_deleted_and_everything_is_attached() {
     bed.unpublish(&volume, "node-101/101").await.unwrap();
     assert!(bed.sim.image("pve1", &volume.volid()).is_some());
     let strict = with_features(&bed, "{attachOnlyOwned: true}");
-    assert_refused(strict.publish(&volume, "node-101/101").await, Code::FailedPrecondition, &["attachOnlyOwned", "VM 777's"]);
+    assert_refused(
+        strict.publish(&volume, "node-101/101").await,
+        Code::FailedPrecondition,
+        &["attachOnlyOwned: false", "VM 777's", "add 777 to deleteAlsoOwnedBy"],
+    );
     let also = with_features(&bed, "{deleteAlsoOwnedBy: [777], attachOnlyOwned: true}");
     also.publish(&volume, "node-101/101").await.unwrap();
     assert_refused(also.delete(STATIC).await, Code::FailedPrecondition, &["refused while in use", "VM 101"]);
@@ -76,7 +80,7 @@ async fn a_disk_that_its_pv_keeps_stays_and_without_an_answer_so_does_any() {
     kubernetes.put("/api/v1/persistentvolumes/pvc-2", pv(&plain.to_string(), false));
     delete_by(&by, &kept.to_string()).await.unwrap();
     assert!(bed.sim.image("pve1", &kept.volid()).is_some());
-    for (status, part) in [(500, "persistentvolumes/pvc-2"), (403, "give the controller's ServiceAccount"), (0, "persistentvolumes")] {
+    for (status, part) in [(500, "persistentvolumes"), (403, "give the controller's ServiceAccount"), (0, "persistentvolumes")] {
         kubernetes.breaks("GET /api/v1/persistentvolumes", Some(status));
         assert_refused(delete_by(&by, &plain.to_string()).await, Code::Unavailable, &["lifecycle: keep", "nothing is deleted", part]);
     }
@@ -84,6 +88,12 @@ async fn a_disk_that_its_pv_keeps_stays_and_without_an_answer_so_does_any() {
     kubernetes.breaks("GET /api/v1/persistentvolumes", None);
     delete_by(&by, &plain.to_string()).await.unwrap();
     assert!(bed.sim.image("pve1", &plain.volid()).is_none());
+    // A second PV of the same disk keeps it, though the one of its name does not.
+    let twice = bed.volume("pvc-3", "local").await;
+    kubernetes.put("/api/v1/persistentvolumes/pvc-3", pv(&twice.to_string(), false));
+    kubernetes.put("/api/v1/persistentvolumes/second", pv(&twice.to_string(), true));
+    delete_by(&by, &twice.to_string()).await.unwrap();
+    assert!(bed.sim.image("pve1", &twice.volid()).is_some());
     // Also a PV whose name says nothing, and whose handle has no zone.
     let unnamed: VolumeHandle = "fsn1/pve1/local-lvm/vm-9999-Other".parse().unwrap();
     bed.sim.create_volume("pve1", &unnamed.volid(), MIB).unwrap();
