@@ -220,6 +220,17 @@ pub fn candidates(want: &Want, seen: Seen<'_>) -> Result<Vec<Candidate>, Refusal
     usable(want, seen, &chosen)
 }
 
+/// Region and node of each storage of the request that cannot be looked at now, local to a node as it is.
+#[must_use]
+pub fn skipped(want: &Want, regions: &BTreeMap<String, std::sync::Arc<Resources>>) -> Vec<(String, String)> {
+    let every = regions.iter().flat_map(|(region, all)| all.storages.iter().map(move |storage| (region, all, storage)));
+    let those = every.filter(|(region, all, storage)| {
+        let is_asked_for = want.terms.is_empty() || want.terms.iter().any(|term| term.fits(region, &storage.host));
+        storage.storage == want.storage && !storage.shared && is_asked_for && !is_up(all, storage)
+    });
+    those.map(|(region, _, storage)| (region.clone(), storage.host.clone())).collect()
+}
+
 /// A storage counts as active for five minutes after its node went silent; the node's own status is quicker.
 #[must_use]
 pub fn is_up(all: &Resources, storage: &Storage) -> bool {

@@ -18,7 +18,8 @@ use crate::run::when;
 
 /// external-attacher's, made of the driver's name.
 const ATTACHER_LEASE: &str = "external-attacher-leader-csi-proxmox-sinextra-dev";
-/// A Lease that was renewed last so long ago is nobody's, however wrong the clocks are: TLS would not work any more.
+/// A Lease that was renewed last so long ago is not worth a line of --check. Who is to act waits for it all the same: clocks can be wrong
+/// by more, and a minute is nothing.
 const LONG_AGO: Duration = Duration::from_secs(600);
 /// The longest that a holder is waited for: a Lease may carry any duration.
 const LONGEST_LOOK: Duration = Duration::from_secs(60);
@@ -32,6 +33,8 @@ struct Attacher {
     version: String,
     duration: Duration,
     renewals: usize,
+    /// As its holder wrote it, by a clock that may be wrong.
+    renewed: String,
 }
 
 impl Kube {
@@ -79,7 +82,9 @@ impl Kube {
     /// The call that failed.
     pub(crate) async fn rivals(self: &Arc<Self>) -> Result<Vec<(String, String)>, Failure> {
         let here = self.api.namespace();
-        let elsewhere = self.attachers().await?.into_iter().filter(|(namespace, _)| namespace != here);
+        let long_ago = SystemTime::now().checked_sub(LONG_AGO).map(when::rfc3339).unwrap_or_default();
+        // Both are UTC in one form, so that their texts are in order.
+        let elsewhere = self.attachers().await?.into_iter().filter(|(namespace, one)| namespace != here && one.renewed >= long_ago);
         Ok(elsewhere.map(|(namespace, one)| (namespace, one.holder)).collect())
     }
 
@@ -98,19 +103,16 @@ impl Kube {
     async fn attachers(self: &Arc<Self>) -> Result<BTreeMap<String, Attacher>, Failure> {
         let path = format!("/apis/coordination.k8s.io/v1/leases?fieldSelector=metadata.name%3D{ATTACHER_LEASE}&limit=500");
         let answer = self.get(path).await?.unwrap_or_default();
-        let long_ago = SystemTime::now().checked_sub(LONG_AGO).map(when::rfc3339).unwrap_or_default();
         let read = |entry: &Value| {
-            let renewed = text(entry, "/spec/renewTime").unwrap_or_default();
             let seconds = entry.pointer("/spec/leaseDurationSeconds").and_then(Value::as_u64).unwrap_or_default();
             let attacher = Attacher {
                 holder: text(entry, "/spec/holderIdentity")?,
                 version: text(entry, "/metadata/resourceVersion")?,
                 duration: Duration::from_secs(seconds).clamp(DURATION, LONGEST_LOOK),
                 renewals: 0,
+                renewed: text(entry, "/spec/renewTime").unwrap_or_default(),
             };
-            // Both are UTC in one form, so that their texts are in order.
-            (text(entry, "/metadata/name").as_deref() == Some(ATTACHER_LEASE) && renewed >= long_ago)
-                .then_some((text(entry, "/metadata/namespace")?, attacher))
+            (text(entry, "/metadata/name").as_deref() == Some(ATTACHER_LEASE)).then_some((text(entry, "/metadata/namespace")?, attacher))
         };
         Ok(answer.get("items").and_then(Value::as_array).into_iter().flatten().filter_map(read).collect())
     }

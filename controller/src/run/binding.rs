@@ -1,11 +1,13 @@
 //! What Kubernetes says of a new volume's claim: whether its pod has a node already, which the volume has to follow, or whether
 //! the pod will follow the volume.
 
-use super::Controller;
 use super::create::Place;
 use super::region::{EVIDENCE_AGE, ago};
-use crate::kube::Claim;
+use super::{Controller, TRIED_AGE, when};
+use crate::error::Error;
+use crate::kube::{Claim, text};
 use crate::placement::{Order, is_up};
+use crate::pve::api::percent_encoded;
 use crate::request::Create;
 
 impl Controller {
@@ -28,6 +30,45 @@ impl Controller {
                 (request, None)
             }
         }
+    }
+
+    /// Whether what a controller before this one began may still go on.
+    pub(super) fn is_young(&self) -> bool {
+        self.begun.0.elapsed() < TRIED_AGE
+    }
+
+    /// A controller before us may have begun this creation where nobody can look now; a second volume would be made elsewhere. For
+    /// as long as such a creation could still go on it is waited for, then no longer: a node may be off for days.
+    ///
+    /// # Errors
+    /// It is waited for: the zone.
+    pub(super) async fn check_earlier_controllers(&self, request: &Create, skipped: &[(String, String)]) -> Result<(), Error> {
+        let (Some(kube), [(region, host), ..]) = (&self.kube, skipped) else { return Ok(()) };
+        let path = request.claim.as_ref().map(|(namespace, name)| {
+            let segment = |text| percent_encoded(text, "");
+            format!("/api/v1/namespaces/{}/persistentvolumeclaims/{}", segment(namespace), segment(name))
+        });
+        let made_at = match path {
+            Some(path) => kube.object(path).await.ok().flatten().and_then(|claim| text(&claim, "/metadata/creationTimestamp")),
+            None => None,
+        };
+        // Both are UTC in one form, so that their texts are in order. A claim that is not known may be of any age.
+        if made_at.is_some_and(|made_at| made_at > when::rfc3339(self.begun.1)) {
+            return Ok(());
+        }
+        let storage = &request.want.storage;
+        if self.is_young() {
+            return Err(Error::unavailable(format!(
+                "storage {storage} of Proxmox node {region}/{host} cannot be looked at, and a controller before this one may have made {}                  there; waiting for the node, at most {} s after the start, so that no second volume is made",
+                request.name,
+                TRIED_AGE.as_secs()
+            )));
+        }
+        proto::warn!(
+            "create {}: made though storage {storage} of Proxmox node {region}/{host} was not looked at: if a controller before this one              made it there, that disk is nobody's",
+            request.name
+        );
+        Ok(())
     }
 
     /// Once for each storage: a pod can run only where its volume was made by chance.

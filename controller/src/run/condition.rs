@@ -6,7 +6,7 @@ use proto::VolumeHandle;
 use tokio::time::Instant;
 
 use super::Controller;
-use super::evidence::Depth;
+use super::evidence::{Depth, View};
 use super::list::Listed;
 use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::error::Error;
@@ -138,16 +138,22 @@ impl Controller {
             return Err(Error::not_found(format!("volume {handle} is not there")));
         }
         let (references, unread) = region.references_read(handle, ago(EVIDENCE_AGE), None, Depth::Plugged).await?;
-        let mut vms: Vec<(u32, String)> = references.iter().filter(|one| one.holds()).map(|one| (one.vmid, one.host.clone())).collect();
+        // A container is no VM to read.
+        let of_vms = references.iter().filter(|one| one.holds() && one.view != View::Container);
+        let mut vms: Vec<(u32, String)> = of_vms.map(|one| (one.vmid, one.host.clone())).collect();
         vms.dedup();
         let volid = handle.volid();
         let (mut all, mut published) = (Vec::new(), Vec::new());
         for (vmid, host) in vms {
-            // A container cannot be read so, nor a VM that is off and was never read: the reference says all there is.
-            let Ok(Some((known, state))) = region.as_read(vmid, &host).await else { continue };
+            // A VM that is off may never have been read: the reference says all there is.
+            let Some((known, state)) = region.as_read(vmid, &host).await? else { continue };
             all.extend(held(vmid, &host, &known, &state, &volid));
         }
         for node in nodes.iter() {
+            if references.iter().any(|one| one.view == View::Attachment && one.key == node.name) {
+                published.push(node.node_id.clone());
+                continue;
+            }
             let Some(vm) = region.vm_of_node(node, is_only).await? else { continue };
             if all.iter().any(|one| one.vmid == vm.vmid && one.is_attached) {
                 published.push(node.node_id.clone());
@@ -155,6 +161,10 @@ impl Controller {
         }
         published.sort();
         let mut condition = condition(&place, &all);
+        let holding: Vec<String> = references.iter().filter(|one| one.holds()).map(ToString::to_string).collect();
+        if all.is_empty() && !holding.is_empty() && !condition.abnormal {
+            condition = Condition { abnormal: true, message: holding.join("; ") };
+        }
         if let Some(unread) = unread.filter(|_| !condition.abnormal) {
             condition = Condition { abnormal: true, message: format!("{}; {}", condition.message, unread.text) };
         }

@@ -17,9 +17,12 @@ use super::capacity::Look;
 use super::region::{EVIDENCE_AGE, Region, ago};
 use super::{Clusters, Controller, MAX_TRIED, TRIED_AGE};
 use crate::error::Error;
-use crate::placement::{Candidate, Order, Plugin, Refusal, Seen, Want, candidates, disk_name, disk_of, virtual_bytes, with_room};
+use crate::placement::{Candidate, Order, Plugin, Refusal, Seen, Want, candidates, disk_name, disk_of, skipped, virtual_bytes, with_room};
 use crate::pve::{self, Meaning, api};
 use crate::request::Create;
+
+/// Volume name → the volume whose creation was begun, and when, or when an answer was lost last.
+pub(super) type Tried = HashMap<String, (VolumeHandle, Instant)>;
 
 /// A volume that is there now.
 #[derive(Debug)]
@@ -96,10 +99,12 @@ impl Controller {
 
     async fn make(&self, clusters: &Clusters, request: &Create) -> Result<(Place, u64), Error> {
         for is_last in [false, true] {
-            let places = self.places(clusters, request).await?;
-            if let Some((place, size_bytes)) = earlier(places.get(1..).unwrap_or_default()).await? {
+            let (places, skipped) = self.places(clusters, request).await?;
+            let elsewhere = if skipped.is_empty() { places.get(1..).unwrap_or_default() } else { &places };
+            if let Some((place, size_bytes)) = earlier(elsewhere).await? {
                 return Ok((place, fitting(&request.want, size_bytes)?));
             }
+            self.check_earlier_controllers(request, &skipped).await?;
             match self.allocate(clusters, request, &places).await {
                 Ok(made) => return Ok(made),
                 // Nothing was sent; what is read next knows better who is there.
@@ -110,21 +115,25 @@ impl Controller {
         Err(Error::internal("no try to create it was the last"))
     }
 
-    /// The candidates in order, from a snapshot that is read again before anything is refused.
-    async fn places(&self, clusters: &Clusters, request: &Create) -> Result<Vec<Place>, Error> {
+    /// The candidates in order, from a snapshot that is read again before anything is refused; and where, with no try noted, nobody
+    /// can look: regions and nodes.
+    async fn places(&self, clusters: &Clusters, request: &Create) -> Result<(Vec<Place>, Vec<(String, String)>), Error> {
         let want = &request.want;
         let tried = self.tried().get(&request.name).cloned();
         let begun = tried.as_ref().map(|(_, begun)| *begun);
         let tried = tried.map(|(handle, _)| handle);
         let owner = clusters.features.controller_vmid;
-        let mut found = self.choose(request, &self.storages_seen(clusters, want, ago(EVIDENCE_AGE)).await?, tried.as_ref(), owner);
+        let mut look = self.storages_seen(clusters, want, ago(EVIDENCE_AGE)).await?;
+        let mut found = self.choose(request, &look, tried.as_ref(), owner);
         let lacks_tried = |found: &[Candidate]| tried.as_ref().is_some_and(|tried| !found.iter().any(|one| is_of(one, tried)));
         let refused = |found: &Result<Vec<Candidate>, Refusal>| match found {
             Ok(found) => with_room(want, found).is_err() || lacks_tried(found),
             Err(_) => true,
         };
-        if refused(&found) {
-            found = self.choose(request, &self.storages_seen(clusters, want, Instant::now()).await?, tried.as_ref(), owner);
+        let skips = |look: &Look| if tried.is_none() { skipped(want, &look.regions) } else { Vec::new() };
+        if refused(&found) || (self.is_young() && !skips(&look).is_empty()) {
+            look = self.storages_seen(clusters, want, Instant::now()).await?;
+            found = self.choose(request, &look, tried.as_ref(), owner);
         }
         let found = found?;
         if let Some(tried) = &tried
@@ -142,7 +151,7 @@ impl Controller {
             let (handle, name, format) = named(request, owner, &candidate);
             Some(Place { candidate, region, handle, name, format })
         };
-        Ok(found.into_iter().filter_map(place).collect())
+        Ok((found.into_iter().filter_map(place).collect(), skips(&look)))
     }
 
     /// What is there, read since `since`. A region that is not asked for is still known by its name, but not read.
@@ -191,7 +200,10 @@ impl Controller {
         if let Err(full) = with_room(&request.want, &all) {
             return match place.size().await {
                 Ok(size_bytes) => Ok((place.clone(), fitting(&request.want, size_bytes)?)),
-                Err(_) => Err(Error::from(full).into()),
+                Err(_) => {
+                    self.forget_refused(request, place).await;
+                    Err(Error::from(full).into())
+                }
             };
         }
         let step = format!("create {}", place.handle);
@@ -201,6 +213,7 @@ impl Controller {
         if answer.as_ref().is_err_and(|error| error.meaning() == Meaning::OutcomeUnknown) {
             // Asking again is the look: it waits for the storage's lock, and finds the name taken if it was done.
             is_lost = true;
+            self.note_lost(request);
             answer = place.allocate(clusters.features.controller_vmid).await;
         }
         let made = match answer {
@@ -225,6 +238,10 @@ impl Controller {
                 if !is_lost {
                     // Refused, and nothing else is on its way: any zone may be tried next.
                     self.tried().remove(&request.name);
+                } else if error.meaning() == Meaning::OutcomeUnknown {
+                    self.note_lost(request);
+                } else {
+                    self.forget_refused(request, place).await;
                 }
                 let is_host_off = !is_lost && error.meaning() == Meaning::HostDown;
                 if is_host_off {
@@ -237,17 +254,30 @@ impl Controller {
         Ok(made)
     }
 
-    fn tried(&self) -> MutexGuard<'_, HashMap<String, (VolumeHandle, Instant)>> {
+    fn tried(&self) -> MutexGuard<'_, Tried> {
         self.tried.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether it was noted before.
     fn note_tried(&self, request: &Create, place: &Place) -> bool {
-        let mut tried = self.tried();
-        if tried.len() >= MAX_TRIED {
-            tried.clear();
+        noted(&mut self.tried(), &request.name, &place.handle, Instant::now())
+    }
+
+    /// An answer was lost: from now on it may still be on its way.
+    fn note_lost(&self, request: &Create) {
+        if let Some((_, begun)) = self.tried().get_mut(&request.name) {
+            *begun = Instant::now();
         }
-        tried.insert(request.name.clone(), (place.handle.clone(), Instant::now())).is_some()
+    }
+
+    /// Its zone refuses it, and what was begun there before has ended without it: any zone may be tried next.
+    async fn forget_refused(&self, request: &Create, place: &Place) {
+        let is_old = |(handle, begun): &(VolumeHandle, Instant)| *handle == place.handle && begun.elapsed() > TRIED_AGE;
+        if self.tried().get(&request.name).is_some_and(is_old)
+            && place.size().await.is_err_and(|error| error.meaning() == Meaning::NoSuchVolume)
+        {
+            self.tried().remove(&request.name);
+        }
     }
 
     /// A volume that is gone binds its name to no zone.
@@ -274,6 +304,22 @@ impl Place {
         let answer = self.region.client().call(request).await?;
         Ok(answer.as_str().unwrap_or_default().to_string())
     }
+}
+
+/// Whether it was noted before. What was begun there stays begun when it was: a repeat that is refused leaves nothing on its way.
+fn noted(tried: &mut Tried, name: &str, handle: &VolumeHandle, now: Instant) -> bool {
+    let was_tried = tried.get(name).cloned();
+    if was_tried.as_ref().is_none_or(|(before, _)| before != handle) {
+        tried.insert(name.to_owned(), (handle.clone(), now));
+    }
+    while tried.len() > MAX_TRIED {
+        let ended = tried.iter().filter(|(_, (_, begun))| now.duration_since(*begun) > TRIED_AGE);
+        let oldest = ended.min_by_key(|(_, (_, begun))| *begun).map(|(name, _)| name.clone());
+        // Those that may still go on are never so many that they matter.
+        let Some(oldest) = oldest else { break };
+        tried.remove(&oldest);
+    }
+    was_tried.is_some()
 }
 
 fn is_of(one: &Candidate, tried: &VolumeHandle) -> bool {
@@ -345,4 +391,27 @@ fn fitting(want: &Want, size_bytes: u64) -> Result<u64, Error> {
         "a volume of this name is there with {size_bytes} bytes; asked for were required_bytes {}{limit}",
         want.required_bytes
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_creations_make_none_forgotten_that_may_still_go_on() {
+        let handle: VolumeHandle = "r/pve1/ds/vm-9999-a".parse().unwrap();
+        let (mut tried, first) = (Tried::new(), Instant::now());
+        let names: Vec<String> = (0..=MAX_TRIED).map(|n| format!("pvc-{n}")).collect();
+        assert!(names.iter().all(|name| !noted(&mut tried, name, &handle, first)));
+        assert_eq!(tried.len(), MAX_TRIED + 1, "all of them may go on");
+        // A repeat begins nothing anew; elsewhere it does.
+        let later = first + TRIED_AGE;
+        assert!(noted(&mut tried, "pvc-1", &handle, later) && tried["pvc-1"].1 == first);
+        let elsewhere = VolumeHandle { zone: "pve2".into(), ..handle.clone() };
+        assert!(noted(&mut tried, "pvc-2", &elsewhere, later) && tried["pvc-2"] == (elsewhere, later));
+        let after = later + std::time::Duration::from_secs(1);
+        noted(&mut tried, "new", &handle, after);
+        assert_eq!(tried.len(), MAX_TRIED);
+        assert!(tried.contains_key("new") && tried.contains_key("pvc-2"));
+    }
 }

@@ -74,6 +74,7 @@ impl Controller {
             _ => {
                 proto::info!("{step}: done");
                 self.forget_tried(handle);
+                region.forget_modified(handle);
                 Ok(())
             }
         }

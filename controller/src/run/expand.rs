@@ -7,7 +7,8 @@ use tokio::time::Instant;
 
 use super::Controller;
 use super::batch::{LOCK_POLL, LOCK_WAIT, locked_words};
-use super::evidence::{Depth, Reference, View};
+use super::evidence::{Depth, Reach, Reference, View};
+use super::kubernetes::Word;
 use super::region::{EVIDENCE_AGE, Known, Region, ago};
 use crate::deadline;
 use crate::error::Error;
@@ -109,30 +110,59 @@ impl Region {
         Err(last.map_or_else(|| Error::aborted("repeated"), Error::from))
     }
 
-    /// The VM that has it. One that is known to is asked first, so that a VM that cannot be read stops its own volumes only.
+    /// The VM that has it. Those that are known to are asked first, so that a VM that cannot be read stops its own volumes only. What
+    /// another node's storage has under that name, and what a VM lost and still names, is not it.
+    ///
+    /// # Errors
+    /// Several have it and none of them is a leftover; or Proxmox's.
     pub(super) async fn expanding_vm(self: &Arc<Self>, handle: &VolumeHandle) -> Result<Option<Vm>, Error> {
         let volid = handle.volid();
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let is_local = self.reach(handle).await? == Reach::Local;
+        let is_passed_over = |vmid: u32, host: &str| (is_local && host != handle.zone) || self.is_noted(handle, vmid);
+        let mut known_to = Vec::new();
         for vmid in self.ever_naming(&volid).await {
-            let Some(vm) = resources.vms.get(&vmid) else { continue };
+            let Some(vm) = resources.vms.get(&vmid).filter(|vm| !is_passed_over(vmid, &vm.host)) else { continue };
             let known = self.config(&vm.host, vmid, Instant::now()).await;
             if known.is_ok_and(|known| known.config.naming(&volid).any(|(key, line)| !key.starts_with("unused") && line.value.is_some())) {
+                known_to.push(vm.clone());
+            }
+        }
+        if let [vm] = known_to.as_slice() {
+            // The only one that this process has read may be the one that lost it.
+            let word = self.word_of_kubernetes(handle, vm.vmid).await;
+            if !matches!(word, Ok(Some(Word::Nothing | Word::Wanted))) {
                 return Ok(Some(vm.clone()));
             }
         }
+        let counts = |one: &Reference| one.counts() && !is_passed_over(one.vmid, &one.host);
         let (mut found, mut unread) = self.references_read(handle, ago(EVIDENCE_AGE), None, Depth::Plugged).await?;
-        if !found.iter().any(Reference::holds) {
+        if !known_to.is_empty() || !found.iter().any(counts) {
             // It may have been attached since.
             (found, unread) = self.references_read(handle, Instant::now(), None, Depth::Plugged).await?;
         }
-        let configured = found.iter().find(|one| one.view == View::Configured);
-        match (configured.or_else(|| found.iter().find(|one| one.holds())), unread) {
-            (Some(holder), _) => {
-                let vm = self.resources(ago(EVIDENCE_AGE)).await?.vms.get(&holder.vmid).cloned();
+        found.retain(counts);
+        if found.iter().any(|one| one.view == View::Configured) {
+            found.retain(|one| one.view == View::Configured);
+        }
+        found.dedup_by_key(|one| one.vmid);
+        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        match (found.as_slice(), unread) {
+            ([], Some(unread)) => Err(unread),
+            ([], None) => Ok(None),
+            ([holder], _) => {
+                let vm = resources.vms.get(&holder.vmid).cloned();
                 vm.ok_or_else(|| Error::unavailable(format!("{holder}, and that VM is gone; repeated"))).map(Some)
             }
-            (None, Some(unread)) => Err(unread),
-            (None, None) => Ok(None),
+            (several, _) => {
+                for vm in several.iter().filter_map(|one| resources.vms.get(&one.vmid)) {
+                    if self.notice_leftovers_of(handle, vm).await? {
+                        return Ok(Some(vm.clone()));
+                    }
+                }
+                let all: Vec<String> = several.iter().map(ToString::to_string).collect();
+                Err(Error::precondition(format!("more than one VM has it: {}; detach it from all but one", all.join("; "))))
+            }
         }
     }
 

@@ -28,7 +28,8 @@ impl Region {
         leftovers.entry(handle.volid()).or_insert_with(|| (handle.clone(), Default::default())).1.insert(vmid);
     }
 
-    fn is_noted(&self, handle: &VolumeHandle, vmid: u32) -> bool {
+    /// Whether it was taken over from that VM.
+    pub(super) fn is_noted(&self, handle: &VolumeHandle, vmid: u32) -> bool {
         locked(&self.leftovers).get(&handle.volid()).is_some_and(|(_, vmids)| vmids.contains(&vmid))
     }
 

@@ -27,10 +27,10 @@ pub mod seen;
 mod unpublish;
 pub(crate) mod when;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use proto::VolumeHandle;
 use tokio::task::JoinSet;
@@ -54,7 +54,7 @@ pub(crate) use unpublish::words;
 
 /// The config file and the credential files are looked at again after this long, when a call comes.
 const CONFIG_AGE: Duration = Duration::from_secs(1);
-/// Names of creations that are remembered; beyond it all of them are forgotten.
+/// Names of creations that are remembered; beyond it those are forgotten that ended long ago.
 const MAX_TRIED: usize = 1024;
 /// An allocation whose answer was lost has ended by then, also one that writes the whole file first.
 const TRIED_AGE: Duration = Duration::from_secs(600);
@@ -112,8 +112,10 @@ pub struct Controller {
     kube: Option<Arc<Kube>>,
     loaded: Mutex<Loaded>,
     /// Volume name → the volume whose creation was begun: it is there, or its outcome is not known.
-    tried: Mutex<HashMap<String, (VolumeHandle, Instant)>>,
+    tried: Mutex<create::Tried>,
     placed: Mutex<Ledger>,
+    /// When this process began to act.
+    begun: (Instant, SystemTime),
     /// Regions and storages whose claims were told that they are bound before their pods are scheduled.
     told_of_binding: Mutex<BTreeSet<(String, String)>>,
 }
@@ -137,7 +139,8 @@ impl Controller {
             Err(why) => proto::error!("{why}"),
         }
         let (tried, placed, told_of_binding) = Default::default();
-        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried, placed, told_of_binding }
+        let begun = (Instant::now(), SystemTime::now());
+        Self { path, ca_bundle, kube, loaded: Mutex::new(loaded), tried, placed, begun, told_of_binding }
     }
 
     fn told_of_binding(&self) -> MutexGuard<'_, BTreeSet<(String, String)>> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use proto::VolumeHandle;
 use tokio::time::Instant;
+use tonic::Code;
 
 use super::Controller;
 use super::region::{Region, locked};
@@ -28,8 +29,12 @@ const PLAN_POLL: Duration = Duration::from_millis(400);
 /// Volumes whose change is remembered; beyond it all are forgotten.
 const MAX_MODIFIED: usize = 1024;
 
-/// Volume → what it was last changed to.
-pub(super) type Modified = HashMap<String, (Mutable, Instant)>;
+/// Zone and volid → what the volume was last changed to.
+pub(super) type Modified = HashMap<(String, String), (Mutable, Instant)>;
+
+fn key_of(handle: &VolumeHandle) -> (String, String) {
+    (handle.zone.clone(), handle.volid())
+}
 
 impl Controller {
     /// Changes a volume's limits, and the like.
@@ -53,12 +58,21 @@ impl Region {
             Some(vm) => self.modify_drive(handle, &vm, &request.wanted).await?,
             None => proto::info!("modify {handle}: no VM has it; it gets its new options when it is attached"),
         }
+        self.note_modified(handle, &request.wanted);
+        Ok(())
+    }
+
+    fn note_modified(&self, handle: &VolumeHandle, wanted: &Mutable) {
         let mut modified = locked(&self.modified);
         if modified.len() >= MAX_MODIFIED {
             modified.clear();
         }
-        modified.insert(handle.volid(), (request.wanted.clone(), Instant::now()));
-        Ok(())
+        modified.insert(key_of(handle), (wanted.clone(), Instant::now()));
+    }
+
+    /// The volume is gone; another may get its name.
+    pub(super) fn forget_modified(&self, gone: &VolumeHandle) {
+        locked(&self.modified).remove(&key_of(gone));
     }
 
     async fn modify_drive(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, wanted: &Mutable) -> Result<(), Error> {
@@ -88,7 +102,13 @@ impl Region {
             if then == now {
                 return Ok(());
             }
-            self.check_changeable(vm, &now, &then).await?;
+            if let Err(error) = self.check_changeable(vm, &now, &then).await {
+                if error.code == Code::FailedPrecondition {
+                    // The next attachment takes it over, and the repeat of this call finds it done.
+                    self.note_modified(handle, wanted);
+                }
+                return Err(error);
+            }
             match self.change(&vm.host, vm.vmid, &Change::plug(key, &then.to_string()), &known.config.digest).await {
                 Ok(()) => {
                     self.check_changed(vm, key, &then).await?;
@@ -184,7 +204,7 @@ impl Region {
                 None => proto::warn!("attach {handle}: VolumeAttributesClass {class} is not there; its options are left out"),
             }
         }
-        let modified = locked(&self.modified).get(&handle.volid()).filter(|(_, at)| at.elapsed() < MODIFIED_AGE).cloned();
+        let modified = locked(&self.modified).get(&key_of(handle)).filter(|(_, at)| at.elapsed() < MODIFIED_AGE).cloned();
         all.extend(modified.map(|(mutable, _)| mutable));
         Ok(all)
     }

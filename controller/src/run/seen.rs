@@ -86,11 +86,14 @@ impl Region {
     fn seen(&self, owner: &str) -> RegionSeen {
         let slots: Vec<(u32, Arc<VmSlot>)> = locked(&self.vms).iter().map(|(vmid, slot)| (*vmid, Arc::clone(slot))).collect();
         let resources = locked(&self.last_resources).clone();
+        // A VM that was destroyed is never read again, and what was last read of it is nobody's.
+        let last = resources.as_ref().map(|(_, resources)| Arc::clone(resources));
+        let is_there = |(vmid, _): &(u32, Arc<VmSlot>)| last.as_ref().is_none_or(|last| last.vms.contains_key(vmid));
         RegionSeen {
             name: self.name.clone(),
             answered: self.client().heard.ever(),
             resources: resources.map(|(read_at, resources)| (read_at.elapsed(), resources)),
-            vms: slots.into_iter().filter_map(|(vmid, slot)| seen_of(vmid, &slot, owner)).collect(),
+            vms: slots.into_iter().filter(is_there).filter_map(|(vmid, slot)| seen_of(vmid, &slot, owner)).collect(),
             leftovers: locked(&self.leftovers).values().map(|(_, vmids)| vmids.len()).sum(),
         }
     }
@@ -99,7 +102,10 @@ impl Region {
 fn seen_of(vmid: u32, slot: &VmSlot, owner: &str) -> Option<VmSeen> {
     let known = slot.known.try_lock().ok()?;
     let known = known.as_ref()?;
-    let leaked = locked(&slot.leaked).1.clone();
+    // Of an earlier QEMU process, or a lock that a later reading does not show, they are past.
+    let pid = known.seen.as_ref().and_then(|(pid, _)| *pid);
+    let leaked = Some(locked(&slot.leaked).clone()).filter(|(of, _)| *of == pid).map(|(_, luns)| luns).unwrap_or_default();
+    let lock = locked(&slot.lock).clone().filter(|(lock, _)| known.config.configured("lock") == Some(lock.as_str()));
     let is_taken = |lun: &u8| {
         let key = format!("scsi{lun}");
         leaked.contains(lun) || known.held.contains_key(&key) || known.config.lines.contains_key(&key)
@@ -113,7 +119,7 @@ fn seen_of(vmid: u32, slot: &VmSlot, owner: &str) -> Option<VmSeen> {
         drives: drives.len(),
         slots_free: proto::LUN_RANGE.filter(|lun| !is_taken(lun)).count(),
         leaked: leaked.len(),
-        lock: locked(&slot.lock).as_ref().map(|(lock, since)| (lock.clone(), since.elapsed().unwrap_or_default())),
+        lock: lock.map(|(lock, since)| (lock, since.elapsed().unwrap_or_default())),
     })
 }
 
@@ -126,4 +132,35 @@ fn drives(known: &Known) -> Vec<String> {
 /// `local:9999/vm-9999-a.raw`, `local-lvm:vm-9999-a`: the disk's name begins with its owner's.
 pub(crate) fn is_of(volid: &str, owner: &str) -> bool {
     volid.rsplit([':', '/']).next().is_some_and(|disk| disk.starts_with(owner))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pve::drive::{Line, VmConfig};
+    use std::time::SystemTime;
+    use tokio::time::Instant;
+
+    fn known(lock: Option<&str>, pid: u64) -> Known {
+        let line = |text: &str| Line { value: Some(text.into()), ..Line::default() };
+        let lines = lock.map(|lock| ("lock".to_string(), line(lock))).into_iter().collect();
+        let config = VmConfig { lines, digest: String::new() };
+        let (held, seen) = (Default::default(), Some((Some(pid), Default::default())));
+        Known { host: "pve1".into(), config, read_at: Instant::now(), held, seen, snapshots: None, is_stale: false }
+    }
+
+    #[test]
+    fn a_note_that_a_later_reading_contradicts_is_shown_to_nobody() {
+        let slot = VmSlot::default();
+        *locked(&slot.lock) = Some(("backup".into(), SystemTime::now()));
+        *locked(&slot.leaked) = (Some(7), [3, 4].into());
+        let seen = |lock: Option<&str>, pid: u64| {
+            *slot.known.try_lock().unwrap() = Some(known(lock, pid));
+            let seen = seen_of(101, &slot, "vm-9999-").unwrap();
+            (seen.lock.map(|(lock, _)| lock), seen.leaked)
+        };
+        assert_eq!(seen(Some("backup"), 7), (Some("backup".into()), 2));
+        assert_eq!(seen(None, 7), (None, 2), "the backup has ended");
+        assert_eq!(seen(Some("migrate"), 8), (None, 0), "another lock, and the VM was started anew");
+    }
 }

@@ -13,7 +13,7 @@ use crate::hold::{again, publish_by, shared_bed, unpublish_by};
 use crate::kube::controller_of;
 
 /// Rewrites the config file, and waits until it is looked at again.
-async fn fence(bed: &Bed, hosts: &str) {
+pub(crate) async fn fence(bed: &Bed, hosts: &str) {
     std::fs::write(&bed.config, format!("{}    fencedNodes: [{hosts}]\n", clusters(bed.sim.url()))).unwrap();
     tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
 }

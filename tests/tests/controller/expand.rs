@@ -1,7 +1,7 @@
 //! ControllerExpandVolume: attached disks only, the very slot, and a half done resize told to QEMU.
 
 use proto::csi::{self, controller_server::Controller as _};
-use testbed::sim::{Fault, Inner};
+use testbed::sim::{Fault, Inner, Simulator, Storage, Vm};
 use tonic::Code;
 
 use crate::bed::{MIB, assert_refused, create_request, standard};
@@ -157,4 +157,46 @@ async fn w57_expand_waits_for_a_locked_vm() {
     let sim = std::sync::Arc::clone(&bed.sim);
     bed.sim.before("GET", "/nodes/*/qemu/101/pending", 2, move |_| sim.set_lock(101, None));
     expand(60).await.unwrap();
+}
+
+/// Disks of one name on two nodes' own storages: the other node's VM keeps its drive as it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namesake_on_another_nodes_own_storage_is_not_grown() {
+    let bed = crate::bed::two_hosts().await;
+    let volume = bed.volume_on("pvc-1", "ds", "pve1").await;
+    let namesake = proto::VolumeHandle { zone: "pve2".into(), ..volume.clone() };
+    bed.sim.create_volume("pve2", &namesake.volid(), 64 * MIB).unwrap();
+    bed.publish(&namesake, "node-201/201").await.unwrap();
+    assert_refused(bed.expand(&volume.to_string(), 128 * MIB, 0).await, Code::FailedPrecondition, &["attached disks only"]);
+    assert!(bed.sim.vm(201).unwrap().config["scsi1"].contains("size=64M"));
+    bed.expand(&namesake.to_string(), 128 * MIB, 0).await.unwrap();
+    assert!(bed.sim.vm(201).unwrap().config["scsi1"].contains("size=128M"));
+}
+
+/// What a VM lost while its node was off, and still names, tells nothing to the QEMU of the VM that has it now.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leftover_with_the_lower_number_is_not_grown_in_its_holders_place() {
+    let mut san = Storage::new("san", "lvm", &[("vgname", "san")]);
+    san.shared = Some(true);
+    let about = crate::bed::two_hosts_description().storage(san).vm(Vm::linux(100, "pve2", "node-100", None));
+    let bed = crate::bed::start(Simulator::builder(about)).await;
+    let volume: proto::VolumeHandle = "fsn1//san/vm-9999-a".parse().unwrap();
+    bed.sim.create_volume("pve1", &volume.volid(), 64 * MIB).unwrap();
+    bed.publish(&volume, "node-100/100").await.unwrap();
+    bed.sim.set_node_unreachable("pve2", Some("595 No route to host"));
+    crate::dead::fence(&bed, "pve2").await;
+    bed.unpublish(&volume, "node-100/100").await.unwrap();
+    bed.publish(&volume, "node-101/101").await.unwrap();
+    bed.sim.set_node_unreachable("pve2", None);
+    crate::dead::fence(&bed, "").await;
+    bed.sim.advance(std::time::Duration::from_secs(61));
+    bed.expand(&volume.to_string(), 128 * MIB, 0).await.unwrap();
+    assert!(bed.sim.vm(101).unwrap().config["scsi1"].contains("size=128M"));
+    assert!(bed.sim.vm(100).unwrap().config["scsi1"].contains("size=64M"), "the leftover stays as it was");
+    // The next controller has no note, and nobody explains the two.
+    let fresh = crate::hold::again(&bed);
+    let range = Some(csi::CapacityRange { required_bytes: 192 << 20, limit_bytes: 0 });
+    let request = csi::ControllerExpandVolumeRequest { volume_id: volume.to_string(), capacity_range: range, ..Default::default() };
+    let words = ["VM 100 on pve2", "VM 101 on pve1", "detach it from all but one"];
+    assert_refused(fresh.controller_expand_volume(tonic::Request::new(request)).await, Code::FailedPrecondition, &words);
 }

@@ -177,8 +177,13 @@ async fn flow_api_from_inside_the_cluster() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn flow_a_claim_stays_pending() {
     let place = Place::new().await;
-    place.claim("a", "gold", &json!({}));
+    place.claim("a", "gold", &json!({"metadata": {"annotations": {"volume.kubernetes.io/storage-provisioner": proto::DRIVER_NAME}}}));
     Place::finds(&place.look().await, &[("PersistentVolumeClaim apps/a", "there is no StorageClass gold")]);
+    // Another driver's, or of a volume made by hand, which needs no object of its class.
+    place.claim("a", "manual", &json!({}));
+    let report = place.look().await;
+    Place::finds(&report, &[]);
+    assert!(report.lines.iter().any(|line| line.verdict == Verdict::Note && line.said.contains("no StorageClass manual")), "{report}");
     place.claim("a", "proxmox", &json!({}));
     place.warning(
         "PersistentVolumeClaim",

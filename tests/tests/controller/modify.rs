@@ -149,6 +149,20 @@ async fn a_detached_volume_gets_it_at_the_next_attach_and_at_all_later_ones() {
     publish_by(&fresh, &volume, "node-101/101").await.unwrap();
 }
 
+/// external-resizer repeats the call, and writes the PV's class only when it was OK.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cache_that_was_refused_while_attached_is_taken_over_by_the_next_attachment() {
+    let (bed, _kubernetes, by, volume) = with_kubernetes().await;
+    publish_by(&by, &volume, "node-101/101").await.unwrap();
+    let (id, class) = (volume.to_string(), [("cache", "writeback"), ("diskIOPS", "70")]);
+    assert_refused(modify(&by, &id, &class).await, Code::FailedPrecondition, &["stop its pod, and cache=writeback is taken over"]);
+    assert!(!drive(&bed).contains("writeback"));
+    unpublish_by(&by, &volume, "node-101/101").await.unwrap();
+    publish_by(&by, &volume, "node-101/101").await.unwrap();
+    assert!(drive(&bed).contains("cache=writeback") && drive(&bed).contains("iops_rd=70"), "{}", drive(&bed));
+    modify(&by, &id, &class).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_class_at_creation_is_kept_in_the_context() {
     let bed = standard().await;

@@ -29,10 +29,19 @@ async fn bed() -> (Arc<Kubernetes>, Arc<Kube>, std::path::PathBuf) {
 
 /// Renews it every 5 s, as client-go does.
 fn renews(kubernetes: &Arc<Kubernetes>, namespace: &'static str, holder: &'static str) -> tokio::task::JoinHandle<()> {
+    renews_as_of(kubernetes, namespace, holder, NOW)
+}
+
+fn renews_as_of(
+    kubernetes: &Arc<Kubernetes>,
+    namespace: &'static str,
+    holder: &'static str,
+    clock: &'static str,
+) -> tokio::task::JoinHandle<()> {
     let kubernetes = Arc::clone(kubernetes);
     tokio::spawn(async move {
         loop {
-            hold(&kubernetes, namespace, holder, NOW);
+            hold(&kubernetes, namespace, holder, clock);
             tokio::time::sleep(Duration::from_secs(5)).await;
         }
     })
@@ -62,6 +71,17 @@ async fn who_renews_an_attachers_lease_elsewhere_is_named_with_us() {
     let _ = std::fs::remove_dir_all(folder);
 }
 
+/// Its clock, or ours, is wrong by years: that it renews is what counts.
+#[tokio::test(start_paused = true)]
+async fn a_rival_whose_clock_is_far_behind_is_seen_by_its_renewals() {
+    let (kubernetes, kube, folder) = bed().await;
+    let renewing = renews_as_of(&kubernetes, "kube-system", "behind-1", LONG_AGO);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(kube.check_alone().await.unwrap_err().contains("pod behind-1"));
+    renewing.abort();
+    let _ = std::fs::remove_dir_all(folder);
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_nobody_renews_and_our_own_keep_nobody_from_starting() {
     let (kubernetes, kube, folder) = bed().await;
@@ -70,7 +90,7 @@ async fn what_nobody_renews_and_our_own_keep_nobody_from_starting() {
     let terminating = json!({"metadata": {"name": "goes", "deletionTimestamp": NOW}});
     kubernetes.put(&format!("/api/v1/namespaces/{NAMESPACE}/pods/goes"), terminating);
     for (namespace, holder, renewed, waits) in [
-        ("kube-system", "gone", LONG_AGO, false),
+        ("kube-system", "gone", LONG_AGO, true),
         ("kube-system", "gone", NOW, true),
         ("kube-system", "", NOW, false),
         (NAMESPACE, "ours-7f9", NOW, false),

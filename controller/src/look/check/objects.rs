@@ -27,6 +27,12 @@ const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces";
 /// What kubelet says of volumes that do not come up.
 const OF_KUBELET: [&str; 4] = ["FailedMount", "FailedAttachVolume", "FailedMapVolume", "VolumeResizeFailed"];
 
+/// Kubernetes' word on a claim: which driver is to provision it; the second is the older one.
+const PROVISIONER: [&str; 2] = [
+    "/metadata/annotations/volume.kubernetes.io~1storage-provisioner",
+    "/metadata/annotations/volume.beta.kubernetes.io~1storage-provisioner",
+];
+
 /// All that is looked at, read once.
 struct Objects {
     classes: Vec<Value>,
@@ -182,7 +188,10 @@ async fn claims(report: &mut Report, all: &Objects, found: &[Found]) {
         let is_pending = text(claim, "/status/phase").as_deref() == Some("Pending");
         let of_class = class.as_ref().and_then(|class| classes.get(class));
         let handle = text(claim, "/spec/volumeName").and_then(|volume| all.handle(&volume));
-        let is_ours = handle.is_some() || of_class.is_some_and(|class| self::is_ours(class, "/provisioner"));
+        // Who provisions it is written on a claim whose class was there once.
+        let is_ours = handle.is_some()
+            || of_class.is_some_and(|class| self::is_ours(class, "/provisioner"))
+            || PROVISIONER.iter().any(|pointer| self::is_ours(claim, pointer));
         if !(is_leaving && is_ours || is_pending && (is_ours || of_class.is_none())) {
             continue;
         }
@@ -201,7 +210,17 @@ async fn claims(report: &mut Report, all: &Objects, found: &[Found]) {
             continue;
         }
         match (&class, of_class) {
-            (Some(class), None) => report.wrong(&about, format!("it is Pending, for there is no StorageClass {class}; a claim's class cannot be changed: make the class, or the claim anew")),
+            (Some(class), None) => {
+                let said = format!(
+                    "it is Pending, for there is no StorageClass {class}; a claim's class cannot be changed: make the class, or the claim anew"
+                );
+                // Static volumes need no object of their class: whose it is cannot be told.
+                if is_ours {
+                    report.wrong(&about, said)
+                } else {
+                    report.note(&about, said + ", unless a volume made by hand is waited for")
+                }
+            }
             (None, None) => report.note(&about, "it is Pending and names no StorageClass, and none is the default"),
             (_, Some(class)) => match all.warned("PersistentVolumeClaim", &namespace, &of) {
                 Some(said) => report.wrong(&about, format!("it is Pending: {said}")),
