@@ -9,7 +9,6 @@ use disk::{Format, Write, ext4, xfs};
 use crate::error::Cause;
 use crate::kill;
 use crate::probe;
-use crate::pulse;
 use crate::request::{Filesystem, FormatOptions, Volume};
 use crate::sys::block::Device;
 use crate::sys::scsi::Topology;
@@ -169,7 +168,6 @@ pub fn execute(device: &Device, writes: impl IntoIterator<Item = Write>, stop: &
             }
             Write::Flush => device.flush()?,
         }
-        pulse::beat();
         kill::wrote(is_flush);
     }
     Ok(written)

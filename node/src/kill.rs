@@ -6,7 +6,7 @@
 //! `PROXMOX_CSI_KILL_AT` names, `inside:stage:Mount:fsmount` for one, the process aborts; at the one of `PROXMOX_CSI_HOLD_AT` the first
 //! comer stays, for `PROXMOX_CSI_LIMIT_HOLD` milliseconds or for ever. `PROXMOX_CSI_LIMIT_CALL` (milliseconds) is the time after which a call is answered though it
 //! has not ended, `PROXMOX_CSI_LIMIT_TRIM` that from one trim to the next, `_TRIM_PIECE` that for a piece of one, `_STUCK` that after which a disk is
-//! called one that does not answer.
+//! called one that does not answer, `_FLUSH` what a flush may take longer than that.
 
 #[cfg(not(feature = "kill-points"))]
 mod points {

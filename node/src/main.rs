@@ -312,7 +312,8 @@ async fn serve(
         let (place, is_ready) = (socket.place(), standing.clone());
         let nothing = String::new;
         let alive = move || if place.is_ours() { Ok(nothing()) } else { Err(format!("{} is not ours any more", place.path().display())) };
-        let metrics = move || metrics::page(is_ready.get().is_ok());
+        let looked_at = Arc::clone(&node);
+        let metrics = move || metrics::page(is_ready.get().is_ok(), looked_at.stuck());
         let ready = move || standing.get().map(|()| nothing());
         let metrics_path = "/metrics".into();
         let pages = Pages { alive: Arc::new(alive), ready: Arc::new(ready), metrics_path, metrics: Arc::new(metrics) };

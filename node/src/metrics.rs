@@ -39,8 +39,6 @@ pub static IN_TROUBLE: AtomicUsize = AtomicUsize::new(0);
 /// Calls that wait for the kernel past their time.
 pub static LATE: AtomicUsize = AtomicUsize::new(0);
 
-/// Probes and formats whose disks do not answer: they wait without a place.
-pub static STUCK: AtomicUsize = AtomicUsize::new(0);
 /// Trims that do not come to an end.
 pub static STUCK_TRIMS: AtomicUsize = AtomicUsize::new(0);
 /// All that there have been of both.
@@ -65,9 +63,9 @@ pub fn count(cause: &Cause) {
     }
 }
 
-/// The page.
+/// The page. `stuck`: probes and formats whose disks do not answer.
 #[must_use]
-pub fn page(is_ready: bool) -> String {
+pub fn page(is_ready: bool, stuck: usize) -> String {
     let mut page = String::new();
     metrics::fact(&mut page, "proxmox_csi_build_info", "The agent's version.", &[("version", env!("CARGO_PKG_VERSION"))]);
     metrics::gauge(
@@ -81,12 +79,12 @@ pub fn page(is_ready: bool) -> String {
     }
     for (name, help, number) in [
         ("proxmox_csi_node_volumes_in_trouble", "Volumes that NodeGetVolumeStats last called abnormal.", &IN_TROUBLE),
-        ("proxmox_csi_node_stuck_disks", "Disks that do not answer a probe or a format at this moment.", &STUCK),
         ("proxmox_csi_node_stuck_trims", "Volumes that are trimmed at this moment, and do not come to an end.", &STUCK_TRIMS),
         ("proxmox_csi_node_late_calls", "Calls that were answered DEADLINE_EXCEEDED and still wait for the kernel.", &LATE),
     ] {
         metrics::gauge(&mut page, name, help, number.load(Ordering::Relaxed));
     }
+    metrics::gauge(&mut page, "proxmox_csi_node_stuck_disks", "Disks that do not answer a probe or a format at this moment.", stuck);
     metrics::gauge(
         &mut page,
         "proxmox_csi_node_rotations_outstanding",
@@ -126,13 +124,14 @@ mod tests {
 
     #[test]
     fn the_page_is_prometheus_text() {
-        let page = page(true);
+        let page = page(true, 3);
         for line in page.lines() {
             let sample = line.rsplit_once(' ').is_some_and(|(_, value)| value.parse::<f64>().is_ok());
             assert!(line.starts_with("# HELP ") || line.starts_with("# TYPE ") || sample, "{line}");
         }
         for name in [
             "proxmox_csi_node_ready 1\n",
+            "proxmox_csi_node_stuck_disks 3\n",
             "proxmox_csi_node_refused_formats_total ",
             "proxmox_csi_node_rotations_outstanding 0\n",
             "process_resident_memory_bytes ",

@@ -120,6 +120,12 @@ impl Node {
         self.stop.clone()
     }
 
+    /// Probes and formats whose disks do not answer.
+    #[must_use]
+    pub fn stuck(&self) -> usize {
+        self.workers.stuck()
+    }
+
     /// Where sysfs is.
     #[must_use]
     pub fn sysfs(&self) -> &Path {

@@ -1,7 +1,6 @@
 //! So many at one time. A place whose holder's disk does not answer goes to the next: one that never answers must not cost all the others theirs.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,7 @@ use crate::pulse::Pulse;
 pub(super) const MAX_DISK_WORKERS: u32 = 2;
 /// For a place to become free. Within kubelet's two minutes, and longer than [`STUCK_AFTER`].
 pub(super) const SLOT_DEADLINE: Duration = Duration::from_secs(60);
-/// No single read, write or flush of a disk that answers takes longer: the kernel gives a SCSI command 30 s before it asks what has become of it
+/// No single read or write (a flush: [`crate::pulse::granted`]) of a disk that answers takes longer: the kernel gives a SCSI command 30 s before it asks what has become of it
 /// (SD_TIMEOUT), and QEMU's answer to that is "still at it".
 const STUCK_AFTER: Duration = Duration::from_secs(30);
 /// Threads that may wait for disks without a place. Half of a VM's 29 disks: where more do not answer, it is the storage that does not, and
@@ -30,7 +29,8 @@ pub(super) struct Slots {
 
 #[derive(Debug)]
 struct Queue {
-    free: u32,
+    /// Less than 0: those who were taken for stuck have come back to their work.
+    free: i64,
     next_ticket: u64,
     waiting: VecDeque<u64>,
     holders: Vec<Holder>,
@@ -52,19 +52,24 @@ impl Queue {
         self.holders.iter().filter(|holder| holder.is_stuck).count()
     }
 
-    /// Takes the places of those whose disks do not answer; the time until there may be another such.
+    /// Takes the places of those whose disks do not answer, and gives back the places of those whose disks do again; the time until there may be
+    /// another such.
     fn give_back(&mut self, stuck_after: Duration) -> Duration {
         let mut next = Duration::MAX;
         let mut stuck = self.stuck();
-        for holder in self.holders.iter_mut().filter(|holder| !holder.is_stuck) {
-            let Some(idle) = holder.pulse.as_ref().map(Pulse::idle) else { continue };
-            if idle < stuck_after {
-                next = next.min(stuck_after - idle);
-            } else if stuck < MAX_STUCK {
+        for holder in &mut self.holders {
+            let Some((idle, left)) = holder.pulse.as_ref().map(|pulse| pulse.idle(stuck_after)) else { continue };
+            if !left.is_zero() {
+                next = next.min(left);
+                if std::mem::take(&mut holder.is_stuck) {
+                    stuck -= 1;
+                    self.free -= 1;
+                    proto::info!("{} answers again: its call has its place back", holder.disk);
+                }
+            } else if !holder.is_stuck && stuck < MAX_STUCK {
                 stuck += 1;
                 holder.is_stuck = true;
                 self.free += 1;
-                metrics::STUCK.fetch_add(1, Ordering::Relaxed);
                 metrics::STUCK_EVER.add();
                 proto::warn!(
                     "{} has not answered for {} s while it is probed or formatted: its call goes on waiting, and its place goes to another \
@@ -85,14 +90,25 @@ impl Queue {
 }
 
 impl Slots {
-    pub(super) const fn new(free: u32) -> Self {
-        let queue = Queue { free, next_ticket: 0, waiting: VecDeque::new(), holders: Vec::new() };
+    pub(super) fn new(places: u32) -> Self {
+        let queue = Queue { free: places.into(), next_ticket: 0, waiting: VecDeque::new(), holders: Vec::new() };
         Self { queue: Mutex::new(queue), changed: Condvar::new() }
     }
 
     /// A place to work on that disk, which may never answer.
     pub(super) fn take(&self, disk: String) -> Result<Slot<'_>, Cause> {
         self.take_within(SLOT_DEADLINE, kill::limit("STUCK", STUCK_AFTER), Some(disk))
+    }
+
+    /// How many of those who have a place, or had one, wait for a disk that does not answer, at this moment.
+    pub(super) fn stuck(&self) -> usize {
+        self.stuck_for(kill::limit("STUCK", STUCK_AFTER))
+    }
+
+    fn stuck_for(&self, stuck_after: Duration) -> usize {
+        let queue = self.lock();
+        let pulses = queue.holders.iter().filter_map(|holder| holder.pulse.as_ref());
+        pulses.filter(|pulse| pulse.idle(stuck_after).1.is_zero()).count()
     }
 
     /// A place for work that waits for no disk.
@@ -144,7 +160,6 @@ impl Drop for Slot<'_> {
         let Some(at) = queue.holders.iter().position(|holder| holder.ticket == self.ticket) else { return };
         let holder = queue.holders.swap_remove(at);
         if holder.is_stuck {
-            metrics::STUCK.fetch_sub(1, Ordering::Relaxed);
             proto::info!("{} is waited for no more: it has answered, or it is gone", holder.disk);
         } else {
             queue.free += 1;
@@ -204,13 +219,54 @@ mod tests {
 
     #[test]
     fn one_that_works_for_long_keeps_its_place() {
-        let slots = Slots::new(1);
-        let hour = Duration::from_secs(3600);
-        let working = slots.take_within(AT_ONCE, hour, disk(1)).unwrap();
-        assert!(slots.take_within(AT_ONCE, hour, disk(2)).is_err());
+        let (slots, file) = (Slots::new(1), crate::testing::Folder::new());
+        let device = crate::sys::block::Device::of_file(&file.path().join("disk"));
+        // Of two threads: each has its own pulse.
+        let (limit, hour) = (Duration::from_millis(50), Duration::from_secs(3600));
+        let asked = |stuck_after| {
+            std::thread::scope(|scope| scope.spawn(|| slots.take_within(AT_ONCE, stuck_after, disk(2)).map(drop)).join().unwrap())
+        };
+        let rest = || {
+            let begun = Instant::now();
+            while begun.elapsed() <= limit {
+                std::thread::park_timeout(limit);
+            }
+        };
+        let working = slots.take_within(AT_ONCE, limit, disk(1)).unwrap();
+        let alive: [fn(&crate::sys::block::Device); 4] = [
+            |device| device.write_at(0, b"data").unwrap(),
+            |device| device.read_at(0, &mut [0; 4]).unwrap(),
+            |device| device.zero(0, 4096).unwrap(),
+            |device| device.flush().unwrap(),
+        ];
+        let state = || {
+            let queue = slots.lock();
+            (queue.free, queue.stuck())
+        };
+        let idle = || slots.lock().holders[0].pulse.as_ref().unwrap().idle(limit).0;
+        for (number, does) in alive.into_iter().enumerate() {
+            rest();
+            assert_eq!(slots.stuck_for(limit), 1, "seen without anybody who waits");
+            let before = Instant::now();
+            does(&device);
+            let idle = idle();
+            assert!(idle <= before.elapsed(), "{number}");
+        }
+        // A flush has more time.
+        rest();
+        crate::pulse::granted(hour);
+        rest();
+        assert!(asked(limit).is_err());
         crate::pulse::beat();
-        assert_eq!(slots.lock().stuck(), 0);
+        rest();
+        assert!(asked(limit).is_ok(), "one that does nothing for so long loses its place");
+        assert_eq!(state(), (1, 1));
+        // And has it again when its disk answers.
+        crate::pulse::beat();
+        assert!(asked(hour).is_err());
+        assert_eq!(state(), (0, 0));
         drop(working);
+        assert_eq!(slots.lock().free, 1);
         // Work that waits for no disk is never taken for stuck.
         let working = slots.take_to_work(AT_ONCE).unwrap();
         assert!(slots.take_within(AT_ONCE, AT_ONCE, disk(1)).is_err());

@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
@@ -14,9 +15,14 @@ use rustix::ioctl::{Getter, Setter, Updater, ioctl, opcode};
 use super::mount::Leads;
 use super::{Dev, Error};
 use crate::kill;
+use crate::pulse;
 
 /// A plain write of zeros, where the device takes no other request for them.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// What a flush may take longer than a read or a write: with it comes all that a format has written and the kernel has kept so far, which a disk
+/// that does a few MB/s (a throttled one, a storage that rebuilds itself) takes its time for.
+const FLUSH_GRANT: Duration = Duration::from_secs(90);
 
 /// How a device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +92,7 @@ impl Device {
     /// # Errors
     /// Any byte of it could not be read.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
-        self.file.read_exact_at(buffer, offset).map_err(Error::io("pread", &self.path))
+        answered(self.file.read_exact_at(buffer, offset)).map_err(Error::io("pread", &self.path))
     }
 
     /// Has the kernel begin to read a range: several ranges are read at the same time, where reading them in turn would wait for
@@ -100,7 +106,7 @@ impl Device {
     /// # Errors
     /// As the kernel says; some of it may have been written.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.file.write_all_at(bytes, offset).map_err(Error::io("pwrite", &self.path))
+        answered(self.file.write_all_at(bytes, offset)).map_err(Error::io("pwrite", &self.path))
     }
 
     /// Makes a range read as zeros. FALLOC_FL_ZERO_RANGE on a block device is BLKZEROOUT (block/fops.c, both are
@@ -112,7 +118,7 @@ impl Device {
     /// # Errors
     /// As the kernel says.
     pub fn zero(&self, offset: u64, length: u64) -> Result<(), Error> {
-        match rustix::fs::fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length) {
+        match answered(rustix::fs::fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length)) {
             Ok(()) => Ok(()),
             Err(Errno::OPNOTSUPP | Errno::INVAL) => self.write_zeros(offset, length),
             Err(errno) => Err(Error::at("fallocate(FALLOC_FL_ZERO_RANGE)", &self.path)(errno)),
@@ -135,8 +141,15 @@ impl Device {
     /// # Errors
     /// A write since the last flush failed.
     pub fn flush(&self) -> Result<(), Error> {
-        self.file.sync_all().map_err(Error::io("fsync", &self.path))
+        pulse::granted(kill::limit("FLUSH", FLUSH_GRANT));
+        answered(self.file.sync_all()).map_err(Error::io("fsync", &self.path))
     }
+}
+
+/// The disk has, whatever: who waits for its place may know.
+fn answered<T>(answer: T) -> T {
+    pulse::beat();
+    answer
 }
 
 impl AsFd for Device {

@@ -96,13 +96,14 @@ fn guest_an_unmount_that_does_not_end_holds_nobody_up() {
 
 /// The agent's patience with a read or a write that does not end.
 const STUCK: (&str, &str) = ("PROXMOX_CSI_LIMIT_STUCK", "3000");
+const STUCK_FLUSH: (&str, &str) = ("PROXMOX_CSI_LIMIT_FLUSH", "500");
 const HURRIED_TOO: (&str, &str) = ("PROXMOX_CSI_LIMIT_CALL", "15000");
 
 /// Two places for probes and formats: two disks that never answer must not take them from all the others.
 #[test]
 fn guest_disks_that_never_answer_keep_no_place() {
     let Some(mut agent) = Agent::start_with_points("stuck") else { return };
-    agent.restart_with(&[STUCK, HURRIED_TOO]);
+    agent.restart_with(&[STUCK, STUCK_FLUSH, HURRIED_TOO]);
     let attached: Vec<(NodeVolume, Image)> = (1..=6_u8)
         .map(|lun| {
             let image = Image::new(64 * MIB);
