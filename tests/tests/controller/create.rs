@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 
-use proto::csi::{self, volume_capability::access_mode::Mode};
+use proto::csi::{self, controller_server::Controller as _, volume_capability::access_mode::Mode};
+use serde_json::json;
+use testbed::kube::Kubernetes;
 use testbed::sim::{Effect, Fault, Simulator};
-use tonic::Code;
+use tonic::{Code, Request};
 
 use crate::bed::{MIB, REGION, assert_refused, capability, create_request, standard, start, topology, two_hosts};
 
@@ -71,6 +73,65 @@ async fn another_size_under_the_same_name_is_a_conflict() {
         assert_eq!(bed.create_as(sized(64 << 20, 64 << 20)).await.unwrap().volume_id, made.volume_id);
         assert_eq!(bed.sim.volumes("pve1", storage).len(), 1, "{storage}");
     }
+}
+
+/// Ten minutes later.
+async fn an_age_passes() {
+    tokio::time::pause();
+    tokio::time::advance(std::time::Duration::from_secs(601)).await;
+    tokio::time::resume();
+}
+
+/// The controller that made the volume is gone with the node that has it: the next one knows of no try, and makes no second volume,
+/// as long as the first may be on its way. A claim that is younger than the controller was never tried before.
+#[tokio::test]
+async fn a_volume_that_a_controller_before_made_on_a_dead_host_is_not_made_twice() {
+    let bed = two_hosts().await;
+    let asked = |name: &str, zones: &[&str]| {
+        let mut request = csi::CreateVolumeRequest { accessibility_requirements: topology(zones), ..create_request(name, "ds", 64 * MIB) };
+        for (key, value) in [("pvc/name", name), ("pvc/namespace", "apps"), ("pv/name", name)] {
+            request.parameters.insert(format!("csi.storage.k8s.io/{key}"), value.into());
+        }
+        request
+    };
+    bed.create_as(asked("pvc-1", &["pve2"])).await.unwrap();
+    bed.sim.set_node_unreachable("pve2", Some("595 No route to host"));
+    let kubernetes = Kubernetes::start().await.unwrap();
+    for (claim, made_at) in [("pvc-1", "2020-01-01T00:00:00Z"), ("pvc-2", "2999-01-01T00:00:00Z")] {
+        let metadata = json!({"name": claim, "namespace": "apps", "uid": claim, "creationTimestamp": made_at});
+        kubernetes.put(&format!("/api/v1/namespaces/apps/persistentvolumeclaims/{claim}"), json!({"metadata": metadata}));
+    }
+    let by = crate::kube::controller_of(&kubernetes, &bed);
+    let make = async |name: &str| by.create_volume(Request::new(asked(name, &["pve1", "pve2"]))).await.map(drop);
+    assert_refused(make("pvc-1").await, Code::Unavailable, &["fsn1/pve2 cannot be looked at", "pvc-1", "600 s"]);
+    assert!(bed.sim.volumes("pve1", "ds").is_empty());
+    make("pvc-2").await.unwrap();
+    // A host that is dead for days stops nobody.
+    an_age_passes().await;
+    make("pvc-1").await.unwrap();
+    assert_eq!(bed.sim.volumes("pve1", "ds").len(), 2);
+}
+
+/// An answer was lost, and from then on its zone refuses: refusals do not prolong the wait for what was lost.
+#[tokio::test]
+async fn a_zone_that_goes_on_refusing_does_not_keep_a_name_for_ever() {
+    let bed = two_hosts().await;
+    let asked =
+        |zone: &str| csi::CreateVolumeRequest { accessibility_requirements: topology(&[zone]), ..create_request("pvc-1", "ds", 64 * MIB) };
+    bed.sim.inject(Fault::next("POST", "/nodes/pve1/storage/ds/content", Effect::Close).times(2));
+    assert!(bed.create_as(asked("pve1")).await.is_err());
+    tokio::time::pause();
+    tokio::time::advance(std::time::Duration::from_secs(400)).await;
+    tokio::time::resume();
+    let broken = Effect::Answer { status: 500, reason: "lvcreate: something is broken".into() };
+    bed.sim.inject(Fault::next("POST", "/nodes/pve1/storage/ds/content", broken).times(9));
+    assert!(bed.create_as(asked("pve1")).await.is_err());
+    assert_refused(bed.create_as(asked("pve2")).await, Code::Unavailable, &["an earlier try to create pvc-1", "fsn1/pve1"]);
+    tokio::time::pause();
+    tokio::time::advance(std::time::Duration::from_secs(300)).await;
+    tokio::time::resume();
+    assert!(bed.create_as(asked("pve1")).await.is_err());
+    bed.create_as(asked("pve2")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -182,6 +182,25 @@ async fn a_volume_that_is_not_well_is_abnormal() {
     assert!(status.volume_condition.unwrap().message.contains("QEMU does not have it"));
 }
 
+/// "Not attached" is said of what nobody holds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_holder_that_is_no_vm_to_read_is_told() {
+    let (bed, kubernetes, shared, by) = with_kubernetes().await;
+    bed.sim.set_container(300, "pve1", &[("mp0", "san:vm-9999-a,mp=/x")]);
+    let status = get(&by, &shared.to_string()).await.unwrap().status.unwrap();
+    let condition = status.volume_condition.unwrap();
+    assert!(condition.abnormal && condition.message.contains("container 300 on pve1"), "{condition:?}");
+    bed.sim.set_container(300, "pve1", &[]);
+    // On a node that is off, and never read.
+    kubernetes.attachment("pv-a", "node-201", true);
+    bed.sim.set_node_unreachable("pve2", Some("595 No route to host"));
+    let fresh = controller_of(&kubernetes, &bed);
+    let status = get(&fresh, &shared.to_string()).await.unwrap().status.unwrap();
+    assert_eq!(status.published_node_ids, ["node-201/201"]);
+    let condition = status.volume_condition.unwrap();
+    assert!(condition.abnormal && condition.message.contains("VolumeAttachment to node node-201"), "{condition:?}");
+}
+
 /// One cluster that is away keeps nobody from seeing what is in the other; what it has is as Kubernetes has it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_that_does_not_answer_hides_no_other() {

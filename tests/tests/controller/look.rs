@@ -65,6 +65,16 @@ async fn the_numbers_say_what_was_done_and_ask_nothing() {
     let free = "proxmox_csi_controller_vm_slots_free{region=\"fsn1\",host=\"pve1\",vmid=\"101\"}";
     assert!((sample(&page, free) - 28.0).abs() < f64::EPSILON, "{page}");
     assert!(!page.contains("vmid=\"102\""), "no node of Kubernetes': {page}");
+    // A VM that was destroyed has no numbers.
+    let fresh = crate::bed::standard().await;
+    let volume_of_fresh = fresh.volume("pvc-1", "local-lvm").await;
+    fresh.publish(&volume_of_fresh, "node-102/102").await.unwrap();
+    let (its_pages, _its_socket) = acting(&fresh);
+    assert!((its_pages.metrics)().contains("vmid=\"102\""));
+    fresh.sim.remove_vm(102);
+    assert!(fresh.publish(&volume_of_fresh, "node-102/102").await.is_err());
+    let gone = (its_pages.metrics)();
+    assert!(!gone.contains("vmid=\"102\""), "{gone}");
     // A failure has its class.
     bed.sim.set_role("CSI", &["VM.Audit", "Datastore.Audit", "Sys.Audit"]);
     bed.unpublish(&volume, "node-101/101").await.unwrap_err();
