@@ -1,5 +1,6 @@
 //! What is found and is not right: a disk offline, a mount of a disk that went or of another disk, a mapping that was cut short, somebody else's
-//! hold. Each step that clears it, killed before it, inside and after it, then repeated until done; and what must not be cleared.
+//! hold. Each step that clears it, killed before it, inside and after it, then repeated until done; and what must not be cleared. Not here: a disk that stays offline (unstage's Delete), which no
+//! test tries against a kernel.
 
 use proto::csi::volume_capability::access_mode::Mode;
 use testbed::calls::{NodeVolume, block_capability};
