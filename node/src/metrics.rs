@@ -88,7 +88,8 @@ pub fn page(is_ready: bool, stuck: usize) -> String {
     metrics::gauge(
         &mut page,
         "proxmox_csi_node_rotations_outstanding",
-        "Encrypted volumes staged here whose passphrase could not be replaced yet (no free keyslot, too little memory, read-only, LUKS1).",
+        "Encrypted volumes staged here whose passphrase could not be replaced yet (no free keyslot, too little memory, read-only, LUKS1), \
+         as far as this agent has seen since it started.",
         ROTATIONS_OUTSTANDING.lock().unwrap_or_else(PoisonError::into_inner).len(),
     );
     metrics::calls(&mut page);

@@ -253,6 +253,9 @@ impl Node {
         let at: Vec<PathBuf> = self.mounts()?.into_iter().filter(|mount| mount.dev == mapping.dev).map(|mount| mount.point).collect();
         let by = match at.first() {
             Some(at) => format!("mounted at {}", at.display()),
+            None if backing(mapping).is_some_and(|dev| self.is_trimmed(dev)) => {
+                "by this agent's own trim, which ends with the piece that the disk is at; repeat the call".to_string()
+            }
             None => "open somewhere, or mounted in another mount namespace (a container that has not ended)".to_string(),
         };
         Err(Cause::StillHeld { waited: RELEASE_DEADLINE, disk: mapping.name.clone(), by })
