@@ -650,6 +650,52 @@ pub fn read_quorate(call: &str, data: &Value) -> Result<bool, Error> {
     })
 }
 
+/// Which cluster a node says that it is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Nothing: a node alone.
+    pub(crate) cluster: Option<String>,
+    /// Its nodes.
+    pub(crate) nodes: BTreeSet<String>,
+    /// As [`read_quorate`].
+    pub(crate) is_quorate: bool,
+}
+
+impl Identity {
+    /// Whether both can be one cluster: a node alone may have become one of a cluster, and never the other way.
+    #[must_use]
+    pub(crate) fn is_followed_by(&self, now: &Self) -> bool {
+        let is_renamed = self.cluster.is_some() && self.cluster != now.cluster;
+        !is_renamed && !self.nodes.is_disjoint(&now.nodes)
+    }
+}
+
+impl std::fmt::Display for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let nodes = self.nodes.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        match &self.cluster {
+            Some(cluster) => write!(f, "cluster {cluster} (nodes {nodes})"),
+            None => write!(f, "node {nodes} alone"),
+        }
+    }
+}
+
+/// Reads [`cluster_status`].
+///
+/// # Errors
+/// No list.
+pub(crate) fn read_identity(call: &str, data: &Value) -> Result<Identity, Error> {
+    let (mut cluster, mut nodes) = (None, BTreeSet::new());
+    for entry in list(call, data)? {
+        match text_of(entry, "type").as_deref() {
+            Some("cluster") => cluster = text_of(entry, "name"),
+            Some("node") => nodes.extend(text_of(entry, "name")),
+            _ => (),
+        }
+    }
+    Ok(Identity { cluster, nodes, is_quorate: read_quorate(call, data)? })
+}
+
 /// `GET /access/permissions`: our own.
 #[must_use]
 pub fn permissions() -> Request {

@@ -32,6 +32,7 @@ use crate::fence::Fence;
 use crate::look::health::Heard;
 use crate::look::metrics::{self, Lock};
 use crate::secret::Secret;
+use api::Identity;
 pub use api::{Method, Request};
 pub use error::{Cause, Error, Meaning};
 use http::Gate;
@@ -100,6 +101,8 @@ pub struct Client {
     region: String,
     /// Whether Proxmox answers.
     pub(crate) heard: Heard,
+    /// The cluster that the url in use was of, where there are several.
+    identity: Arc<Mutex<Option<Identity>>>,
     shared: Arc<Shared>,
 }
 
@@ -120,6 +123,34 @@ impl Default for Shared {
         let threads = |most| Arc::new(Semaphore::new(most));
         let (in_flight, writes) = Default::default();
         Self { in_flight, writes, calls: AtomicU64::default(), threads: threads(CALL_THREADS), looks: threads(MAX_URLS) }
+    }
+}
+
+/// What a url that answers says of its cluster.
+#[derive(Debug)]
+enum Said {
+    Cluster(Identity),
+    /// We may not ask.
+    Hidden,
+    /// No answer to that.
+    Nothing,
+}
+
+impl Said {
+    fn cluster(&self) -> Option<&Identity> {
+        match self {
+            Self::Cluster(one) => Some(one),
+            Self::Hidden | Self::Nothing => None,
+        }
+    }
+
+    /// Whether no other one is waited for. A node alone may have lost the others.
+    fn is_enough(&self, is_known: bool) -> bool {
+        match self {
+            Self::Cluster(one) => is_known && one.is_quorate && one.cluster.is_some(),
+            Self::Hidden => true,
+            Self::Nothing => false,
+        }
     }
 }
 
@@ -201,6 +232,7 @@ impl Client {
             fence: Fence::default(),
             region: cluster.region.clone(),
             heard: Heard::default(),
+            identity: Arc::default(),
             shared: Arc::default(),
         }
     }
@@ -214,7 +246,9 @@ impl Client {
     /// Takes the place of one whose calls may still go on: they count as this one's.
     #[must_use]
     pub fn instead_of(self, before: &Self) -> Self {
-        Self { shared: Arc::clone(&before.shared), ..self }
+        // At other addresses it may be another cluster.
+        let identity = if self.is_of(&before.urls.all) { Arc::clone(&before.identity) } else { Arc::clone(&self.identity) };
+        Self { shared: Arc::clone(&before.shared), identity, ..self }
     }
 
     /// Whether it talks to one of these addresses.
@@ -273,6 +307,9 @@ impl Client {
                 Ok(data) => return Ok(data),
                 Err(broken) => broken,
             };
+            if broken.error.meaning() == Meaning::NoQuorum {
+                self.leave_isolated();
+            }
             if broken.is_of_url && self.urls.note_dead(index) {
                 proto::warn!("{}: {}; the cluster's other urls are asked", self.urls.at(index), broken.error.words());
             }
@@ -285,7 +322,14 @@ impl Client {
         Err(Error { call: request.name(), cause: Cause::NotSent("the cluster has no url".into()) })
     }
 
-    /// The url in use, or the first that answers.
+    /// The node in use says that it has no quorum: it may have lost the others, and those have one.
+    pub(crate) fn leave_isolated(&self) {
+        if let Some(index) = self.urls.leave() {
+            proto::warn!("{}: no quorum; the cluster's other urls are asked", self.urls.at(index));
+        }
+    }
+
+    /// The url in use, or the first that answers: for the cluster that it was until now, and with a quorum, where one is.
     async fn url(self: &Arc<Self>, begun: Instant) -> Result<usize, String> {
         if let Some(index) = self.urls.current() {
             return Ok(index);
@@ -300,20 +344,102 @@ impl Client {
         let (mut looks, mut causes) = (JoinSet::new(), Vec::new());
         for index in 0..self.urls.all.len() {
             let client = Arc::clone(self);
-            looks.spawn(async move { (index, client.look(index).await) });
+            looks.spawn(async move { (index, client.ask(index).await) });
         }
+        let known = self.identity().clone();
+        let mut answered = Vec::new();
         while let Some(looked) = looks.join_next().await {
-            match looked {
-                Ok((index, Ok(()))) => {
-                    self.urls.note_alive(index);
-                    proto::info!("calls go to {}", self.urls.at(index));
-                    return Ok(index);
+            let (index, said) = looked.map_err(|cause| format!("our own look broke off: {cause}"))?;
+            match said {
+                Err(why) => causes.push((index, why)),
+                Ok(Said::Cluster(one)) if known.as_ref().is_some_and(|known| !known.is_followed_by(&one)) => {
+                    causes.push((index, self.stranger(index, &one, known.as_ref())));
                 }
-                Ok((index, Err(why))) => causes.push((index, why)),
-                Err(cause) => return Err(format!("our own look broke off: {cause}")),
+                // The first time all are heard: any could be the wrong one.
+                Ok(said) if !self.urls.was_left(index) && said.is_enough(known.is_some()) => return Ok(self.now_at(index, said)),
+                Ok(said) => answered.push((index, said)),
             }
         }
-        Err(self.urls.note_none(causes))
+        let clusters = |of_cluster: bool| {
+            let said = answered.iter().filter_map(|(index, said)| said.cluster().map(|one| (*index, one)));
+            said.filter(move |(_, one)| one.cluster.is_some() || !of_cluster)
+        };
+        // One that was in a cluster and left it answers for itself.
+        let first = clusters(true).next().or_else(|| clusters(false).next()).map(|(_, one)| one.clone());
+        if let Some(first) = &first {
+            let strangers = clusters(false).filter(|(_, one)| !first.is_followed_by(one));
+            let strangers: Vec<_> = strangers
+                .map(|(index, one)| (index, one.cluster.is_some() || first.cluster.is_none(), self.stranger(index, one, Some(first))))
+                .collect();
+            // Of two clusters nobody can tell which is meant.
+            let is_undecided = strangers.iter().any(|(_, is_equal, _)| *is_equal);
+            answered.retain(|(index, _)| !is_undecided && strangers.iter().all(|(stranger, ..)| stranger != index));
+            causes.extend(strangers.into_iter().map(|(index, _, why)| (index, why)));
+        }
+        let best = answered.into_iter().min_by_key(|(index, said)| (self.urls.was_left(*index), !said.is_enough(true)));
+        match best {
+            Some((index, said)) => Ok(self.now_at(index, said)),
+            None => Err(self.urls.note_none(causes)),
+        }
+    }
+
+    fn identity(&self) -> std::sync::MutexGuard<'_, Option<Identity>> {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stranger(&self, index: usize, one: &Identity, known: Option<&Identity>) -> String {
+        let of = known.map(|known| format!(", the others are of {known}")).unwrap_or_default();
+        let why = format!("{} is of {one}{of}: it is not used; all urls of an entry must be of one cluster", self.urls.at(index));
+        proto::warn!("{why}");
+        why
+    }
+
+    fn now_at(&self, index: usize, said: Said) -> usize {
+        if let Said::Cluster(one) = said {
+            *self.identity() = Some(one);
+        }
+        self.urls.note_alive(index);
+        proto::info!("calls go to {}", self.urls.at(index));
+        index
+    }
+
+    /// Whether a url answers, and of which cluster it says that it is; without an answer, why not.
+    async fn ask(self: &Arc<Self>, index: usize) -> Result<Said, String> {
+        if !self.urls.are_several() {
+            return self.look(index).await.map(|()| Said::Hidden);
+        }
+        let (client, thread) = (Arc::clone(self), Arc::clone(&self.shared.looks).acquire_owned().await);
+        let work = move || {
+            let _held = thread;
+            client.look_blocking(index)?;
+            Ok(client.identity_blocking(index))
+        };
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|cause| Err(format!("our own look broke off: {cause}")))
+    }
+
+    fn identity_blocking(&self, index: usize) -> Said {
+        let (request, call) = (api::cluster_status(), api::cluster_status().name());
+        let Ok(agent) = &self.agent else { return Said::Nothing };
+        let page = format!("{}{}", self.urls.at(index), request.target());
+        let get = match &self.auth {
+            Auth::Token(header) => agent.get(&page).header("Authorization", header.as_str()),
+            Auth::Password { username, password, ticket } => {
+                // A ticket that the others do not take is renewed there.
+                let Ok(ticket) = self.ticket(index, username, password, ticket) else { return Said::Hidden };
+                agent.get(&page).header("Cookie", format!("PVEAuthCookie={}", api::percent_encoded(&ticket.cookie, "")))
+            }
+        };
+        http::begin_call(Fence::default(), Gate::default());
+        let Ok(mut answer) = get.config().timeout_global(Some(LOOK_LIMIT)).build().call() else { return Said::Nothing };
+        match answer.status().as_u16() {
+            // Without Sys.Audit, or without being known: the call itself tells.
+            401 | 403 => return Said::Hidden,
+            200 => (),
+            _ => return Said::Nothing,
+        }
+        let text = answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().unwrap_or_default();
+        let body: Value = serde_json::from_str(&text).unwrap_or_default();
+        body.get("data").and_then(|data| api::read_identity(&call, data).ok()).map_or(Said::Nothing, Said::Cluster)
     }
 
     /// Whether a url answers; without, why not.

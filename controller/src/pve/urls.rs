@@ -1,6 +1,7 @@
 //! The addresses of one cluster: any of its nodes answers for all. One is used until it does not answer; then all are asked at
 //! the same time, and the first that answers is used from there on.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// None answered: for so long, calls are told without another look.
 const NONE_AGE: Duration = Duration::from_secs(2);
 
+/// A node that has lost the others is asked only where no other one answers, for so long.
+const LEFT_AGE: Duration = Duration::from_secs(30);
+
 /// Which of the addresses is used.
 #[derive(Debug, Default)]
 pub(super) struct Urls {
@@ -34,13 +38,15 @@ struct State {
     current: Option<usize>,
     /// None answered: when that was seen, and why, in one sentence.
     none: Option<(Instant, String)>,
+    /// Those whose node had no quorum, and when that was seen.
+    left: BTreeMap<usize, Instant>,
 }
 
 impl Urls {
     pub(super) fn new(all: Vec<String>) -> Self {
         // With one there is nothing to choose.
         let current = (all.len() == 1).then_some(0);
-        Self { all, state: Mutex::new(State { current, none: None }), looking: AsyncMutex::default() }
+        Self { all, state: Mutex::new(State { current, ..State::default() }), looking: AsyncMutex::default() }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -74,6 +80,22 @@ impl Urls {
             state.current = None;
         }
         was_used
+    }
+
+    /// The one in use has no quorum: whether others are asked now. Once in a while: perhaps none has.
+    pub(super) fn leave(&self) -> Option<usize> {
+        let mut state = self.state();
+        let index = state.current.filter(|_| self.are_several())?;
+        if state.left.get(&index).is_some_and(|at| at.elapsed() < LEFT_AGE) {
+            return None;
+        }
+        state.left.insert(index, Instant::now());
+        state.current = None;
+        Some(index)
+    }
+
+    pub(super) fn was_left(&self, index: usize) -> bool {
+        self.state().left.get(&index).is_some_and(|at| at.elapsed() < LEFT_AGE)
     }
 
     /// None does; each with its cause. The sentence.
@@ -112,7 +134,13 @@ mod tests {
         assert!(urls.none(begun).is_some());
         urls.note_alive(0);
         assert_eq!(urls.none(begun), None);
+        // Isolated: left once, and used again where the other one is no better.
+        assert_eq!(urls.leave(), Some(0));
+        assert!(urls.current().is_none() && urls.was_left(0) && !urls.was_left(1));
+        urls.note_alive(0);
+        assert_eq!(urls.leave(), None);
         let single = Urls::new(vec!["a".into()]);
+        assert_eq!(single.leave(), None);
         assert!(!single.note_dead(0));
         assert_eq!(single.current(), Some(0));
     }

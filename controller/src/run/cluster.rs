@@ -257,6 +257,9 @@ impl Region {
             Err(error) => return Err(error.into()),
         };
         *held = Some((read_at, quorate));
+        if !quorate {
+            self.client().leave_isolated();
+        }
         Ok(quorate)
     }
 

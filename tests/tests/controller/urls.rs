@@ -149,6 +149,51 @@ async fn all_urls_dead_is_one_sentence_with_each_ones_cause() {
     assert_refused(create(&bed, "pvc-1").await, Code::Unavailable, &words);
 }
 
+/// A node that left the cluster (pvecm delnode), or a mistyped url, answers as well: for other VMs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_url_of_another_cluster_is_not_used() {
+    let sim = Arc::new(Simulator::standard().start().await.unwrap());
+    let left = Simulator::standard().with(|about| about.cluster = String::new()).start().await.unwrap();
+    let bed = with_urls(&sim, &[left.url(), sim.url()]);
+    create(&bed, "pvc-1").await.unwrap();
+    assert_eq!(sim.volumes("pve1", "local").len(), 1);
+    let asked = |sim: &Simulator| {
+        sim.requests().iter().filter(|request| !request.contains("/cluster/status") && !request.contains("/access/ticket")).count()
+    };
+    assert_eq!(asked(&left), 0, "{:?}", left.requests());
+    // The one in use is silent: the other one does not take its place.
+    let front = Front::of(&sim).await;
+    let bed = with_urls(&sim, &[left.url(), &front.url]);
+    create(&bed, "pvc-2").await.unwrap();
+    front.fall_silent();
+    let refused = tokio::time::timeout(HANG, create(&bed, "pvc-3")).await.expect("the silent one is waited for");
+    assert_refused(refused, Code::Unavailable, &["is of node pve1 alone", "of one cluster", left.url()]);
+    assert_eq!(asked(&left), 0, "{:?}", left.requests());
+    // Two clusters: nobody can tell which is meant.
+    let other = Simulator::standard().with(|about| about.cluster = "test".into()).start().await.unwrap();
+    let bed = with_urls(&sim, &[other.url(), sim.url()]);
+    assert_refused(create(&bed, "pvc-4").await, Code::Unavailable, &["cluster test", "cluster fsn1", "must be of one cluster"]);
+    assert_eq!(asked(&other), 0, "{:?}", other.requests());
+}
+
+/// It lost the others, and its proxy still answers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_quorum_is_left_for_one_with_it() {
+    let sims = [Arc::new(Simulator::standard().start().await.unwrap()), Arc::new(Simulator::standard().start().await.unwrap())];
+    let bed = with_urls(&sims[0], &[sims[0].url(), sims[1].url()]);
+    let volume: proto::VolumeHandle = "fsn1/pve1/local/9999/vm-9999-a.raw".parse().unwrap();
+    assert_refused(bed.publish(&volume, "node-999/999").await, Code::NotFound, &["node-999/999"]);
+    let used = if sims[0].requests().len() > sims[1].requests().len() { 0 } else { 1 };
+    sims[used].set_quorate(false);
+    assert_refused(bed.publish(&volume, "node-999/999").await, Code::Unavailable, &["no quorum"]);
+    assert_refused(bed.publish(&volume, "node-999/999").await, Code::NotFound, &["node-999/999"]);
+    // None has: said, and not left for each other all the time.
+    sims[1 - used].set_quorate(false);
+    for _ in 0..3 {
+        assert_refused(bed.publish(&volume, "node-999/999").await, Code::Unavailable, &["no quorum"]);
+    }
+}
+
 /// By its fingerprint, or by its CA in a file; a wrong one is named, and nothing is sent to a stranger.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_certificate_counts_by_its_fingerprint_or_its_ca() {
