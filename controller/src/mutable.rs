@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_with_what_is_known() {
         for (pairs, words) in [
-            (&[("XXX_FakeKey", "1")][..], &["\"XXX_FakeKey\"", "known are backup, cache, diskIOPS"][..]),
+            (&[("diskIops", "1")][..], &["\"diskIops\"", "known are backup, cache, diskIOPS"][..]),
             (&[("diskIOPS", "-1")], &["diskIOPS", "number"]),
             (&[("diskIOPS", "1,ro=1")], &["diskIOPS"]),
             (&[("iops_rd", "1")], &["\"iops_rd\" is not known"]),

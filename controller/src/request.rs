@@ -474,7 +474,7 @@ mod tests {
             (|r| r.volume_capabilities = vec![csi::VolumeCapability::default()], "access_mode"),
             (|r| r.volume_capabilities[0].access_type = None, "neither mount nor block"),
             (|r| r.volume_content_source = Some(Default::default()), "volume_content_source"),
-            (|r| r.mutable_parameters = HashMap::from([("XXX_FakeKey".into(), "1".into())]), "XXX_FakeKey"),
+            (|r| r.mutable_parameters = HashMap::from([("diskIops".into(), "1".into())]), "diskIops"),
             (|r| r.capacity_range = Some(csi::CapacityRange { required_bytes: 0, limit_bytes: 0 }), "size 0"),
             (|r| r.capacity_range = Some(csi::CapacityRange { required_bytes: -1, limit_bytes: 0 }), "negative"),
             (|r| r.capacity_range = Some(csi::CapacityRange { required_bytes: 10, limit_bytes: 9 }), "below required_bytes 10"),

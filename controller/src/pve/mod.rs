@@ -132,15 +132,15 @@ enum Said {
     Cluster(Identity),
     /// We may not ask.
     Hidden,
-    /// No answer to that.
-    Nothing,
+    /// It does not know us: the call itself tells, where no other one does.
+    Refused,
 }
 
 impl Said {
     fn cluster(&self) -> Option<&Identity> {
         match self {
             Self::Cluster(one) => Some(one),
-            Self::Hidden | Self::Nothing => None,
+            Self::Hidden | Self::Refused => None,
         }
     }
 
@@ -149,7 +149,7 @@ impl Said {
         match self {
             Self::Cluster(one) => is_known && one.is_quorate && one.cluster.is_some(),
             Self::Hidden => true,
-            Self::Nothing => false,
+            Self::Refused => false,
         }
     }
 }
@@ -412,34 +412,38 @@ impl Client {
         let work = move || {
             let _held = thread;
             client.look_blocking(index)?;
-            Ok(client.identity_blocking(index))
+            client.identity_blocking(index)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|cause| Err(format!("our own look broke off: {cause}")))
     }
 
-    fn identity_blocking(&self, index: usize) -> Said {
+    /// What cannot be read says nothing of the cluster, and such a url is not used: it could be another one's.
+    fn identity_blocking(&self, index: usize) -> Result<Said, String> {
         let (request, call) = (api::cluster_status(), api::cluster_status().name());
-        let Ok(agent) = &self.agent else { return Said::Nothing };
+        let unsaid = |why: &str| format!("{}: {call}: {why}, so that its cluster cannot be told", self.urls.at(index));
+        let agent = self.agent.as_ref().map_err(Clone::clone)?;
         let page = format!("{}{}", self.urls.at(index), request.target());
         let get = match &self.auth {
             Auth::Token(header) => agent.get(&page).header("Authorization", header.as_str()),
             Auth::Password { username, password, ticket } => {
                 // A ticket that the others do not take is renewed there.
-                let Ok(ticket) = self.ticket(index, username, password, ticket) else { return Said::Hidden };
+                let Ok(ticket) = self.ticket(index, username, password, ticket) else { return Ok(Said::Refused) };
                 agent.get(&page).header("Cookie", format!("PVEAuthCookie={}", api::percent_encoded(&ticket.cookie, "")))
             }
         };
         http::begin_call(Fence::default(), Gate::default());
-        let Ok(mut answer) = get.config().timeout_global(Some(LOOK_LIMIT)).build().call() else { return Said::Nothing };
+        let mut answer = get.config().timeout_global(Some(LOOK_LIMIT)).build().call().map_err(|why| unsaid(&why.to_string()))?;
         match answer.status().as_u16() {
-            // Without Sys.Audit, or without being known: the call itself tells.
-            401 | 403 => return Said::Hidden,
             200 => (),
-            _ => return Said::Nothing,
+            401 => return Ok(Said::Refused),
+            // Without Sys.Audit.
+            403 => return Ok(Said::Hidden),
+            status => return Err(unsaid(&format!("{status} {}", http::reason()))),
         }
-        let text = answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().unwrap_or_default();
-        let body: Value = serde_json::from_str(&text).unwrap_or_default();
-        body.get("data").and_then(|data| api::read_identity(&call, data).ok()).map_or(Said::Nothing, Said::Cluster)
+        let text = answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().map_err(|why| unsaid(&why.to_string()))?;
+        let body: Value = serde_json::from_str(&text).map_err(|why| unsaid(&why.to_string()))?;
+        let data = body.get("data").ok_or_else(|| unsaid("no data"))?;
+        api::read_identity(&call, data).map(Said::Cluster).map_err(|why| unsaid(&why.words()))
     }
 
     /// Whether a url answers; without, why not.

@@ -12,7 +12,7 @@ use super::region::{EVIDENCE_AGE, Region, ago};
 use crate::error::Error;
 use crate::kube::Kube;
 use crate::pve::Meaning;
-use crate::pve::api::Resources;
+use crate::pve::api::{self, Resources};
 use crate::pve::drive::owner_of;
 
 impl Controller {
@@ -41,10 +41,7 @@ impl Controller {
         };
         if let Err(error) = region.check_is_ours(handle) {
             // What is gone is gone, whosever it was.
-            return match region.volume_size(&host, &handle.storage, &handle.volid()).await {
-                Err(missing) if missing.meaning() == Meaning::NoSuchVolume => Ok(()),
-                _ => Err(error.during(&step)),
-            };
+            return if region.is_gone(&host, handle).await { Ok(()) } else { Err(error.during(&step)) };
         }
         let _claim = region.claim(handle).await?;
         // Nobody can look after a deletion, as after an attachment: all that could hold it is read now. That what is plugged has the
@@ -64,8 +61,7 @@ impl Controller {
         }
         if freed.as_ref().is_err_and(|error| error.meaning() == Meaning::Other) {
             // Not every plugin says plainly that there was nothing (btrfs).
-            let looked = region.volume_size(&host, &handle.storage, &handle.volid()).await;
-            if looked.as_ref().is_err_and(|error| error.meaning() == Meaning::NoSuchVolume) {
+            if region.is_gone(&host, handle).await {
                 freed = Ok(());
             }
         }
@@ -109,6 +105,22 @@ impl Region {
                 "its name carries no owner, and this driver deletes only volumes of {owners}: delete it by hand"
             ))),
         }
+    }
+
+    /// Whether Proxmox says so, and its storage does not list it either: a file that is there and cannot be read is said to have no
+    /// format, as one that is missing. What cannot be told is not gone.
+    async fn is_gone(&self, host: &str, handle: &VolumeHandle) -> bool {
+        let volid = handle.volid();
+        let looked = self.volume_size(host, &handle.storage, &volid).await;
+        if !looked.is_err_and(|error| error.meaning() == Meaning::NoSuchVolume) {
+            return false;
+        }
+        // Storages list by the owner in the name.
+        let Some(owner) = owner_of(&handle.disk) else { return true };
+        let request = api::content(host, &handle.storage, owner);
+        let call = request.name();
+        let listed = self.client().call(request).await.and_then(|data| api::read_content(&call, &data));
+        listed.is_ok_and(|listed| !listed.contains_key(&volid))
     }
 
     /// Proxmox gives a volume to the VM of the number in its name: its own disk, perhaps, though no config says so now.

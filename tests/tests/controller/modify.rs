@@ -73,11 +73,7 @@ async fn what_cannot_be_changed_is_refused_and_nothing_stays_planned() {
     let (bed, _kubernetes, by, volume) = with_kubernetes().await;
     publish_by(&by, &volume, "node-101/101").await.unwrap();
     let (id, before) = (volume.to_string(), drive(&bed));
-    assert_refused(
-        modify(&by, &id, &[("XXX_FakeKey", "1")]).await,
-        Code::InvalidArgument,
-        &["XXX_FakeKey", "known are", "diskIOPSReadBurst"],
-    );
+    assert_refused(modify(&by, &id, &[("diskIops", "1")]).await, Code::InvalidArgument, &["diskIops", "known are", "diskIOPSReadBurst"]);
     assert_refused(modify(&by, "", &[]).await, Code::InvalidArgument, &["volume_id"]);
     assert_refused(modify(&by, "non-existing", &[]).await, Code::NotFound, &["non-existing"]);
     assert_refused(modify(&by, "fsn1/pve1/local/9999/vm-9999-x.raw", &[]).await, Code::NotFound, &["vm-9999-x"]);
@@ -168,7 +164,7 @@ async fn a_class_at_creation_is_kept_in_the_context() {
     let bed = standard().await;
     let request =
         |pairs: &[(&str, &str)]| csi::CreateVolumeRequest { mutable_parameters: map(pairs), ..create_request("pvc-9", "local", 64 * MIB) };
-    assert_refused(bed.create_as(request(&[("XXX_FakeKey", "1")])).await, Code::InvalidArgument, &["XXX_FakeKey", "known are"]);
+    assert_refused(bed.create_as(request(&[("diskIops", "1")])).await, Code::InvalidArgument, &["diskIops", "known are"]);
     assert_refused(
         bed.create_as(request(&[("diskIOPS", "9"), ("diskIOPSReadBurst", "3")])).await,
         Code::InvalidArgument,
