@@ -4,14 +4,11 @@
 //! beside the socket, where it outlives the agent and goes with the driver. Nothing depends on it: without it the kernel asks QEMU in vain,
 //! which drops what such a drive is asked.
 
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Node;
@@ -79,15 +76,12 @@ pub(super) struct Candidate {
 impl Trimming {
     /// With what an agent before this one has written down there.
     pub(super) fn kept_at(path: PathBuf) -> Self {
-        let mut bytes = Vec::new();
-        // Whoever has written there: so much of it, and no waiting for one who never writes (a fifo).
-        let opened = std::fs::OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(&path);
-        let text = match opened.and_then(|file| file.take(MAX_SPARED_BYTES).read_to_end(&mut bytes)) {
-            Ok(_) => String::from_utf8_lossy(&bytes),
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => "".into(),
+        let text = match sys::read_at_most(&path, MAX_SPARED_BYTES) {
+            Ok(text) => text,
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(cause) => {
                 proto::warn!("volumes with discard=ignore are not known: {}: {cause}", path.display());
-                "".into()
+                String::new()
             }
         };
         let spared = text.lines().filter(|line| line.starts_with(identity::OUR_SERIALS)).take(MAX_SPARED).map(str::to_owned).collect();
