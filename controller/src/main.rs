@@ -233,7 +233,7 @@ impl Served {
             proto::error!("{why}");
         }
         let mut lost = tokio::select! {
-            leading = lease.lead() => leading.map_err(anyhow::Error::msg)?,
+            leading = lease.lead(kube.is_first()) => leading.map_err(anyhow::Error::msg)?,
             () = &mut *stop => {
                 // Perhaps it is ours, and what its holder before us sent may still come: the next one waits for that, too.
                 lease.release(false).await;

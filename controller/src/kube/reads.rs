@@ -323,17 +323,34 @@ impl Kube {
     }
 
     async fn list(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
-        let (mut all, mut next) = (Vec::new(), String::new());
+        let mut all = Vec::new();
+        let mut keep = |items| -> Option<()> {
+            all.extend::<Vec<Value>>(items);
+            None
+        };
+        self.pages(path, &mut keep).await?;
+        Ok(all)
+    }
+
+    /// What is meant in the first entry of a list that has it; no more is read, nor kept.
+    pub(super) async fn first_of<T>(self: &Arc<Self>, path: &str, meant: impl Fn(&Value) -> Option<T>) -> Result<Option<T>, Failure> {
+        self.pages(path, &mut |items| items.iter().find_map(&meant)).await
+    }
+
+    /// Page by page, until one has what is looked for.
+    async fn pages<T>(self: &Arc<Self>, path: &str, look: &mut impl FnMut(Vec<Value>) -> Option<T>) -> Result<Option<T>, Failure> {
+        let mut next = String::new();
+        let separator = if path.contains('?') { '&' } else { '?' };
         for _ in 0..MAX_PAGES {
-            let page = format!("{path}?limit={PAGE}&continue={}", crate::pve::api::percent_encoded(&next, ""));
+            let page = format!("{path}{separator}limit={PAGE}&continue={}", crate::pve::api::percent_encoded(&next, ""));
             let mut answer = self.get(page).await?.ok_or_else(|| format!("GET {path}: 404, is this Kubernetes?"))?;
             next = text(&answer, "/metadata/continue").unwrap_or_default();
-            match answer.get_mut("items").map(Value::take) {
-                Some(Value::Array(items)) => all.extend(items),
+            let found = match answer.get_mut("items").map(Value::take) {
+                Some(Value::Array(items)) => look(items),
                 _ => return Err(format!("GET {path}: no list of items")),
-            }
-            if next.is_empty() {
-                return Ok(all);
+            };
+            if found.is_some() || next.is_empty() {
+                return Ok(found);
             }
         }
         Err(format!("GET {path}: more than {MAX_PAGES} pages"))
