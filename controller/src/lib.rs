@@ -19,3 +19,4 @@ pub mod request;
 pub mod run;
 pub mod secret;
 pub mod service;
+pub mod threads;

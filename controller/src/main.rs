@@ -15,17 +15,13 @@ use controller::kube::{Access, Kube, lease};
 use controller::look::health::Standing;
 use controller::run::Controller;
 use controller::service::ControllerService;
+use controller::threads::runtime;
 use proto::csi::controller_server::ControllerServer;
 use proto::flags::{self, Flag};
 use proto::health;
 use proto::identity::Identity;
 use proto::serve::{self, Endpoint, Socket, with_identity};
 
-/// Each call holds one thread while it waits. So many that clusters which hang, all of them even, take none from another one, nor
-/// from the Lease; they are made when needed only.
-const MAX_BLOCKING_THREADS: usize = controller::config::MAX_CLUSTERS * controller::pve::THREADS_PER_CLUSTER + controller::kube::THREADS;
-/// Idle threads go, and their stacks with them.
-const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Kubernetes gives a pod 30 s between SIGTERM and SIGKILL.
 const DRAIN: Duration = Duration::from_secs(20);
 
@@ -127,11 +123,6 @@ fn parsed<T: FromArgs>(command: &[&str], given: &[String], flags: &[Flag]) -> an
 /// Go's crypto/x509 reads it, too: the reference driver's users may have set it.
 fn ca_bundle() -> Option<PathBuf> {
     std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()).map(PathBuf::from)
-}
-
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).thread_keep_alive(THREAD_KEEP_ALIVE).build()
 }
 
 fn refuse(why: &str) -> ExitCode {

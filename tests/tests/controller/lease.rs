@@ -12,7 +12,7 @@ use testbed::kube::Kubernetes;
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::bed::{Bed, MIB, assert_refused};
+use crate::bed::{Bed, MIB, assert_refused, clusters};
 use crate::hold::{publish_by, shared_bed, unpublish_by};
 
 const MS: Duration = Duration::from_millis(1);
@@ -339,4 +339,54 @@ async fn a_write_without_a_lease_is_not_sent() {
     let refused = unpublish_by(&by, &volume, "node-101/101").await;
     assert_refused(refused, Code::Unavailable, &["POST /nodes/pve1/qemu/101/config", "it is given back", "writes nothing any more"]);
     assert!(bed.sim.requests().iter().all(|request| request.starts_with("GET")), "{:?}", bed.sim.requests());
+}
+
+/// Regions that take connections and answer nothing hold many threads, each for as long as it waits: none that a renewal needs.
+#[test]
+fn the_lease_is_renewed_while_every_region_hangs() {
+    const REGIONS: usize = 5;
+    const CALLS_EACH: usize = 30;
+    // Longer than a Lease that is not renewed lasts.
+    const RENEWALS: usize = 7;
+    const LIMIT: Duration = Duration::from_secs(120);
+    let host = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let kubernetes = host.block_on(Kubernetes::start()).unwrap();
+    let folder = std::env::temp_dir().join(format!("pve-csi-hanging-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let silent: Vec<_> = (0..REGIONS).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let mut text = String::from("clusters:\n");
+    for (number, listener) in silent.iter().enumerate() {
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        text.push_str(&clusters(&url).replace("clusters:\n", "").replace("fsn1", &format!("r{number}")));
+    }
+    let config = folder.join("config.yaml");
+    std::fs::write(&config, text).unwrap();
+    let kube = Arc::new(Kube::new(kubernetes.access(&folder).unwrap()).unwrap().with_lease("pod-1"));
+    let lease = Arc::clone(kube.lease().unwrap());
+    let process = controller::threads::runtime().unwrap();
+    process.block_on(async {
+        lease.acquire().await;
+        let holding = tokio::spawn({
+            let lease = Arc::clone(&lease);
+            async move { lease.hold().await }
+        });
+        let by = ControllerService::new(Arc::new(Controller::with_kube(config.clone(), None, Some(Arc::clone(&kube)))));
+        for number in 0..REGIONS * CALLS_EACH {
+            let by = by.clone();
+            let volume: VolumeHandle = format!("r{}//san/vm-9999-{number}", number % REGIONS).parse().unwrap();
+            tokio::spawn(async move { publish_by(&by, &volume, "node-101/101").await });
+        }
+        let begun = Instant::now();
+        let mut renewals = 0;
+        while renewals < RENEWALS && !holding.is_finished() {
+            assert!(begun.elapsed() < LIMIT, "{renewals} renewals");
+            renewals += kubernetes.asked().iter().filter(|call| call.starts_with("PUT")).count();
+            tokio::time::sleep(RETRY / 4).await;
+        }
+        assert!(!holding.is_finished() && lease.fence().check().is_ok(), "lost after {renewals} renewals: {:?}", lease.fence().check());
+        assert_eq!(kubernetes.holder().as_deref(), Some("pod-1"));
+    });
+    // Calls hang on; nobody waits for them.
+    process.shutdown_background();
+    std::fs::remove_dir_all(&folder).unwrap();
 }
