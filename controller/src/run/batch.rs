@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use proto::VolumeHandle;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -468,8 +469,7 @@ impl<'a> Batch<'a> {
             work.avoid.insert(*lun);
             work.phantoms += 1;
             // Most often a rival on the same node has the image open: one more try would cost one more slot.
-            let others = self.region.references(work.wish.handle(), Instant::now(), Some(vmid), Depth::Config).await;
-            if let Some(rival) = others.ok().and_then(|others| others.into_iter().find(Reference::counts)) {
+            if let Some(rival) = self.region.rival(work.wish.handle(), vmid).await {
                 work.fail(held_elsewhere(&rival));
                 continue;
             }
@@ -651,8 +651,7 @@ impl Region {
             Err(error) => return work.fail(error),
         };
         let Some(line) = known.config.lines.get(&key).filter(|_| known.config.naming(&volid).any(|(named, _)| named == key)) else {
-            let error = if meaning == Meaning::NoSuchVolume { self.missing(&request.handle, error).await } else { error.into() };
-            return work.fail(error);
+            return work.fail(self.refused_plug(request, vm, error).await);
         };
         if is_lost {
             // Carried out, or half: the next look says what QEMU has, and whether a rival has it, too.
@@ -664,11 +663,30 @@ impl Region {
         }
         let change = if line.value.is_some() { Change::remove(&key) } else { Change::forget(&key) };
         let undone = self.undo(vm, &change, Some(&known.config.digest)).await;
-        let error = Error::from(error);
+        let error = self.refused_plug(request, vm, error).await;
         work.fail(match undone {
             Ok(()) => error,
             Err(why) => Error { code: error.code, text: format!("{}; and undoing it failed: {}", error.text, why.text) },
         });
+    }
+
+    /// Why a plug failed, with what more can be told of it.
+    async fn refused_plug(self: &Arc<Self>, request: &Publish, vm: &Vm, error: pve::Error) -> Error {
+        match error.meaning() {
+            Meaning::NoSuchVolume => self.missing(&request.handle, error).await,
+            // QEMU said that another one has the image open (Proxmox from 8.3.7 on keeps that to itself).
+            Meaning::VolumeInUse => match self.rival(&request.handle, vm.vmid).await {
+                Some(rival) => held_elsewhere(&rival).during(&error.to_string()),
+                None => error.into(),
+            },
+            _ => error.into(),
+        }
+    }
+
+    /// Who else has the volume in his config now, where that can be told.
+    async fn rival(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Option<Reference> {
+        let others = self.references(handle, Instant::now(), Some(vmid), Depth::Config).await;
+        others.ok()?.into_iter().find(Reference::counts)
     }
 
     /// Takes back what a failed attach left. Without a digest the config is read first.
