@@ -9,6 +9,7 @@ use controller::run::Controller;
 use controller::service::ControllerService;
 use proto::VolumeHandle;
 use testbed::kube::Kubernetes;
+use testbed::sim::{Effect, Fault, Simulator};
 use tokio::time::Instant;
 use tonic::Code;
 
@@ -341,7 +342,7 @@ async fn a_write_without_a_lease_is_not_sent() {
     assert!(bed.sim.requests().iter().all(|request| request.starts_with("GET")), "{:?}", bed.sim.requests());
 }
 
-/// Regions that take connections and answer nothing hold many threads, each for as long as it waits: none that a renewal needs.
+/// Regions whose nodes answer nothing hold many threads, each for as long as it waits: none that a renewal needs.
 #[test]
 fn the_lease_is_renewed_while_every_region_hangs() {
     const REGIONS: usize = 5;
@@ -349,15 +350,15 @@ fn the_lease_is_renewed_while_every_region_hangs() {
     // Longer than a Lease that is not renewed lasts.
     const RENEWALS: usize = 7;
     const LIMIT: Duration = Duration::from_secs(120);
-    let host = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let host = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let kubernetes = host.block_on(Kubernetes::start()).unwrap();
+    let regions: Vec<Simulator> = (0..REGIONS).map(|_| host.block_on(Simulator::standard().start()).unwrap()).collect();
     let folder = std::env::temp_dir().join(format!("pve-csi-hanging-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    let silent: Vec<_> = (0..REGIONS).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
     let mut text = String::from("clusters:\n");
-    for (number, listener) in silent.iter().enumerate() {
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        text.push_str(&clusters(&url).replace("clusters:\n", "").replace("fsn1", &format!("r{number}")));
+    for (number, sim) in regions.iter().enumerate() {
+        sim.inject(Fault { method: None, path: "/nodes/**".into(), nth: 1, times: u32::MAX, effect: Effect::Hang });
+        text.push_str(&clusters(sim.url()).replace("clusters:\n", "").replace("fsn1", &format!("r{number}")));
     }
     let config = folder.join("config.yaml");
     std::fs::write(&config, text).unwrap();
@@ -373,7 +374,7 @@ fn the_lease_is_renewed_while_every_region_hangs() {
         let by = ControllerService::new(Arc::new(Controller::with_kube(config.clone(), None, Some(Arc::clone(&kube)))));
         for number in 0..REGIONS * CALLS_EACH {
             let by = by.clone();
-            let volume: VolumeHandle = format!("r{}//san/vm-9999-{number}", number % REGIONS).parse().unwrap();
+            let volume: VolumeHandle = format!("r{}/pve1/local/9999/vm-9999-{number}.raw", number % REGIONS).parse().unwrap();
             tokio::spawn(async move { publish_by(&by, &volume, "node-101/101").await });
         }
         let begun = Instant::now();
@@ -386,6 +387,10 @@ fn the_lease_is_renewed_while_every_region_hangs() {
         assert!(!holding.is_finished() && lease.fence().check().is_ok(), "lost after {renewals} renewals: {:?}", lease.fence().check());
         assert_eq!(kubernetes.holder().as_deref(), Some("pod-1"));
     });
+    let hanging = |sim: &Simulator| sim.requests().iter().filter(|request| request.contains("/nodes/")).count();
+    // Several each, and together more than a process has threads for nothing.
+    let all: usize = regions.iter().map(hanging).sum();
+    assert!(all >= REGIONS * 5, "{:?}", regions.iter().map(hanging).collect::<Vec<_>>());
     // Calls hang on; nobody waits for them.
     process.shutdown_background();
     std::fs::remove_dir_all(&folder).unwrap();

@@ -62,7 +62,7 @@ async fn a_volume_that_its_storage_lists_is_not_gone_whatever_is_said_of_it() {
     let foreign = "fsn1/pve1/local/777/vm-777-disk-0.raw";
     bed.sim.create_volume("pve1", "local:777/vm-777-disk-0.raw", 64 * MIB).unwrap();
     let words = "volume_size_info on 'local:777/vm-777-disk-0.raw' failed - no format";
-    let unread = Fault::next("GET", "/nodes/*/storage/*/content/*", Effect::Answer { status: 500, reason: words.into() });
+    let unread = Fault::next("GET", "/nodes/*/storage/*/content/**", Effect::Answer { status: 500, reason: words.into() });
     bed.sim.inject(unread.clone());
     assert_refused(bed.delete(foreign).await, Code::FailedPrecondition, &["VM 777's", "deleteAlsoOwnedBy: [777]"]);
     // One of ours whose deletion failed without saying why.
