@@ -53,7 +53,7 @@ impl Controller {
             return Err(Error::precondition(format!("{step}: refused while in use: {}", all.join("; "))));
         }
         region.check_owner_is_no_vm(handle, begun).await.map_err(|error| error.during(&step))?;
-        region.check_no_doubt(&handle.volid()).await?;
+        region.check_no_doubt(handle, None).await?;
         let mut freed = region.free(&host, &handle.storage, &handle.volid()).await;
         if freed.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
             // Asking again is the look: a volume that is gone is OK, or said to be missing.

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
 use super::claim::Claims;
-use super::doubt::Doubt;
+use super::doubt::Doubts;
 use super::list::Listings;
 use super::modify::Modified;
 use super::queue::Queue;
@@ -103,6 +103,8 @@ pub(super) struct VmSlot {
     pub(super) known: AsyncMutex<Option<Known>>,
     /// Volumes that the last finished reading named: who only wonders waits for no reading that goes on.
     named: Mutex<BTreeSet<String>>,
+    /// Of those, the ones whose attachment here we have answered OK.
+    alone: Mutex<BTreeSet<String>>,
     /// Slots where QEMU keeps leftovers until the VM restarts, and the process that keeps them.
     pub(super) leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
 }
@@ -144,7 +146,7 @@ pub(crate) struct Region {
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
     pub(super) quorate: AsyncMutex<Option<(Instant, bool)>>,
-    pub(super) doubts: Arc<Mutex<HashMap<String, Doubt>>>,
+    pub(super) doubts: Arc<Mutex<Doubts>>,
     /// Proxmox node → when no change of an earlier controller was seen to go on there.
     pub(super) quiet: Mutex<HashMap<String, Instant>>,
     /// Proxmox node → when it was first seen offline.
@@ -449,12 +451,32 @@ impl Region {
         named
     }
 
+    /// Notes that the volume's attachment to this VM was answered OK.
+    pub(super) fn note_alone(&self, handle: &VolumeHandle, vmid: u32) {
+        let slot = self.vm(vmid);
+        let mut alone = locked(&slot.alone);
+        // No more than a VM can have.
+        alone.retain(|volid| locked(&slot.named).contains(volid));
+        alone.insert(handle.volid());
+    }
+
+    /// It is not there any more.
+    pub(super) fn forget_alone(&self, handle: &VolumeHandle, vmid: u32) {
+        locked(&self.vm(vmid).alone).remove(&handle.volid());
+    }
+
+    /// Whether we have answered the volume's attachment to this VM OK.
+    pub(super) fn was_found_alone(&self, handle: &VolumeHandle, vmid: u32) -> bool {
+        locked(&self.vm(vmid).alone).contains(&handle.volid())
+    }
+
     /// Forgets a VM that is gone.
     pub(crate) async fn forget(&self, vmid: u32) {
         // Not its slot: others may wait there.
         let slot = self.vm(vmid);
         *slot.known.lock().await = None;
         locked(&slot.named).clear();
+        locked(&slot.alone).clear();
     }
 
     /// Changes drives of a VM and waits for the task. The reading of the VM is kept true.
