@@ -223,7 +223,7 @@ impl Region {
         // With the Lease that other one is not of this Lease, and all VMs need not be read for it.
         let mut newcomers = match self.has_lease() {
             true => {
-                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid));
+                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid, written));
                 was_alone.then_some(newcomers)
             }
             false => None,
