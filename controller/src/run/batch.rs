@@ -401,25 +401,38 @@ impl<'a> Batch<'a> {
 
     /// Our claims are in the config: what each caller will look at, for rivals, is read while QEMU is asked.
     fn look_ahead(&self, plan: &[(usize, Step)], written: Instant) {
-        // With a Lease nobody will.
-        if self.region.has_lease() {
-            return;
-        }
         for (index, _) in plan.iter().filter(|(_, step)| matches!(step, Step::Plug(..))) {
             let Some(handle) = self.works.get(*index).map(|work| work.wish.handle().clone()) else { continue };
             let (region, vmid) = (Arc::clone(self.region), self.vm.vmid);
             // Who needs the answer asks for it, and finds it read.
-            tokio::spawn(proto::log::carried(
-                async move { region.references(&handle, written, Some(vmid), Depth::Config).await.map(drop) },
-            ));
+            tokio::spawn(proto::log::carried(async move {
+                match region.has_lease() {
+                    true => region.newcomers(&handle, vmid, written).await.map(drop),
+                    false => region.references(&handle, written, Some(vmid), Depth::Config).await.map(drop),
+                }
+            }));
         }
+    }
+
+    /// What QEMU has after our write: by the list of its node, where the look for rivals reads that anyway.
+    async fn state_since(&self, plan: &[(usize, Step)], written: Instant) -> Result<VmState, pve::Error> {
+        let (region, vmid) = (self.region, self.vm.vmid);
+        let mut plugged = plan.iter().filter(|(_, step)| matches!(step, Step::Plug(..))).filter_map(|(index, _)| self.works.get(*index));
+        let is_listed = match plugged.next() {
+            Some(work) if region.has_lease() => !region.qemu_keeps_others_off(work.wish.handle()).await.unwrap_or(true),
+            _ => false,
+        };
+        if is_listed && let Some(state) = region.listed_state(&self.vm.host, vmid, written).await? {
+            return Ok(state);
+        }
+        region.state_now(&self.vm.host, vmid).await
     }
 
     /// Proxmox said OK: what QEMU has says the rest, slot by slot.
     async fn verify(&mut self, plan: Vec<(usize, Step)>, look: &Look) {
         let (region, vmid, written) = (self.region, self.vm.vmid, Instant::now());
         self.look_ahead(&plan, written);
-        let state = match region.state_now(&self.vm.host, vmid).await {
+        let state = match self.state_since(&plan, written).await {
             Ok(state) => state,
             Err(error) => {
                 let error = Error::from(error);

@@ -328,10 +328,25 @@ impl Region {
         if let Some((_, states)) = cell.lock().await.as_mut() {
             states.insert(vmid, state.clone());
         }
+        self.note_seen(vmid, &state).await;
+        Ok(state)
+    }
+
+    /// One VM's state by the list of its node, read since `since`; nothing where it is not listed, or QEMU did not answer.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub(crate) async fn listed_state(&self, host: &str, vmid: u32, since: Instant) -> Result<Option<VmState>, pve::Error> {
+        let Some(state) = self.states(host, since).await?.remove(&vmid).filter(|state| state.plugged.is_some()) else { return Ok(None) };
+        self.note_seen(vmid, &state).await;
+        Ok(Some(state))
+    }
+
+    /// A slot that was seen empty holds something new when it is seen filled.
+    async fn note_seen(&self, vmid: u32, state: &VmState) {
         if let (Some(known), Some(plugged)) = (self.vm(vmid).known.lock().await.as_mut(), &state.plugged) {
             known.seen.iter_mut().for_each(|(_, seen)| seen.retain(|key| plugged.contains(key)));
         }
-        Ok(state)
     }
 
     /// A VM's config, read since `since`.
@@ -489,7 +504,11 @@ impl Region {
         if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
             known.config.digest.clear();
             match done {
-                Ok(()) => note_change(&mut known.config, change),
+                Ok(()) => {
+                    note_change(&mut known.config, change);
+                    // By its digest it is ours, and nothing new to who looks for what others plugged.
+                    known.seen.iter_mut().for_each(|(_, seen)| seen.extend(change.set.keys().cloned()));
+                }
                 Err(_) => known.is_stale = true,
             }
             known.note_named(&self.vm(vmid));

@@ -275,6 +275,21 @@ async fn what_another_hand_attached_since_the_vms_were_read_is_seen_with_the_lea
     }
 }
 
+/// On a storage of one Proxmox node nobody is asked for that: QEMU locks what it opens, and the second drive is none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_hand_attached_on_a_local_storage_is_kept_apart_by_qemu_itself() {
+    for storage in ["local", "local-lvm", "local-zfs"] {
+        let (bed, _, _kubernetes, _lease, by) = leading().await;
+        let (warm, volume) = (bed.volume_on("warm", storage, "pve1").await, bed.volume_on("one", storage, "pve1").await);
+        publish_by(&by, &warm, "node-101/101").await.unwrap();
+        bed.sim.attach_by_hand(102, "scsi7", &volume.volid()).unwrap();
+        let refused = publish_by(&by, &volume, "node-101/101").await.expect_err("VM 102 has it");
+        assert!(["VM 102", "write"].iter().any(|word| refused.message().contains(word)), "{refused:?}");
+        assert!(bed.traces(101, &volume).is_empty(), "{:?}", bed.traces(101, &volume));
+        assert_eq!(bed.traces(102, &volume).len(), 2, "what is there stays");
+    }
+}
+
 /// With the digest unchanged Proxmox takes it however late it comes: whoever's clock stood still must ask before it takes away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_taken_away_before_the_lease_is_confirmed() {
