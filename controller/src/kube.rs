@@ -16,10 +16,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
-use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
 use crate::fence::Fence;
+use crate::reading::Reading;
 use client::Api;
 pub use client::{Access, THREADS};
 use events::Events;
@@ -35,9 +35,9 @@ pub struct Kube {
     api: Arc<Api>,
     lease: Option<Arc<Lease>>,
     events: Events,
-    attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
-    nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
-    pvs: AsyncMutex<Option<(Instant, Arc<Vec<Pv>>)>>,
+    attachments: Reading<Arc<Vec<Attachment>>, Failure>,
+    nodes: Reading<Arc<Vec<CsiNode>>, Failure>,
+    pvs: Reading<Arc<Vec<Pv>>, Failure>,
     /// PV → when it was read, and its volume handle.
     handles: Mutex<HashMap<String, (Instant, String)>>,
 }

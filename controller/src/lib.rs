@@ -15,6 +15,7 @@ pub mod mutable;
 pub mod parameters;
 pub mod placement;
 pub mod pve;
+mod reading;
 pub mod request;
 pub mod run;
 pub mod secret;

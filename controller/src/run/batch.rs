@@ -484,7 +484,7 @@ impl<'a> Batch<'a> {
             work.avoid.insert(*lun);
             work.phantoms += 1;
             // Most often a rival on the same node has the image open: one more try would cost one more slot.
-            if let Some(rival) = self.region.rival(work.wish.handle(), vmid).await {
+            if let Some(rival) = self.region.holder_now(work.wish.handle(), vmid).await {
                 work.fail(held_elsewhere(&rival));
                 continue;
             }
@@ -668,7 +668,7 @@ impl Region {
         match error.meaning() {
             Meaning::NoSuchVolume => self.missing(&request.handle, error).await,
             // QEMU said that another one has the image open (Proxmox from 8.3.7 on keeps that to itself).
-            Meaning::VolumeInUse => match self.rival(&request.handle, vm.vmid).await {
+            Meaning::VolumeInUse => match self.holder_now(&request.handle, vm.vmid).await {
                 Some(rival) => held_elsewhere(&rival).during(&error.to_string()),
                 None => error.into(),
             },
@@ -677,7 +677,7 @@ impl Region {
     }
 
     /// Who else has the volume in his config now, where that can be told.
-    async fn rival(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Option<Reference> {
+    async fn holder_now(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Option<Reference> {
         let others = self.references(handle, Instant::now(), Some(vmid), Depth::Config).await;
         others.ok()?.into_iter().find(Reference::counts)
     }

@@ -185,19 +185,17 @@ impl Region {
     /// # Errors
     /// The privilege that is missing; or Proxmox's.
     pub(crate) async fn check_sees_all_vms(&self) -> Result<(), Error> {
-        let mut checked = self.sees_all_vms.lock().await;
-        if checked.is_some_and(|at| at >= ago(PERMISSIONS_AGE)) {
-            return Ok(());
-        }
-        if api::read_sees_all_vms(&self.client().call(api::permissions()).await?) {
-            *checked = Some(Instant::now());
-            return Ok(());
-        }
-        Err(Error::precondition(format!(
-            "region {}: not every VM is shown to us, so that the holder of a volume could be overlooked; give the token's role VM.Audit on \
-             /vms (or /) with propagation",
-            self.name
-        )))
+        let read = async {
+            if api::read_sees_all_vms(&self.client().call(api::permissions()).await?) {
+                return Ok(());
+            }
+            Err(Error::precondition(format!(
+                "region {}: not every VM is shown to us, so that the holder of a volume could be overlooked; give the token's role VM.Audit \
+                 on /vms (or /) with propagation",
+                self.name
+            )))
+        };
+        self.sees_all_vms.since(ago(PERMISSIONS_AGE), read).await
     }
 
     /// "Not there" is true only if the cluster is quorate, answered, and shows everything.
@@ -246,11 +244,11 @@ impl Region {
     /// # Errors
     /// Proxmox's; without Sys.Audit and without that half, its name.
     pub(crate) async fn is_quorate(&self, since: Instant) -> Result<bool, Error> {
-        let mut held = self.quorate.lock().await;
-        if let Some((_, quorate)) = held.filter(|(read_at, _)| *read_at >= since) {
-            return Ok(quorate);
-        }
-        let (read_at, request) = (Instant::now(), api::cluster_status());
+        self.quorate.since(since, self.read_quorate(since)).await
+    }
+
+    async fn read_quorate(&self, since: Instant) -> Result<bool, Error> {
+        let request = api::cluster_status();
         let call = request.name();
         let quorate = match self.client().call(request).await.and_then(|data| api::read_quorate(&call, &data)) {
             // One that was part of a cluster and shows only itself has lost the others, not outlived them.
@@ -272,7 +270,6 @@ impl Region {
             }
             Err(error) => return Err(error.into()),
         };
-        *held = Some((read_at, quorate));
         if !quorate {
             self.client().leave_isolated();
         }

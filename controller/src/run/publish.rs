@@ -219,7 +219,7 @@ impl Region {
         // With the Lease that other one is not of this Lease, and all VMs need not be read for it.
         let newcomers = match is_first && self.has_lease() {
             true => {
-                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid, written));
+                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid, since));
                 was_alone.then_some(newcomers)
             }
             false => None,

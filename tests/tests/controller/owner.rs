@@ -1,5 +1,7 @@
 //! Whose a volume is: what is deleted, what stays, what is attached; and which VM a node is.
 
+use std::sync::Arc;
+
 use controller::service::ControllerService;
 use proto::VolumeHandle;
 use proto::csi::{self, controller_server::Controller as _};
@@ -121,6 +123,35 @@ async fn a_disk_that_its_pv_keeps_stays_and_without_an_answer_so_does_any() {
     let fresh = controller_of(&kubernetes, &bed);
     delete_by(&fresh, &unnamed.to_string()).await.unwrap();
     assert!(bed.sim.image("pve1", &unnamed.volid()).is_some());
+}
+
+/// Deletions that come together look at all PVs together: a reading that began after they asked is everybody's. One thread, so that
+/// all have asked before the first page comes.
+#[tokio::test]
+async fn deletions_that_wait_share_a_reading_of_all_pvs() {
+    let bed = Arc::new(standard().await);
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let by = Arc::new(controller_of(&kubernetes, &bed));
+    for number in 0..1200 {
+        kubernetes.pv(&format!("other-{number}"), &format!("fsn1/pve1/local/9999/vm-9999-other-{number}.raw"));
+    }
+    let mut volumes = Vec::new();
+    for number in 0..8 {
+        volumes.push(bed.volume(&format!("pvc-{number}"), "local").await);
+    }
+    kubernetes.asked();
+    let mut deleting = tokio::task::JoinSet::new();
+    for id in volumes.iter().map(ToString::to_string) {
+        let by = Arc::clone(&by);
+        deleting.spawn(async move { delete_by(&by, &id).await });
+    }
+    deleting.join_all().await.into_iter().for_each(|deleted| deleted.unwrap());
+    let pages = kubernetes.asked().iter().filter(|call| *call == "GET /api/v1/persistentvolumes").count();
+    assert_eq!(pages, 2 * 3, "the first one's three pages, and those of all others");
+    // Nothing that was read before is enough.
+    let late = bed.volume("pvc-late", "local").await;
+    delete_by(&by, &late.to_string()).await.unwrap();
+    assert_eq!(kubernetes.asked().iter().filter(|call| *call == "GET /api/v1/persistentvolumes").count(), 3);
 }
 
 /// What is not built is refused by its name, and nothing is touched.
