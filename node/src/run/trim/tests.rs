@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use super::super::kept::MAX_KEPT;
 use super::super::tests::{Bench, HANDLE, ours};
 use super::*;
 use crate::testing::{FakeDisk, volume};
@@ -82,6 +83,6 @@ fn what_is_not_to_be_trimmed_is_known_to_the_next_agent() {
     after.spare(&second, false);
     assert!(!agent().is_spared(&second.serial));
     // Whatever is in the file, only serials are taken, and not without end.
-    fs::write(folder.path().join("discard-ignore"), format!("x\n{}\n", "csi-1\n".repeat(2 * MAX_SPARED))).unwrap();
-    assert_eq!(agent().trimming.spared.lock().unwrap().len(), MAX_SPARED);
+    fs::write(folder.path().join("discard-ignore"), format!("x\n{}\n", "csi-1\n".repeat(2 * MAX_KEPT))).unwrap();
+    assert_eq!(agent().trimming.spared.count(), Some(MAX_KEPT));
 }
