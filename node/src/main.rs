@@ -265,6 +265,7 @@ fn run(args: Args) -> Result<(), String> {
     let beside_socket = endpoint.path().parent().unwrap_or(Path::new("/"));
     let node = Arc::new(Node::new(folders).called(&configured.node_id).remembering_in(beside_socket));
     node.forget_keys();
+    node.recall_rotations();
     if args.kubeconfig.is_some() || args.master.is_some() {
         proto::info!("--kubeconfig and --master are not used by this version");
     }
@@ -313,7 +314,7 @@ async fn serve(
         let nothing = String::new;
         let alive = move || if place.is_ours() { Ok(nothing()) } else { Err(format!("{} is not ours any more", place.path().display())) };
         let looked_at = Arc::clone(&node);
-        let metrics = move || metrics::page(is_ready.get().is_ok(), looked_at.stuck());
+        let metrics = move || metrics::page(is_ready.get().is_ok(), looked_at.stuck(), looked_at.rotations_outstanding());
         let ready = move || standing.get().map(|()| nothing());
         let metrics_path = "/metrics".into();
         let pages = Pages { alive: Arc::new(alive), ready: Arc::new(ready), metrics_path, metrics: Arc::new(metrics) };

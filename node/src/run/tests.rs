@@ -45,6 +45,7 @@ impl Bench {
             unstaging: Mutex::default(),
             health: Mutex::default(),
             trimming: trim::Trimming::default(),
+            rotations: kept::Kept::default(),
             name: "worker-1".into(),
             stop: Stop::default(),
         };
@@ -486,4 +487,52 @@ fn a_keyslot_that_cannot_be_tried_puts_a_rotation_off_and_fails_no_stage() {
     assert!(put_off.iter().all(super::encrypt::is_put_off));
     let told = [Cause::OtherDiskNow { disk: why() }, Cause::Stopped { zeroed_bytes: 0 }, Cause::WrongPassphrase(why())];
     assert!(!told.iter().any(super::encrypt::is_put_off));
+}
+
+/// Two volumes may claim one: the second is told what it waits for, and not that disks are probed.
+#[test]
+fn a_disk_without_serial_that_another_volume_is_mounting_is_named() {
+    let bench = Bench::new(&[]);
+    let (disk, other) = (legacy_disk(1, "sda", 0).0, legacy_disk(2, "sdb", 16).0);
+    let alone = bench.node.mount_alone(&disk, Duration::ZERO).unwrap();
+    let cause = bench.node.mount_alone(&disk, Duration::ZERO).unwrap_err();
+    let words = cause.to_string();
+    assert!(words.starts_with("sda (0:0:0:1) has no serial, and another volume") && words.contains("mounting it for 0 s"), "{words}");
+    drop(bench.node.mount_alone(&other, Duration::ZERO).unwrap());
+    drop(alone);
+    drop(bench.node.mount_alone(&disk, Duration::ZERO).unwrap());
+}
+
+/// Nothing uses what is mounted there, and it is another volume's all the same.
+#[test]
+fn a_path_that_this_agent_has_staged_for_another_volume_is_refused_by_name() {
+    let bench = Bench::new(&[("8:16", "staging", "ext4")]);
+    fs::create_dir(bench.path("staging")).unwrap();
+    let (other, ours) = (volume("r/z/s/vm-9999-pvc-2"), legacy_stage(&bench));
+    bench.plug(&FakeDisk::new(0, 2).named("sdb", 16).serial(&other.serial));
+    let stale = || bench.node.stage(&ours, None).unwrap_err().to_string();
+    bench.node.remember_staged(&StageRequest { volume: other.clone(), ..legacy_stage(&bench) });
+    let words = stale();
+    let expected = format!("this agent has staged the volume with the serial {} there: unstage that one first", other.serial);
+    assert!(words.contains(&expected) && words.contains("nothing was touched"), "{words}");
+    // Its own path it is.
+    bench.node.remember_staged(&ours);
+    assert_eq!(bench.node.staged_for_another(&ours), None);
+}
+
+/// Of pods that were taken from the node without an unstage.
+#[test]
+fn what_is_remembered_of_staged_paths_makes_room_where_nothing_is_mounted() {
+    let bench = Bench::new(&[("8:0", "p0", "ext4")]);
+    let at = |number: usize| StageRequest { staging: bench.path(&format!("p{number}")), ..legacy_stage(&bench) };
+    for number in 0..stage::MAX_STAGED {
+        fs::create_dir(bench.path(&format!("p{number}"))).unwrap();
+        bench.node.remember_staged(&at(number));
+    }
+    let staged = || bench.node.staged.lock().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(staged().len(), stage::MAX_STAGED);
+    bench.node.remember_staged(&at(stage::MAX_STAGED));
+    let mut left = [bench.path("p0"), bench.path(&format!("p{}", stage::MAX_STAGED))];
+    left.sort();
+    assert_eq!(staged(), left);
 }
