@@ -3,6 +3,8 @@
 
 #[path = "histories/found.rs"]
 mod found;
+#[path = "histories/judged.rs"]
+mod judged;
 #[path = "histories/late.rs"]
 mod late;
 #[path = "histories/lost.rs"]

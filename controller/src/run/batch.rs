@@ -302,7 +302,7 @@ impl<'a> Batch<'a> {
     async fn decide(&mut self, look: &Look) -> Vec<(usize, Step)> {
         let region = self.region;
         let vm = self.vm.clone();
-        let leaked = region.leaked(vm.vmid, look.state.pid);
+        let (leaked, late) = (region.leaked(vm.vmid, look.state.pid), region.late_removals(vm.vmid));
         let allow_protected = region.rules().attach_to_protected;
         let (mut plan, mut taken) = (Vec::new(), BTreeSet::new());
         let count = if self.together { self.works.len() } else { 1 };
@@ -315,7 +315,7 @@ impl<'a> Batch<'a> {
             let step = match &wish {
                 Wish::Attach(request) => {
                     work.avoid.extend(&leaked);
-                    let avoid: BTreeSet<u8> = work.avoid.union(&taken).copied().collect();
+                    let avoid: BTreeSet<u8> = work.avoid.iter().chain(&taken).chain(&late).copied().collect();
                     let wanted = Wanted { volid: &volid, readonly: request.readonly, avoid: &avoid, allow_protected };
                     attach_step(work, request, next_attach(wanted, look.seen()), &vm)
                 }

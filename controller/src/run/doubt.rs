@@ -57,7 +57,7 @@ pub(super) type Doubts = HashMap<String, Vec<Doubt>>;
 
 impl Region {
     /// Of one name on each node, where the storage is local; else every handle means the same.
-    fn zone_of(&self, handle: &VolumeHandle) -> String {
+    pub(super) fn zone_of(&self, handle: &VolumeHandle) -> String {
         let resources = locked(&self.last_resources).as_ref().map(|(_, resources)| std::sync::Arc::clone(resources));
         let mut listed = resources.iter().flat_map(|all| all.storages.iter()).filter(|one| one.storage == handle.storage).peekable();
         let is_local = listed.peek().is_some() && !listed.any(|one| one.shared);
@@ -234,13 +234,84 @@ mod tests {
     use crate::pve::api::{Resources, Vm};
     use crate::secret::Secret;
 
-    /// The host went away during an attach: what was sent may be in the VM's config, and nobody has looked.
-    #[tokio::test]
-    async fn a_lost_write_is_not_forgotten_before_its_vm_was_looked_at() {
+    fn region_with(resources: Resources) -> Region {
         let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
         let urls = vec!["http://127.0.0.1:1/api2/json".into()];
         let cluster = ClusterConfig { region: "r".into(), urls, trust: Trust::System, credentials, fenced: BTreeSet::new() };
         let region = Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None);
+        *locked(&region.last_resources) = Some((Instant::now(), std::sync::Arc::new(resources)));
+        region
+    }
+
+    fn refused(text: &str) -> pve::Error {
+        let cause = pve::Cause::Task { upid: "UPID:pve1".into(), exit: text.into() };
+        pve::Error { call: "POST /x".into(), cause }
+    }
+
+    fn lost() -> pve::Error {
+        pve::Error { call: "POST /x".into(), cause: pve::Cause::NoAnswer("connection closed".into()) }
+    }
+
+    #[test]
+    fn a_later_writes_refusal_says_nothing_of_the_one_before() {
+        let (region, handle) = (region_with(Resources::default()), "r//san/vm-9999-a".parse().unwrap());
+        region.doubt(&handle, 101, "d");
+        region.note_outcome(&handle, 101, Some(&lost()));
+        region.doubt(&handle, 101, "d");
+        region.note_outcome(&handle, 101, Some(&refused("checksum mismatch")));
+        assert!(region.is_unlooked(&handle, 101), "the first one");
+        // What is there now came by it: there is no other.
+        region.note_there(&handle, 101);
+        region.note_looked_after(&handle, 101);
+        assert!(region.doubted_vms(&handle).is_empty());
+        assert!(region.was_found_alone(&handle, 101));
+    }
+
+    #[test]
+    fn what_comes_after_a_detachment_was_looked_after_by_nobody() {
+        let (region, handle) = (region_with(Resources::default()), "r//san/vm-9999-a".parse().unwrap());
+        region.doubt(&handle, 101, "d");
+        region.note_outcome(&handle, 101, Some(&lost()));
+        region.doubt(&handle, 101, "d");
+        region.note_outcome(&handle, 101, None);
+        region.note_there(&handle, 101);
+        region.note_looked_after(&handle, 101);
+        assert!(!region.is_unlooked(&handle, 101));
+        assert_eq!(region.doubted_vms(&handle), BTreeSet::from([101]), "one of the two may yet come");
+        region.note_out(&handle, 101);
+        assert!(region.is_unlooked(&handle, 101) && !region.was_found_alone(&handle, 101));
+    }
+
+    /// Its text may be the old one again: what was attached is detached, a lock is gone.
+    #[test]
+    fn another_digest_settles_only_what_cannot_be_begun_any_more() {
+        let since = ago(Duration::from_secs(1000));
+        let doubt = Doubt { zone: String::new(), vmid: 101, digest: "d".into(), since, is_over: false, is_looked_after: false };
+        let may_come = |digest, after| doubt.may_come(digest, since + Duration::from_secs(after)).is_some();
+        assert!(may_come("other", 44) && !may_come("other", 46));
+        assert!(may_come("d", 119) && !may_come("d", 121));
+        assert!(Doubt { is_over: true, ..doubt.clone() }.may_come("d", since).is_none());
+    }
+
+    #[test]
+    fn namesakes_on_two_nodes_have_doubts_and_sizes_of_their_own() {
+        let storage = |host: &str| api::Storage { storage: "ds".into(), host: host.into(), ..api::Storage::default() };
+        let region = region_with(Resources { storages: vec![storage("pve1"), storage("pve2")], ..Resources::default() });
+        let [one, other]: [VolumeHandle; 2] = ["r/pve1/ds/vm-9999-a", "r/pve2/ds/vm-9999-a"].map(|id| id.parse().unwrap());
+        region.doubt(&one, 101, "d");
+        region.doubt(&other, 201, "e");
+        region.note_outcome(&other, 201, None);
+        region.note_looked_after(&other, 201);
+        assert_eq!((region.doubted_vms(&one), region.doubted_vms(&other)), (BTreeSet::from([101]), BTreeSet::new()));
+        region.keep_size(&one, 1);
+        region.keep_size(&other, 2);
+        assert_eq!((region.noted_size(&one), region.noted_size(&other)), (Some(1), Some(2)));
+    }
+
+    /// The host went away during an attach: what was sent may be in the VM's config, and nobody has looked.
+    #[tokio::test]
+    async fn a_lost_write_is_not_forgotten_before_its_vm_was_looked_at() {
+        let region = region_with(Resources::default());
         let vm = Vm { vmid: 101, host: "pve1".into(), name: None, template: false };
         let resources = Resources { vms: BTreeMap::from([(101, vm)]), ..Resources::default() };
         region.put_resources(Instant::now() + Duration::from_secs(60), resources).await;

@@ -269,7 +269,9 @@ impl Region {
         let plugintype = self.plugintype(&request.handle.storage).await?.unwrap_or_default();
         let zeroed = is_zeroed(&plugintype, &request.handle.disk);
         context.extend(zeroed.map(|zeroed| (publish_context::ZEROED.to_string(), String::from(if zeroed { "1" } else { "0" }))));
-        context.extend(self.size_of(drive, vm, lun).await.map(|bytes| (publish_context::SIZE_BYTES.to_string(), bytes.to_string())));
+        context.extend(
+            self.size_of(&request.handle, drive, vm, lun).await.map(|bytes| (publish_context::SIZE_BYTES.to_string(), bytes.to_string())),
+        );
         if request.resize_required {
             context.insert(publish_context::RESIZE_REQUIRED.into(), "true".into());
         }
@@ -280,14 +282,14 @@ impl Region {
 
 impl Region {
     /// As the drive says, or as we made it; one that we attached for another controller's volume is in the VM's config by now.
-    async fn size_of(&self, drive: &Drive, vm: &Vm, lun: u8) -> Option<u64> {
-        if let Some(size) = drive.size_bytes().or_else(|| self.noted_size(&drive.volid)) {
+    async fn size_of(&self, handle: &VolumeHandle, drive: &Drive, vm: &Vm, lun: u8) -> Option<u64> {
+        if let Some(size) = drive.size_bytes().or_else(|| self.noted_size(handle)) {
             return Some(size);
         }
         let known = self.config(&vm.host, vm.vmid, Instant::now()).await.ok()?;
         let drive: Drive = known.config.configured(&attach::slot(lun)).filter(|line| volume_of(line) == drive.volid)?.parse().ok()?;
         let size = drive.size_bytes()?;
-        self.keep_size(&drive.volid, size);
+        self.keep_size(handle, size);
         Some(size)
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
 use super::claim::Claims;
-use super::doubt::Doubts;
+use super::doubt::{DOUBT_AGE, Doubts};
 use super::list::Listings;
 use super::modify::Modified;
 use super::queue::Queue;
@@ -22,7 +22,7 @@ use crate::kube::Kube;
 use crate::look::metrics::{self, Lock};
 use crate::pve::api::{self, Change, Resources, VmState};
 use crate::pve::drive::{Line, VmConfig, is_drive_key, volume_of};
-use crate::pve::{self, Client};
+use crate::pve::{self, Client, Meaning};
 use crate::reading::Reading;
 
 /// Evidence of who holds a volume may be this old (docs/architecture.md, decision 5). The cluster snapshot, too.
@@ -100,6 +100,8 @@ pub(super) struct VmSlot {
     pub(super) queue: Queue,
     /// The `lock` of its config, and when it was first seen.
     pub(super) lock: Mutex<Option<(String, SystemTime)>>,
+    /// Slots with a removal whose answer was lost, and when.
+    late_removals: Mutex<BTreeMap<u8, Instant>>,
     /// Held from the look to the verified end of a change.
     changing: Arc<AsyncMutex<()>>,
     pub(super) known: AsyncMutex<Option<Known>>,
@@ -159,7 +161,8 @@ pub(crate) struct Region {
     pub(super) names: Mutex<BTreeMap<u32, String>>,
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
-    sizes: Mutex<HashMap<String, u64>>,
+    /// Zone and volid → bytes.
+    sizes: Mutex<HashMap<(String, String), u64>>,
     pub(super) listings: Listings,
     pub(super) modified: Mutex<Modified>,
     pub(super) claims: Claims,
@@ -266,6 +269,15 @@ impl Region {
             *leaked = (pid, BTreeSet::new());
         }
         leaked.1.clone()
+    }
+
+    /// Slots out of which a removal may yet be carried out: with the same drive there again, the config would be the one it is meant for.
+    #[must_use]
+    pub(super) fn late_removals(&self, vmid: u32) -> BTreeSet<u8> {
+        let slot = self.vm(vmid);
+        let mut late = locked(&slot.late_removals);
+        late.retain(|_, since| since.elapsed() < DOUBT_AGE);
+        late.keys().copied().collect()
     }
 
     /// Notes such a slot, of the process last asked about.
@@ -496,6 +508,10 @@ impl Region {
     pub(crate) async fn change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
         let least = self.vm(vmid).known.lock().await.as_ref().map_or(Duration::ZERO, |known| known.least(change));
         let done = self.send_change(host, vmid, change, digest, least).await;
+        if done.as_ref().is_err_and(|error| error.meaning() == Meaning::OutcomeUnknown) {
+            let late = change.delete.iter().filter_map(|key| Some((attach::lun_of(key)?, Instant::now())));
+            locked(&self.vm(vmid).late_removals).extend(late);
+        }
         if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
             known.config.digest.clear();
             match done {
@@ -546,24 +562,26 @@ impl Region {
     }
 
     /// Notes the size of a volume that we made or grew.
-    pub(crate) fn note_size(&self, volid: &str, bytes: u64) {
-        self.listings.note_changed(volid);
-        self.keep_size(volid, bytes);
+    pub(crate) fn note_size(&self, handle: &VolumeHandle, bytes: u64) {
+        self.listings.note_changed(&handle.volid());
+        self.keep_size(handle, bytes);
     }
 
     /// Notes the size of a volume as it was read.
-    pub(crate) fn keep_size(&self, volid: &str, bytes: u64) {
+    pub(crate) fn keep_size(&self, handle: &VolumeHandle, bytes: u64) {
+        let key = (self.zone_of(handle), handle.volid());
         let mut sizes = locked(&self.sizes);
         if sizes.len() >= MAX_SIZES {
             sizes.clear();
         }
-        sizes.insert(volid.into(), bytes);
+        sizes.insert(key, bytes);
     }
 
     /// The size of a volume, where it was noted.
     #[must_use]
-    pub(crate) fn noted_size(&self, volid: &str) -> Option<u64> {
-        locked(&self.sizes).get(volid).copied()
+    pub(crate) fn noted_size(&self, handle: &VolumeHandle) -> Option<u64> {
+        let key = (self.zone_of(handle), handle.volid());
+        locked(&self.sizes).get(&key).copied()
     }
 
     /// Frees a volume and waits for the task.

@@ -19,6 +19,8 @@ struct Believed {
     perhaps: BTreeSet<u32>,
     /// Its deletion and another call went on at once, which no orchestrator may do: whoever has it then may have nothing.
     torn: bool,
+    /// VMs whose attachment was begun and said neither OK nor definitely no: it may be there, until a repeat or a detachment is answered OK.
+    unsure: BTreeSet<u32>,
     /// Its deletion was begun since it was last made.
     deleting: bool,
 }
@@ -136,6 +138,9 @@ impl Judge {
     pub fn unanswered(&mut self, call: usize) {
         if let Some(open) = self.open.get_mut(&call) {
             open.disturbed = true;
+            if let Rpc::Publish { volume, vm } = open.rpc.clone() {
+                self.volume(volume).unsure.insert(vm);
+            }
         }
     }
 
@@ -171,7 +176,12 @@ impl Judge {
     /// What is wrong with this answer, as things stand.
     pub fn answered(&mut self, sim: &Simulator, claims: &[Claim], call: usize, answer: &Answer) -> Result<(), String> {
         let Some(Open { rpc, disturbed, crossed }) = self.open.remove(&call) else { return Ok(()) };
-        let Ok(id) = answer else { return check_refusal(&rpc, answer) };
+        let Ok(id) = answer else {
+            if let (Rpc::Publish { volume, vm }, false) = (&rpc, is_definite(answer)) {
+                self.volume(*volume).unsure.insert(*vm);
+            }
+            return check_refusal(&rpc, answer);
+        };
         let volume = rpc.volume();
         let claim = claims.get(volume).ok_or("no such volume")?;
         let handle = match &rpc {
@@ -204,6 +214,7 @@ impl Judge {
                 }
                 if !disturbed {
                     self.volume(volume).perhaps.remove(vm);
+                    self.volume(volume).unsure.remove(vm);
                 }
             }
             Rpc::Expand { bytes, .. } => {
@@ -245,10 +256,12 @@ impl Judge {
         {
             return Err(format!("{volid} was said to be attached to VM {vm}, and VM {other} has it {:?}", traces(sim, *other, volid)));
         }
-        let held = &mut self.volume(volume).held;
+        let Believed { held, unsure, .. } = self.volume(volume);
         if crossed {
+            unsure.insert(vm);
             return Ok(());
         }
+        unsure.remove(&vm);
         held.insert(vm);
         if held.len() > 1 {
             return Err(format!("{volid}: two attachments were answered OK: to VMs {held:?}"));
@@ -302,7 +315,9 @@ impl Judge {
                     !by_hand && traces.iter().any(|trace| trace.starts_with("plugged"))
                 })
                 .collect();
-            if plugged.len() > 1 {
+            let is_known =
+                |vm: &u32| self.volumes.get(number).is_some_and(|volume| !volume.held.contains(vm) && !volume.unsure.contains(vm));
+            if plugged.len() > 1 && plugged.iter().any(|(vm, _)| is_known(vm)) {
                 return Err(format!("{volid} is plugged in two VMs: {plugged:?}"));
             }
             let torn = self.volumes.get(number).is_some_and(|volume| volume.torn);
@@ -340,6 +355,13 @@ impl Judge {
         }
         Ok(())
     }
+}
+
+/// What a refusal says is not there, is not; unless it says that it could not be taken out.
+fn is_definite(answer: &Answer) -> bool {
+    use tonic::Code;
+    let codes = [Code::FailedPrecondition, Code::NotFound, Code::AlreadyExists, Code::ResourceExhausted];
+    answer.as_ref().is_err_and(|status| codes.contains(&status.code()) && !status.message().contains("and taking"))
 }
 
 /// An error says something, in one of the codes that we mean.

@@ -445,6 +445,7 @@ impl World {
         // No two steps are at the same moment. What only waited for this moment goes first: it and the one let in would race.
         self.pass(TICK).await?;
         self.note(format!("{} {} {}", waiting.door, if waiting.answer { "<-" } else { "->" }, waiting.request));
+        ensure!(!waiting.request.split(['&', ' ']).any(|part| part == "digest="), "a write that no digest guards: {}", waiting.request);
         self.sim.admit(waiting);
         self.calm().await
     }
