@@ -7,6 +7,8 @@ mod found;
 mod late;
 #[path = "histories/lost.rs"]
 mod lost;
+#[path = "histories/paced.rs"]
+mod paced;
 #[path = "histories/races.rs"]
 mod races;
 #[path = "histories/random.rs"]
