@@ -119,7 +119,7 @@ async fn deletions_that_wait_share_a_reading_of_all_pvs() {
     for number in 0..8 {
         volumes.push(bed.volume(&format!("pvc-{number}"), "local").await);
     }
-    kubernetes.asked();
+    let _ = kubernetes.asked();
     let mut deleting = tokio::task::JoinSet::new();
     for id in volumes.iter().map(ToString::to_string) {
         let by = Arc::clone(&by);
