@@ -9,6 +9,8 @@ mod judged;
 mod late;
 #[path = "histories/lost.rs"]
 mod lost;
+#[path = "histories/paced.rs"]
+mod paced;
 #[path = "histories/races.rs"]
 mod races;
 #[path = "histories/random.rs"]

@@ -129,7 +129,7 @@ impl Judge {
             Rpc::Publish { volume, vm } => drop(self.volume(*volume).perhaps.insert(*vm)),
             Rpc::Unpublish { volume, vm } => drop(self.volume(*volume).held.remove(vm)),
             Rpc::Delete { volume } => self.volume(*volume).deleting = true,
-            Rpc::Create { .. } | Rpc::Expand { .. } => {}
+            Rpc::Create { .. } | Rpc::Expand { .. } | Rpc::Modify { .. } => {}
         }
         self.open.insert(call, Open { rpc: rpc.clone(), disturbed, crossed });
     }
@@ -235,6 +235,16 @@ impl Judge {
                     return Err(format!("{volid} was said to be deleted, while its attachment had been answered OK"));
                 }
                 self.volume(volume).ids.clear();
+            }
+            Rpc::Modify { iops, .. } => {
+                let limit = format!("iops_rd={iops},");
+                let lines = all_traces(sim, &volid).into_iter().filter_map(|(vm, _)| sim.vm(vm));
+                let is_there = lines
+                    .flat_map(|vm| vm.config.into_values())
+                    .any(|line| line.starts_with(&volid) && format!("{line},").contains(&limit));
+                if !disturbed && !is_there && !all_traces(sim, &volid).is_empty() {
+                    return Err(format!("{volid} was said to be limited to {iops} operations a second, and is not"));
+                }
             }
         }
         Ok(())
