@@ -225,7 +225,10 @@ impl csi::node_server::Node for Service {
         let (node, answer) = (Arc::clone(&self.node), Arc::new(Mutex::new(None)));
         let answered = Arc::clone(&answer);
         let look = move || *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(info::look(&configured, node.sysfs()));
-        aside(Box::new(look)).await.map_err(|why| Status::internal(format!("NodeGetInfo: the call was lost: {why}")))?;
+        let looked = tokio::time::timeout(kill::limit("CALL", CALL_LIMIT), aside(Box::new(look))).await;
+        looked
+            .map_err(|_| Status::deadline_exceeded(format!("NodeGetInfo: sysfs has not answered for {} s", CALL_LIMIT.as_secs())))?
+            .map_err(|why| Status::internal(format!("NodeGetInfo: the call was lost: {why}")))?;
         let seen = answer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let seen = seen.ok_or_else(|| Status::internal("NodeGetInfo: the call was lost"))?;
         let info = seen.map_err(|unknown| Status::unavailable(unknown.to_string()))?;

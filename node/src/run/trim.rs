@@ -26,6 +26,8 @@ use crate::trim;
 
 /// Volumes of which it is remembered that they are not to be trimmed: as many as may be staged, and some history.
 const MAX_SPARED: usize = 256;
+/// Of the file: a serial has 20 bytes and its line's end.
+const MAX_SPARED_BYTES: u64 = 21 * MAX_SPARED as u64;
 
 /// For one piece of a volume: a slow storage takes seconds for it. After that the others go on without this one.
 const PIECE_DEADLINE: Duration = Duration::from_secs(600);
@@ -74,7 +76,7 @@ pub(super) struct Candidate {
 impl Trimming {
     /// With what an agent before this one has written down there.
     pub(super) fn kept_at(path: PathBuf) -> Self {
-        let text = match std::fs::read_to_string(&path) {
+        let text = match sys::read_at_most(&path, MAX_SPARED_BYTES) {
             Ok(text) => text,
             Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(cause) => {
