@@ -1,11 +1,12 @@
 //! The few Kubernetes calls that the controller makes, all optional: without its API everything works as well, at the cost of a
 //! second look after each attach.
 //!
-//! `client` is the wire, `lease` says which of several controllers acts, `reads` what is attached where and which nodes are off,
-//! `events` tells people what needs them, `rivals` who else serves this driver.
+//! `client` is the wire, `lease` says which of several controllers acts, `first` whether one acted before, `reads` what is attached
+//! where and which nodes are off, `events` tells people what needs them, `rivals` who else serves this driver.
 
 mod client;
 pub mod events;
+mod first;
 pub mod lease;
 mod reads;
 mod rivals;

@@ -20,3 +20,4 @@ pub mod request;
 pub mod run;
 pub mod secret;
 pub mod service;
+pub mod threads;

@@ -15,10 +15,11 @@ pub static IDENTITY_MISMATCHES: Counter =
 /// Something on the disk that is not overwritten.
 pub static REFUSED_FORMATS: Counter =
     Counter::new("proxmox_csi_node_refused_formats_total", "Calls refused because the disk is not blank, or may never be formatted.");
-/// A filesystem in trouble.
+/// A volume in trouble, by its calls or by NodeGetVolumeStats.
 pub static FILESYSTEM_ERRORS: Counter = Counter::new(
     "proxmox_csi_node_filesystem_errors_total",
-    "Filesystems that the kernel refused to mount or to grow, or that it reports as damaged.",
+    "Mounts and growths that the kernel refused, a wrong mount option among the reasons, and volumes that became abnormal (filesystem errors, \
+     failed commands, a disk gone or offline).",
 );
 /// A secret that was changed, and a volume that does not know it yet.
 static ROTATIONS_OUTSTANDING: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());

@@ -9,6 +9,7 @@ mod look;
 mod mapping;
 mod progress;
 mod publish;
+mod release;
 mod slots;
 mod stage;
 mod trim;

@@ -310,13 +310,31 @@ impl Kube {
 
     /// What `read` makes of each entry; of one page at a time, for ten thousand PVs as they are would be a hundred megabytes.
     async fn list<T>(self: &Arc<Self>, path: &str, read: impl FnMut(Value) -> Result<Option<T>, Failure>) -> Result<Vec<T>, Failure> {
-        let (mut pages, mut next) = (Pages { path, read, all: Vec::new() }, String::new());
+        let mut pages = Pages { path, read, all: Vec::new() };
+        self.pages(path, &mut |page| pages.take(page).map(|()| None::<()>)).await?;
+        Ok(pages.all)
+    }
+
+    /// What is meant in the first entry of a list that has it; no more is read, nor kept.
+    pub(super) async fn first_of<T>(self: &Arc<Self>, path: &str, meant: impl Fn(&Value) -> Option<T>) -> Result<Option<T>, Failure> {
+        self.pages(path, &mut |mut page| Ok(entries(path, &mut page)?.iter().find_map(&meant))).await
+    }
+
+    /// Page by page, until one has what is looked for.
+    async fn pages<T>(
+        self: &Arc<Self>,
+        path: &str,
+        look: &mut impl FnMut(Value) -> Result<Option<T>, Failure>,
+    ) -> Result<Option<T>, Failure> {
+        let mut next = String::new();
+        let separator = if path.contains('?') { '&' } else { '?' };
         for _ in 0..MAX_PAGES {
-            let page = format!("{path}?limit={PAGE}&continue={}", crate::pve::api::percent_encoded(&next, ""));
+            let page = format!("{path}{separator}limit={PAGE}&continue={}", crate::pve::api::percent_encoded(&next, ""));
             let page = self.get(page).await?.ok_or_else(|| format!("GET {path}: 404, is this Kubernetes?"))?;
-            match pages.take(page)? {
-                Some(more) => next = more,
-                None => return Ok(pages.all),
+            next = text(&page, "/metadata/continue").unwrap_or_default();
+            let found = look(page)?;
+            if found.is_some() || next.is_empty() {
+                return Ok(found);
             }
         }
         Err(format!("GET {path}: more than {MAX_PAGES} pages"))
@@ -347,15 +365,19 @@ struct Pages<'a, T, F> {
 }
 
 impl<T, F: FnMut(Value) -> Result<Option<T>, Failure>> Pages<'_, T, F> {
-    /// Reads one page and lets it go; how to ask for the next one, where there is one.
-    fn take(&mut self, mut page: Value) -> Result<Option<String>, Failure> {
-        let Some(Value::Array(entries)) = page.get_mut("items").map(Value::take) else {
-            return Err(format!("GET {}: no list of items", self.path));
-        };
-        for entry in entries {
+    /// Reads one page and lets it go.
+    fn take(&mut self, mut page: Value) -> Result<(), Failure> {
+        for entry in entries(self.path, &mut page)? {
             self.all.extend((self.read)(entry)?);
         }
-        Ok(text(&page, "/metadata/continue"))
+        Ok(())
+    }
+}
+
+fn entries(path: &str, page: &mut Value) -> Result<Vec<Value>, Failure> {
+    match page.get_mut("items").map(Value::take) {
+        Some(Value::Array(entries)) => Ok(entries),
+        _ => Err(format!("GET {path}: no list of items")),
     }
 }
 
@@ -392,9 +414,9 @@ mod tests {
         let padding = "x".repeat(1 << 12);
         let pv = |name: &str, driver: &str| json!({"metadata": {"name": name, "annotations": {"padding": padding}}, "spec": {"csi": {"driver": driver, "volumeHandle": name}}});
         let ours = [pv("a", proto::DRIVER_NAME), pv("b", "other.csi"), pv("c", proto::DRIVER_NAME)];
-        let next = pages.take(json!({"metadata": {"continue": "2"}, "items": ours}));
-        assert_eq!((next, pages.all.len()), (Ok(Some("2".into())), 2), "read before the next page is asked for");
-        assert_eq!(pages.take(json!({"metadata": {"continue": ""}, "items": [pv("d", proto::DRIVER_NAME)]})), Ok(None));
+        assert_eq!(pages.take(json!({"metadata": {"continue": "2"}, "items": ours})), Ok(()));
+        assert_eq!(pages.all.len(), 2, "read before the next page is asked for");
+        assert_eq!(pages.take(json!({"metadata": {"continue": ""}, "items": [pv("d", proto::DRIVER_NAME)]})), Ok(()));
         assert_eq!(pages.all.iter().map(|pv| pv.name.as_str()).collect::<Vec<_>>(), ["a", "c", "d"]);
         assert!(pages.take(json!({"metadata": {}})).unwrap_err().contains("no list of items"));
     }

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
 use super::claim::Claims;
-use super::doubt::Doubt;
+use super::doubt::Doubts;
 use super::list::Listings;
 use super::modify::Modified;
 use super::queue::Queue;
@@ -105,6 +105,8 @@ pub(super) struct VmSlot {
     pub(super) known: AsyncMutex<Option<Known>>,
     /// Volumes that the last finished reading named: who only wonders waits for no reading that goes on.
     named: Mutex<BTreeSet<String>>,
+    /// Of those, the ones whose attachment here we have answered OK.
+    alone: Mutex<BTreeSet<String>>,
     /// Slots where QEMU keeps leftovers until the VM restarts, and the process that keeps them.
     pub(super) leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
 }
@@ -146,7 +148,7 @@ pub(crate) struct Region {
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) sees_all_vms: Reading<(), Error>,
     pub(super) quorate: Reading<bool, Error>,
-    pub(super) doubts: Arc<Mutex<HashMap<String, Doubt>>>,
+    pub(super) doubts: Arc<Mutex<Doubts>>,
     /// Proxmox node → when no change of an earlier controller was seen to go on there.
     pub(super) quiet: Mutex<HashMap<String, Instant>>,
     /// Proxmox node → when it was first seen offline.
@@ -321,10 +323,25 @@ impl Region {
         let state = api::read_vm_state(&call, &self.client().call(request).await?)?;
         let cell = Arc::clone(locked(&self.states).entry(host.into()).or_default());
         cell.amend(|states| drop(states.insert(vmid, state.clone()))).await;
+        self.note_seen(vmid, &state).await;
+        Ok(state)
+    }
+
+    /// One VM's state by the list of its node, read since `since`; nothing where it is not listed, or QEMU did not answer.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub(crate) async fn listed_state(&self, host: &str, vmid: u32, since: Instant) -> Result<Option<VmState>, pve::Error> {
+        let Some(state) = self.states(host, since).await?.remove(&vmid).filter(|state| state.plugged.is_some()) else { return Ok(None) };
+        self.note_seen(vmid, &state).await;
+        Ok(Some(state))
+    }
+
+    /// A slot that was seen empty holds something new when it is seen filled.
+    async fn note_seen(&self, vmid: u32, state: &VmState) {
         if let (Some(known), Some(plugged)) = (self.vm(vmid).known.lock().await.as_mut(), &state.plugged) {
             known.seen.iter_mut().for_each(|(_, seen)| seen.retain(|key| plugged.contains(key)));
         }
-        Ok(state)
     }
 
     /// A VM's config, read since `since`.
@@ -444,12 +461,32 @@ impl Region {
         named
     }
 
+    /// Notes that the volume's attachment to this VM was answered OK.
+    pub(super) fn note_alone(&self, handle: &VolumeHandle, vmid: u32) {
+        let slot = self.vm(vmid);
+        let mut alone = locked(&slot.alone);
+        // No more than a VM can have.
+        alone.retain(|volid| locked(&slot.named).contains(volid));
+        alone.insert(handle.volid());
+    }
+
+    /// It is not there any more.
+    pub(super) fn forget_alone(&self, handle: &VolumeHandle, vmid: u32) {
+        locked(&self.vm(vmid).alone).remove(&handle.volid());
+    }
+
+    /// Whether we have answered the volume's attachment to this VM OK.
+    pub(super) fn was_found_alone(&self, handle: &VolumeHandle, vmid: u32) -> bool {
+        locked(&self.vm(vmid).alone).contains(&handle.volid())
+    }
+
     /// Forgets a VM that is gone.
     pub(crate) async fn forget(&self, vmid: u32) {
         // Not its slot: others may wait there.
         let slot = self.vm(vmid);
         *slot.known.lock().await = None;
         locked(&slot.named).clear();
+        locked(&slot.alone).clear();
     }
 
     /// Changes drives of a VM and waits for the task. The reading of the VM is kept true.
@@ -462,7 +499,11 @@ impl Region {
         if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
             known.config.digest.clear();
             match done {
-                Ok(()) => note_change(&mut known.config, change),
+                Ok(()) => {
+                    note_change(&mut known.config, change);
+                    // By its digest it is ours, and nothing new to who looks for what others plugged.
+                    known.seen.iter_mut().for_each(|(_, seen)| seen.extend(change.set.keys().cloned()));
+                }
                 Err(_) => known.is_stale = true,
             }
             known.note_named(&self.vm(vmid));

@@ -428,7 +428,7 @@ impl Node {
                     }
                 }
                 (UnstageStep::AwaitRelease, Some(disk)) => {
-                    self.await_release(disk).at(DOING, &want.volume, "wait for the disk's release")?
+                    self.await_release(disk, &known.mappings).at(DOING, &want.volume, "wait for the disk's release")?
                 }
                 (UnstageStep::AwaitRelease, None) => (),
                 (UnstageStep::RemoveFolder, _) => {
@@ -469,8 +469,9 @@ impl Node {
                 // A legacy disk is found again by what is open over it.
                 known.disk = mapping::backing(mapping).and_then(|dev| disks.iter().find(|disk| disk.dev == dev)).cloned();
             }
-            if let (false, Some(disk)) = (seen.mapped, &known.disk) {
-                seen.held = self.is_held(disk)?.is_some();
+            if let Some(disk) = &known.disk {
+                seen.held = self.is_held(disk, &known.mappings)?.is_some();
+                seen.mapped &= !seen.held;
             }
             // Only the folder itself: what is mounted on it may be a disk that answers no more.
             seen.empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
@@ -478,21 +479,29 @@ impl Node {
         Ok(seen)
     }
 
-    /// Who still has a filesystem of the disk mounted; `None`: nobody. The kernel refuses an exclusive open as long as a
-    /// mount of it lives in any mount namespace, and a filesystem is written out only when its last mount goes.
-    fn is_held(&self, disk: &Disk) -> Result<Option<String>, Cause> {
+    /// Who is shown the disk or its mappings, or still has a filesystem of it mounted; `None`: nobody. The kernel refuses an exclusive open as
+    /// long as a mount of it lives in any mount namespace, and a filesystem is written out only when its last mount goes. Who else holds a mapping
+    /// is seen when it is closed.
+    fn is_held(&self, disk: &Disk, mappings: &[dm::Mapping]) -> Result<Option<String>, Cause> {
+        if !mappings.is_empty() {
+            return self.mappings_shown_at(mappings);
+        }
         match self.open(disk, block::Access::ExclusiveRead) {
-            // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
-            Ok(_) => self.write_out(&Medium::of(disk)).map(|()| None),
+            Ok(_) => match self.shown_at(&[disk.dev])? {
+                Some(by) => Ok(Some(by)),
+                // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
+                None => self.write_out(&Medium::of(disk)).map(|()| None),
+            },
             Err(Cause::OtherDiskNow { .. }) => Ok(None),
             Err(Cause::Sys(error)) if error.errno == Errno::BUSY => {
-                let holders = scsi::holders(&self.sysfs, &disk.name)?;
-                if !holders.is_empty() {
-                    // The guest's own LVM or md sits on what a raw block volume holds: no data of a pod is in it.
-                    proto::warn!("{} is held by {}", identity::name(disk), holders.join(", "));
-                    return self.write_out(&Medium::of(disk)).map(|()| None);
+                if scsi::holders(&self.sysfs, &disk.name)?.is_empty() {
+                    return self.mounted_by(disk).map(Some);
                 }
-                self.mounted_by(disk).map(Some)
+                // LVM or md that the node has activated by itself holds the disk for ever, and is no use of it.
+                match self.used_above(disk)? {
+                    Some(by) => Ok(Some(by)),
+                    None => self.write_out(&Medium::of(disk)).map(|()| None),
+                }
             }
             // The disk is gone, or takes no I/O: nothing can be lost by detaching it.
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(None),
@@ -534,9 +543,9 @@ impl Node {
         Ok(probe::holds_own_luks(&self.open_new(disk, block::Access::Shared)?)?)
     }
 
-    fn await_release(&self, disk: &Disk) -> Result<(), Cause> {
+    fn await_release(&self, disk: &Disk, mappings: &[dm::Mapping]) -> Result<(), Cause> {
         kill::inside("wait");
-        let free = poll(RELEASE_DEADLINE, || Ok::<_, Cause>(self.is_held(disk)?.map_or(Ok(()), Err)))?;
+        let free = poll(RELEASE_DEADLINE, || Ok::<_, Cause>(self.is_held(disk, mappings)?.map_or(Ok(()), Err)))?;
         free.map_err(|by| Cause::StillHeld { waited: RELEASE_DEADLINE, disk: identity::name(disk), by })
     }
 }

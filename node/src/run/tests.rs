@@ -7,7 +7,8 @@ use super::mapping::Medium;
 use super::*;
 use crate::plan::{Mount, Target};
 use crate::request::{
-    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Zeroed,
+    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, StagedAt, StatsRequest, UnpublishRequest, UnstageRequest,
+    Zeroed,
 };
 use crate::testing::{FakeDisk, Folder, volume};
 
@@ -145,8 +146,6 @@ fn a_device_node_whose_disk_went_is_stale_whosever_its_number_is_now() {
     bench.plug(&stranger);
     assert_eq!(target(), Target::Stale);
     assert!(matches!(shown("target"), look::ShownAt::Nothing(_) | look::ShownAt::Gone(_)));
-    let others = bench.node.look_other_targets(&Medium::of(&stranger.0), &[]).unwrap();
-    assert!(others.is_empty(), "it is no target of the disk that has the number now");
     show("/sda");
     assert!(matches!(target(), Target::Other(_)), "a node that is there shows what it says");
     // The same disk has come back under its number.
@@ -213,7 +212,7 @@ fn a_staging_path_that_is_no_mountpoint_is_not_published() {
         let want = PublishRequest {
             volume: volume(HANDLE),
             target: bench.path("target"),
-            source: PublishSource::Staging(bench.path("staging")),
+            source: PublishSource::Staging(StagedAt { path: bench.path("staging"), disk: legacy_want() }),
             read_only: false,
             single_target: false,
         };
@@ -364,8 +363,35 @@ fn a_target_that_shows_another_legacy_disk_is_not_published() {
         let want = PublishRequest { volume: volume(HANDLE), target: bench.path("target"), source, read_only: false, single_target: false };
         bench.node.publish(&want)
     };
-    let error = publish(PublishSource::Device(legacy_want())).unwrap_err();
-    assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::TargetTaken { .. })), "{error}");
+    let staged = StagedAt { path: bench.path("staging"), disk: legacy_want() };
+    for source in [PublishSource::Device(legacy_want()), PublishSource::Staging(staged)] {
+        let error = publish(source).unwrap_err();
+        assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::TargetTaken { .. })), "{error}");
+    }
+}
+
+/// W03, W15: the reference driver has staged another volume at this one's path, and kubelet, which sees a mount there, only publishes. A disk
+/// without serial could be anybody's: one of another slot, or any where a serial is promised, is not this volume's.
+#[test]
+fn a_staging_path_with_another_legacy_disk_is_not_published() {
+    let promised = crate::identity::Want { serial_promised: true, ..legacy_want() };
+    for (lun, want, word) in [(2, legacy_want(), "not in the slot"), (1, promised, "without the serial")] {
+        // Also where the target shows it already.
+        let bench = Bench::new(&[("8:16", "staging", "ext4"), ("8:16", "shown", "ext4")]);
+        bench.plug(&legacy_disk(lun, "sdb", 16));
+        let publish = |target: &str| {
+            let source = PublishSource::Staging(StagedAt { path: bench.path("staging"), disk: want.clone() });
+            let want =
+                PublishRequest { volume: volume(HANDLE), target: bench.path(target), source, read_only: false, single_target: false };
+            bench.node.publish(&want).unwrap_err()
+        };
+        let error = publish("target");
+        assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::OtherMount { .. })), "{error}");
+        assert!(error.to_string().contains(word) && error.to_string().contains("sdb"), "{error}");
+        assert!(fs::symlink_metadata(bench.path("target")).is_err(), "nothing was made at the target");
+        let error = publish("shown");
+        assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::TargetTaken { .. })), "{error}");
+    }
 }
 
 #[test]

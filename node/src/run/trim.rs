@@ -4,11 +4,14 @@
 //! beside the socket, where it outlives the agent and goes with the driver. Nothing depends on it: without it the kernel asks QEMU in vain,
 //! which drops what such a drive is asked.
 
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::Node;
@@ -26,6 +29,8 @@ use crate::trim;
 
 /// Volumes of which it is remembered that they are not to be trimmed: as many as may be staged, and some history.
 const MAX_SPARED: usize = 256;
+/// Of the file: a serial has 20 bytes and its line's end.
+const MAX_SPARED_BYTES: u64 = 21 * MAX_SPARED as u64;
 
 /// For one piece of a volume: a slow storage takes seconds for it. After that the others go on without this one.
 const PIECE_DEADLINE: Duration = Duration::from_secs(600);
@@ -74,12 +79,15 @@ pub(super) struct Candidate {
 impl Trimming {
     /// With what an agent before this one has written down there.
     pub(super) fn kept_at(path: PathBuf) -> Self {
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => String::new(),
+        let mut bytes = Vec::new();
+        // Whoever has written there: so much of it, and no waiting for one who never writes (a fifo).
+        let opened = std::fs::OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(&path);
+        let text = match opened.and_then(|file| file.take(MAX_SPARED_BYTES).read_to_end(&mut bytes)) {
+            Ok(_) => String::from_utf8_lossy(&bytes),
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => "".into(),
             Err(cause) => {
                 proto::warn!("volumes with discard=ignore are not known: {}: {cause}", path.display());
-                String::new()
+                "".into()
             }
         };
         let spared = text.lines().filter(|line| line.starts_with(identity::OUR_SERIALS)).take(MAX_SPARED).map(str::to_owned).collect();

@@ -540,7 +540,7 @@ fn pause() {
 async fn lead(kube: Arc<Kube>, config: PathBuf, serves: Arc<Mutex<Serves>>) {
     let Some(lease) = kube.lease().cloned() else { return };
     let lock = || serves.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Ok(lost) = lease.lead().await {
+    if let Ok(lost) = lease.lead(kube.is_first()).await {
         lock().begin(Arc::new(Controller::with_kube(config, None, Some(kube))));
         let _ = lost.await;
     }

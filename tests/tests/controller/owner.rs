@@ -7,7 +7,7 @@ use proto::VolumeHandle;
 use proto::csi::{self, controller_server::Controller as _};
 use serde_json::json;
 use testbed::kube::Kubernetes;
-use testbed::sim::Vm;
+use testbed::sim::{Effect, Fault, Inner, Vm};
 use tonic::{Code, Request, Status};
 
 use crate::bed::{Bed, MIB, assert_refused, clusters, standard, start, two_hosts_description, with_config};
@@ -55,6 +55,26 @@ async fn only_our_own_is_deleted_and_everything_is_attached() {
         let wrong = with_features(&bed, wrong);
         assert_refused(wrong.delete(STATIC).await, Code::FailedPrecondition, &["features", "should be"]);
     }
+}
+
+/// A file that cannot be read has no format by Proxmox's words, as one that is not there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_its_storage_lists_is_not_gone_whatever_is_said_of_it() {
+    let bed = standard().await;
+    let foreign = "fsn1/pve1/local/777/vm-777-disk-0.raw";
+    bed.sim.create_volume("pve1", "local:777/vm-777-disk-0.raw", 64 * MIB).unwrap();
+    let words = "volume_size_info on 'local:777/vm-777-disk-0.raw' failed - no format";
+    let unread = Fault::next("GET", "/nodes/*/storage/*/content/**", Effect::Answer { status: 500, reason: words.into() });
+    bed.sim.inject(unread.clone());
+    assert_refused(bed.delete(foreign).await, Code::FailedPrecondition, &["VM 777's", "deleteAlsoOwnedBy: [777]"]);
+    // One of ours whose deletion failed without saying why.
+    let ours = bed.volume("pvc-1", "local").await;
+    bed.sim.inject_inner(Inner::TaskFails { kind: "imgdel".into(), exit_status: "unable to delete".into() }, 1);
+    bed.sim.inject(unread);
+    assert_refused(bed.delete(&ours.to_string()).await, Code::Internal, &["unable to delete"]);
+    assert_eq!(bed.sim.volumes("pve1", "local").len(), 2);
+    bed.delete(&ours.to_string()).await.unwrap();
+    bed.delete(&ours.to_string()).await.unwrap();
 }
 
 /// W20: a VM with our owner's number has all our disks for its own.

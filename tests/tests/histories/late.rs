@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use testbed::history::judge::all_traces;
 use testbed::history::{Rpc, World, plan, under_paused_time};
+use testbed::sim::{Effect, Fault};
 use tonic::Code;
 
 const CALL_LIMIT: Duration = Duration::from_secs(300);
@@ -71,4 +72,61 @@ fn a_write_of_an_old_holder_that_comes_after_all_is_taken_out_by_the_new_one() {
         Ok(())
     })
     .unwrap();
+}
+
+fn is_write(world: &mut World) -> bool {
+    world.sim.waiting().iter().any(|one| !one.answer && one.request.starts_with("POST"))
+}
+
+/// The next write of the volume waits to be let in, long after the first.
+async fn until_second_write(world: &mut World) {
+    let repeats = |world: &mut World| world.now() > Duration::from_secs(29) && is_write(world);
+    assert!(world.go_on(CALL_LIMIT, repeats).await.unwrap(), "no second write\n{}", world.log().join("\n"));
+}
+
+/// Answered 596 and carried out later; the repeat, in the same call or the next one, writes, too, and is refused because the first write
+/// came meanwhile. Who came in between, before there was anything to be seen, has it all the same.
+#[test]
+fn a_refused_repeat_does_not_forget_that_the_first_write_was_never_looked_after() {
+    proto::log::set_level("error").unwrap();
+    for in_batch in [false, true] {
+        under_paused_time(async {
+            let mut world = World::new(plan::cluster(), 1, plan::claims()).await?;
+            let volumes = if in_batch { vec![1, 0, 2] } else { vec![0] };
+            for volume in volumes.iter().copied() {
+                world.answer_to(0, &Rpc::Create { volume }, CALL_LIMIT).await?.unwrap();
+            }
+            let volid = world.claims[0].handle().unwrap().volid();
+            let nth = if in_batch { 2 } else { 1 };
+            world.sim.inject(Fault::next("POST", "/nodes/*/qemu/101/config", Effect::TimeOutButComplete).nth(nth));
+            let publish = Rpc::Publish { volume: 0, vm: 101 };
+            let mut call = None;
+            for volume in volumes {
+                let number = world.call(0, &Rpc::Publish { volume, vm: 101 })?;
+                call = call.or((volume == 0).then_some(number));
+            }
+            if !in_batch {
+                assert!(world.go_on(CALL_LIMIT, |world| world.running() == 0 || !world.answers().is_empty()).await?);
+                call = Some(world.call(0, &publish)?);
+            }
+            until_second_write(&mut world).await;
+            world.sim.attach_by_hand(201, "scsi20", &volid).unwrap();
+            // The first one comes, and then the second one is looked at.
+            world.pass(Duration::from_secs(3)).await?;
+            assert_eq!(all_traces(&world.sim, &volid).len(), 2, "{}", world.log().join("\n"));
+            let mut found = None;
+            let mut done = |world: &mut World| {
+                found = found.take().or_else(|| world.answers().into_iter().find(|(number, _)| Some(*number) == call));
+                found.is_some()
+            };
+            assert!(world.go_on(CALL_LIMIT, &mut done).await?);
+            let status = found.unwrap().1.expect_err("two writers");
+            assert_eq!(status.code(), Code::FailedPrecondition, "{status:?}\n{}", world.log().join("\n"));
+            assert!(status.message().contains("VM 201"), "{}", status.message());
+            let holders: Vec<u32> = all_traces(&world.sim, &volid).into_iter().map(|(vm, _)| vm).collect();
+            assert_eq!(holders, [201], "{}", world.log().join("\n"));
+            Ok(())
+        })
+        .unwrap();
+    }
 }

@@ -16,7 +16,7 @@ fn with_flags(volume: &NodeVolume, flags: &[&str]) -> NodeVolume {
     volume
 }
 
-fn mount_line(agent: &Agent, path: &str) -> String {
+pub(crate) fn mount_line(agent: &Agent, path: &str) -> String {
     let all = agent.guest.read("/proc/self/mounts").unwrap();
     all.lines().rfind(|line| line.split(' ').nth(1) == Some(&format!("/node{path}"))).unwrap_or_default().to_string()
 }

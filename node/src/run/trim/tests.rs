@@ -83,5 +83,23 @@ fn what_is_not_to_be_trimmed_is_known_to_the_next_agent() {
     assert!(!agent().is_spared(&second.serial));
     // Whatever is in the file, only serials are taken, and not without end.
     fs::write(folder.path().join("discard-ignore"), format!("x\n{}\n", "csi-1\n".repeat(2 * MAX_SPARED))).unwrap();
-    assert_eq!(agent().trimming.spared.lock().unwrap().len(), MAX_SPARED);
+    let spared = |agent: Node| agent.trimming.spared.lock().unwrap().len();
+    assert_eq!(spared(agent()), MAX_SPARED);
+    // Nor is all of it read: it may be of any size.
+    let serial = &first.serial;
+    fs::write(folder.path().join("discard-ignore"), format!("{}\n{serial}\n", "x".repeat(1 << 20))).unwrap();
+    assert_eq!(spared(agent()), 0);
+    let full: String = (0..MAX_SPARED).map(|number| format!("csi-{number:016x}\n")).collect();
+    fs::write(folder.path().join("discard-ignore"), full).unwrap();
+    assert_eq!(spared(agent()), MAX_SPARED, "a full one is read whole");
+}
+
+/// It is read before the agent answers anybody: whoever can write there must not keep it from starting.
+#[test]
+fn what_is_not_to_be_trimmed_is_not_waited_for() {
+    let folder = crate::testing::Folder::new();
+    rustix::fs::mknodat(rustix::fs::CWD, folder.path().join("discard-ignore"), rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+        .unwrap();
+    let node = Bench::new(&[]).node.remembering_in(folder.path());
+    assert!(node.trimming.spared.lock().unwrap().is_empty());
 }
