@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test: what is not as expected shall panic")]
 
+#[path = "transcripts/checked.rs"]
+mod checked;
 #[path = "transcripts/player.rs"]
 mod player;
 #[path = "transcripts/recording.rs"]

@@ -19,8 +19,11 @@ use serde_json::Value;
 
 const SIZE_BYTES: i64 = 64 << 20;
 const GROWN_BYTES: u64 = 128 << 20;
-/// A detach that a guest holds up takes 17 s; three of those.
-const TIDY_LIMIT: Duration = Duration::from_secs(60);
+/// A step that was broken off may still be carried out for two minutes, and nothing is deleted while it may; then a detach, which a
+/// guest can hold up for 17 s, three times.
+const TIDY_LIMIT: Duration = Duration::from_secs(180);
+/// Between two tries of it.
+const TIDY_PAUSE: Duration = Duration::from_secs(2);
 /// Texts of an answer that are shown; numbers are, all others are left out.
 const SHOWN: &[&str] = &[
     "data",
@@ -138,6 +141,12 @@ fn plain(error: controller::error::Error) -> anyhow::Error {
     anyhow!("{error}")
 }
 
+/// Whether asking again can end otherwise: it was not refused by a word of Proxmox's.
+fn may_pass(error: &controller::error::Error) -> bool {
+    use tonic::Code;
+    matches!(error.code, Code::Unavailable | Code::Aborted | Code::DeadlineExceeded | Code::Internal | Code::Unknown)
+}
+
 impl Check {
     async fn start(arguments: &Arguments) -> Result<Self> {
         let (config, _) = config::load(&arguments.config).map_err(anyhow::Error::msg)?;
@@ -177,7 +186,7 @@ impl Check {
         }
     }
 
-    async fn create(&self) -> Result<VolumeHandle> {
+    async fn create(&self) -> Result<VolumeHandle, controller::error::Error> {
         let segments = [(proto::TOPOLOGY_REGION.to_owned(), self.region.clone()), (proto::TOPOLOGY_ZONE.to_owned(), self.vm.host.clone())];
         let topology = csi::Topology { segments: segments.into() };
         let request = csi::CreateVolumeRequest {
@@ -188,8 +197,7 @@ impl Check {
             accessibility_requirements: Some(csi::TopologyRequirement { requisite: vec![topology], preferred: vec![] }),
             ..Default::default()
         };
-        let request = Create::try_from(request).map_err(plain)?;
-        Ok(self.controller.create(request).await.map_err(plain)?.handle)
+        Ok(self.controller.create(Create::try_from(request)?).await?.handle)
     }
 
     async fn publish(&self, volume: &VolumeHandle) -> Result<String> {
@@ -222,7 +230,7 @@ impl Check {
     async fn steps(&self, made: &Mutex<Option<VolumeHandle>>) -> Result<()> {
         let timed = |step: &str, begun: Instant, what: &str| say(&format!("ok  {step:<10} {what} ({} ms)", begun.elapsed().as_millis()));
         let begun = Instant::now();
-        let volume = self.create().await.context("create")?;
+        let volume = self.create().await.map_err(plain).context("create")?;
         made.lock().unwrap_or_else(PoisonError::into_inner).replace(volume.clone());
         timed("create", begun, &format!("{volume}; if this check is killed: pvesm free {}", volume.volid()));
         let begun = Instant::now();
@@ -260,45 +268,85 @@ impl Check {
         self.controller.unpublish(&request).await.map_err(plain).context("detach")
     }
 
-    /// Leaves nothing, also when a step failed halfway.
-    async fn tidy(&self, volume: &VolumeHandle) -> Result<()> {
-        self.detach(volume).await?;
-        self.controller.delete(volume).await.map_err(plain).context("delete")?;
+    /// Leaves nothing, also when a step failed or was broken off halfway: tried until nothing of it can come any more.
+    async fn tidy(&self, made: Option<VolumeHandle>) {
+        let (begun, mut made, mut said) = (Instant::now(), made, String::new());
+        loop {
+            let left = TIDY_LIMIT.saturating_sub(begun.elapsed());
+            let tried = tokio::time::timeout(left, self.tidy_once(&mut made)).await.unwrap_or_else(|_| Err(anyhow!("it takes too long")));
+            let Err(why) = tried else { return };
+            let why = format!("{why:#}");
+            if begun.elapsed() + TIDY_PAUSE >= TIDY_LIMIT {
+                let what = made.as_ref().map_or_else(|| format!("a volume {}, perhaps,", self.name), ToString::to_string);
+                let free = made.as_ref().map_or_else(|| "pvesm list".to_owned(), |volume| format!("pvesm free {}", volume.volid()));
+                return say(&format!("NOT TIDY: {what} is left: {why}; detach it from VM {} and run: {free}", self.vm.vmid));
+            }
+            if why != said {
+                say(&format!("    tidying    not yet, tried for {} s: {why}", TIDY_LIMIT.as_secs()));
+            }
+            said = why;
+            tokio::time::sleep(TIDY_PAUSE).await;
+        }
+    }
+
+    /// `made`: nothing where the creation was not answered, or failed.
+    async fn tidy_once(&self, made: &mut Option<VolumeHandle>) -> Result<()> {
+        let volume = match made {
+            Some(volume) => volume.clone(),
+            // It is asked for by its name: making it again gives it back.
+            None => match self.create().await {
+                Ok(volume) => made.insert(volume).clone(),
+                Err(error) if may_pass(&error) => return Err(plain(error)).context("what became of the creation"),
+                Err(_) => return Ok(()),
+            },
+        };
+        self.detach(&volume).await?;
+        self.controller.delete(&volume).await.map_err(plain).context("delete")?;
         say(&format!("ok  tidied     {volume} is removed"));
         Ok(())
     }
 }
 
-async fn stopped() -> Result<&'static str> {
-    let mut end = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::select! {
-        interrupted = tokio::signal::ctrl_c() => interrupted.map(|()| "interrupted").map_err(Into::into),
-        _ = end.recv() => Ok("terminated"),
+/// From here on none of these signals ends the process by itself: tidying is not broken off.
+struct Stop([(tokio::signal::unix::Signal, &'static str); 3]);
+
+impl Stop {
+    fn listen() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self([
+            (signal(SignalKind::interrupt())?, "interrupted"),
+            (signal(SignalKind::terminate())?, "terminated"),
+            (signal(SignalKind::hangup())?, "the terminal is gone"),
+        ]))
+    }
+
+    async fn wait(&mut self) -> &'static str {
+        let [(interrupt, interrupted), (terminate, terminated), (hangup, hung_up)] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => interrupted,
+            _ = terminate.recv() => terminated,
+            _ = hangup.recv() => hung_up,
+        }
     }
 }
 
 async fn run(arguments: &Arguments) -> Result<()> {
-    let check = Check::start(arguments).await?;
+    let mut stop = Stop::listen()?;
+    let check = tokio::select! {
+        check = Check::start(arguments) => check?,
+        why = stop.wait() => bail!("{why}"),
+    };
     let made = Mutex::new(None);
     let done = tokio::select! {
         done = check.steps(&made) => done,
-        why = stopped() => Err(anyhow!("{}", why?)),
+        why = stop.wait() => {
+            say(&format!("    tidying    {why}: what was begun is waited for and removed, within {} s", TIDY_LIMIT.as_secs()));
+            Err(anyhow!("{why}"))
+        }
     };
     let left = made.lock().unwrap_or_else(PoisonError::into_inner).take();
-    // One that was not answered is asked for by its name: making it again gives it back.
-    let left = match (left, &done) {
-        (None, Err(_)) => check.create().await.ok(),
-        (left, _) => left,
-    };
-    if let Some(volume) = left {
-        let tidied = tokio::time::timeout(TIDY_LIMIT, check.tidy(&volume)).await.unwrap_or_else(|_| Err(anyhow!("it takes too long")));
-        if let Err(why) = tidied {
-            say(&format!(
-                "NOT TIDY: {volume} is left: {why:#}; detach it from VM {} and run: pvesm free {}",
-                check.vm.vmid,
-                volume.volid()
-            ));
-        }
+    if done.is_err() {
+        check.tidy(left).await;
     }
     done
 }
