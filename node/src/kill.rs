@@ -4,7 +4,7 @@
 //! system calls) has points by [`inside`], [`wrote`] and [`called`]. With the feature, every point that is passed is told
 //! once on standard error, so that a test learns them all from one life of a volume; at the one that
 //! `PROXMOX_CSI_KILL_AT` names, `inside:stage:Mount:fsmount` for one, the process aborts; at the one of `PROXMOX_CSI_HOLD_AT` the first
-//! comer stays, for `PROXMOX_CSI_LIMIT_HOLD` milliseconds or for ever. `PROXMOX_CSI_LIMIT_CALL` (milliseconds) is the time after which a call is answered though it
+//! comer stays, for `PROXMOX_CSI_LIMIT_HOLD` milliseconds, until there is the file `PROXMOX_CSI_HOLD_UNTIL`, or for ever. `PROXMOX_CSI_LIMIT_CALL` (milliseconds) is the time after which a call is answered though it
 //! has not ended, `PROXMOX_CSI_LIMIT_TRIM` that from one trim to the next, `_TRIM_PIECE` that for a piece of one, `_STUCK` that after which a disk is
 //! called one that does not answer, `_FLUSH` what a flush may take longer than that.
 
@@ -61,6 +61,8 @@ mod points {
 
     /// From the call to the end: some calls are over by then, the long ones are not. No test depends on which.
     const IN_CALL: Duration = Duration::from_millis(1);
+    /// Whether the hold is over.
+    const LOOK_EVERY: Duration = Duration::from_millis(20);
 
     #[derive(Default)]
     struct Current {
@@ -153,14 +155,16 @@ mod points {
         given.map_or(limit, Duration::from_millis)
     }
 
-    /// The first that comes to the point of `PROXMOX_CSI_HOLD_AT` stays there, until the process ends.
+    /// The first that comes to the point of `PROXMOX_CSI_HOLD_AT` stays there.
     fn hold(point: &str) {
         static IS_HELD: AtomicBool = AtomicBool::new(false);
         if std::env::var("PROXMOX_CSI_HOLD_AT").is_ok_and(|at| at == point) && !IS_HELD.swap(true, Ordering::Relaxed) {
             eprintln!("held at {point}");
             let (begun, limit) = (Instant::now(), limit("HOLD", Duration::MAX));
-            while let Some(left) = limit.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) {
-                std::thread::park_timeout(left);
+            let until = std::env::var_os("PROXMOX_CSI_HOLD_UNTIL");
+            let is_over = || until.as_ref().is_some_and(|until| std::path::Path::new(until).exists());
+            while let Some(left) = limit.checked_sub(begun.elapsed()).filter(|left| !left.is_zero() && !is_over()) {
+                std::thread::park_timeout(if until.is_some() { left.min(LOOK_EVERY) } else { left });
             }
         }
     }
