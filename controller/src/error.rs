@@ -141,7 +141,10 @@ pub fn code(meaning: Meaning) -> Code {
 fn advice(meaning: Meaning) -> &'static str {
     match meaning {
         Meaning::Unauthenticated => "check token_id and token_secret, or username and password, in the config file",
-        Meaning::Forbidden => "give the token's role this privilege, on this path; a token with privilege separation needs its own ACL",
+        Meaning::Forbidden => {
+            "give the token's role this privilege, on this path (pveum role modify ROLE --append 1 --privs PRIVILEGE); a token with privilege \
+             separation needs its own ACL"
+        }
         Meaning::Unreachable => "the call is repeated until the endpoint answers",
         Meaning::HostDown => "the Proxmox node behind the API does not answer; repeated until it does",
         Meaning::OutcomeUnknown => "the next call looks what became of it",

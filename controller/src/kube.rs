@@ -1,11 +1,12 @@
 //! The few Kubernetes calls that the controller makes, all optional: without its API everything works as well, at the cost of a
 //! second look after each attach.
 //!
-//! `client` is the wire, `lease` says which of several controllers acts, `reads` what is attached where and which nodes are off,
-//! `events` tells people what needs them, `rivals` who else serves this driver.
+//! `client` is the wire, `lease` says which of several controllers acts, `first` whether one acted before, `reads` what is attached
+//! where and which nodes are off, `events` tells people what needs them, `rivals` who else serves this driver.
 
 mod client;
 pub mod events;
+mod first;
 pub mod lease;
 mod reads;
 mod rivals;
@@ -15,10 +16,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
-use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
 use crate::fence::Fence;
+use crate::reading::Reading;
 use client::Api;
 pub use client::{Access, THREADS};
 use events::Events;
@@ -34,9 +35,9 @@ pub struct Kube {
     api: Arc<Api>,
     lease: Option<Arc<Lease>>,
     events: Events,
-    attachments: AsyncMutex<Option<(Instant, Arc<Vec<Attachment>>)>>,
-    nodes: AsyncMutex<Option<(Instant, Arc<Vec<CsiNode>>)>>,
-    pvs: AsyncMutex<Option<(Instant, Arc<Vec<Pv>>)>>,
+    attachments: Reading<Arc<Vec<Attachment>>, Failure>,
+    nodes: Reading<Arc<Vec<CsiNode>>, Failure>,
+    pvs: Reading<Arc<Vec<Pv>>, Failure>,
     /// PV → when it was read, and its volume handle.
     handles: Mutex<HashMap<String, (Instant, String)>>,
 }

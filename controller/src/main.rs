@@ -15,17 +15,13 @@ use controller::kube::{Access, Kube, lease};
 use controller::look::health::Standing;
 use controller::run::Controller;
 use controller::service::ControllerService;
+use controller::threads::runtime;
 use proto::csi::controller_server::ControllerServer;
 use proto::flags::{self, Flag};
 use proto::health;
 use proto::identity::Identity;
 use proto::serve::{self, Endpoint, Socket, with_identity};
 
-/// Each call holds one thread while it waits. So many that clusters which hang, all of them even, take none from another one, nor
-/// from the Lease; they are made when needed only.
-const MAX_BLOCKING_THREADS: usize = controller::config::MAX_CLUSTERS * controller::pve::THREADS_PER_CLUSTER + controller::kube::THREADS;
-/// Idle threads go, and their stacks with them.
-const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Kubernetes gives a pod 30 s between SIGTERM and SIGKILL.
 const DRAIN: Duration = Duration::from_secs(20);
 
@@ -129,11 +125,6 @@ fn ca_bundle() -> Option<PathBuf> {
     std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().max_blocking_threads(MAX_BLOCKING_THREADS).thread_keep_alive(THREAD_KEEP_ALIVE).build()
-}
-
 fn refuse(why: &str) -> ExitCode {
     proto::error!("{}", why.trim());
     ExitCode::FAILURE
@@ -233,7 +224,7 @@ impl Served {
             proto::error!("{why}");
         }
         let mut lost = tokio::select! {
-            leading = lease.lead() => leading.map_err(anyhow::Error::msg)?,
+            leading = lease.lead(kube.is_first()) => leading.map_err(anyhow::Error::msg)?,
             () = &mut *stop => {
                 // Perhaps it is ours, and what its holder before us sent may still come: the next one waits for that, too.
                 lease.release(false).await;

@@ -106,6 +106,11 @@ pub enum Cause {
         /// The disks that are at it.
         by: String,
     },
+    /// A disk without serial, which several volumes may take for theirs.
+    BeingMounted {
+        waited: Duration,
+        disk: String,
+    },
     NoEnd {
         turns: usize,
     },
@@ -183,8 +188,14 @@ impl fmt::Display for Cause {
             Self::NotBlankAnyMore { surface } => write!(f, "the disk was blank when probed, and holds {surface} now; it was not formatted"),
             Self::Crowded { waited, by } => write!(
                 f,
-                "the disks of other volumes are probed, formatted or mounted, and so many at one time are allowed, for {} s: {by}; this call \
+                "the disks of other volumes are probed or formatted, and so many at one time are allowed, for {} s: {by}; this call \
                  may be repeated; where it stays so, those disks do not answer: look at their storage on Proxmox",
+                waited.as_secs()
+            ),
+            Self::BeingMounted { waited, disk } => write!(
+                f,
+                "{disk} has no serial, and another volume, whose it may be, has been mounting it for {} s; this call may be repeated; where it \
+                 stays so, that disk does not answer: look at its storage on Proxmox",
                 waited.as_secs()
             ),
             Self::NoEnd { turns } => write!(f, "still not done after {turns} steps"),

@@ -245,33 +245,6 @@ mod tests {
         assert_eq!(max(&root), 1);
     }
 
-    /// The test runs itself once more, alone, and reads what it writes.
-    #[test]
-    fn a_machine_without_a_free_slot_is_told_of() {
-        const AGAIN: &str = "PROXMOX_CSI_TEST_AGAIN";
-        if std::env::var_os(AGAIN).is_some() {
-            let root = Folder::new();
-            for lun in 1..=29 {
-                FakeDisk::new(0, lun).plug(root.path());
-            }
-            assert_eq!(look(&configured(), root.path()).unwrap().max_volumes, 1);
-            return;
-        }
-        let mut again = std::process::Command::new(std::env::current_exe().unwrap());
-        again.args([
-            "--exact",
-            "--nocapture",
-            concat!(module_path!(), "::a_machine_without_a_free_slot_is_told_of").split_once("::").unwrap().1,
-        ]);
-        let output = again.env(AGAIN, "1").output().unwrap();
-        let told = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{told}");
-        assert!(
-            told.contains("WARN all 29 slots of this VM are taken by disks that are not this driver's; Kubernetes is told 1"),
-            "{told}"
-        );
-    }
-
     #[test]
     fn the_operators_limit_counts_where_it_can_be_kept() {
         let root = Folder::new();

@@ -8,8 +8,6 @@ use crate::sys::mount::Options;
 
 /// As Talos' documentation has it for a StorageClass (mountOptions).
 const TALOS: &str = "context=system_u:object_r:ephemeral_t:s0";
-/// What SELinux takes of mount options (security/selinux/hooks.c).
-const OWN: [&str; 5] = ["context", "fscontext", "defcontext", "rootcontext", "seclabel"];
 
 /// What the machine says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +25,7 @@ pub struct Machine {
 pub fn by_default(machine: &Machine, options: &Options) -> Option<&'static str> {
     let is_talos = machine.kernel.trim_end().ends_with("-talos");
     let has_policy = machine.has_selinux && machine.own.contains(':');
-    let is_given = options.rules_label_out() || OWN.iter().any(|own| options.has(own));
+    let is_given = options.rules_label_out() || options.label().is_some();
     (is_talos && has_policy && !is_given).then_some(TALOS)
 }
 

@@ -26,9 +26,9 @@ use tokio::sync::watch;
 const DRAIN: Duration = Duration::from_secs(20);
 /// For a thread that is in the middle of a write when the process ends.
 const LAST_WORK: Duration = Duration::from_secs(1);
-/// Calls that work at one time: 29 volumes, each with a call and a look that may hang with its disk, and some beside. Each is a thread while it
-/// lasts.
-const MAX_THREADS: usize = 64;
+/// Calls that work at one time: 29 volumes, each with a call and two looks (`MAX_LOOKS` in service.rs) that may hang with its disk, and some beside:
+/// NodeGetInfo, registration, the trimmer. Each is a thread while it lasts.
+const MAX_THREADS: usize = 96;
 /// An idle agent is one thread.
 const THREAD_IDLE: Duration = Duration::from_secs(1);
 /// Where kubelet lives, unless told otherwise.
@@ -248,9 +248,7 @@ fn run(args: Args) -> Result<(), String> {
     let own_folder = folders.first().map(|folder| folder.join("plugins").join(proto::DRIVER_NAME).join("csi.sock"));
     let csi_socket = args.kubelet_registration_path.or(own_folder).unwrap_or_default();
     let kubelet = args.plugin_registration_path.map(|folder| Kubelet { folder, csi_socket });
-    let node = Arc::new(
-        Node::new(Folders::new(folders)?).called(&args.node_id).remembering_in(endpoint.path().parent().unwrap_or(Path::new("/"))),
-    );
+    let folders = Folders::new(folders)?;
     let configured = Configured {
         node_id: args.node_id,
         vmid: args.vmid,
@@ -261,10 +259,13 @@ fn run(args: Args) -> Result<(), String> {
     };
     // Before the confinement, which allows no socket but unix ones.
     let pages = args.metrics_address.as_deref().map(health::listen).transpose()?;
-    for wrong in confine().into_iter().chain(kernel::missing(Path::new("/proc"), node.sysfs())) {
+    for wrong in confine().into_iter().chain(kernel::missing(Path::new("/proc"), Path::new("/sys"))) {
         proto::warn!("{wrong}");
     }
+    let beside_socket = endpoint.path().parent().unwrap_or(Path::new("/"));
+    let node = Arc::new(Node::new(folders).called(&configured.node_id).remembering_in(beside_socket));
     node.forget_keys();
+    node.recall_rotations();
     if args.kubeconfig.is_some() || args.master.is_some() {
         proto::info!("--kubeconfig and --master are not used by this version");
     }
@@ -313,7 +314,7 @@ async fn serve(
         let nothing = String::new;
         let alive = move || if place.is_ours() { Ok(nothing()) } else { Err(format!("{} is not ours any more", place.path().display())) };
         let looked_at = Arc::clone(&node);
-        let metrics = move || metrics::page(is_ready.get().is_ok(), looked_at.stuck());
+        let metrics = move || metrics::page(is_ready.get().is_ok(), looked_at.stuck(), looked_at.rotations_outstanding());
         let ready = move || standing.get().map(|()| nothing());
         let metrics_path = "/metrics".into();
         let pages = Pages { alive: Arc::new(alive), ready: Arc::new(ready), metrics_path, metrics: Arc::new(metrics) };

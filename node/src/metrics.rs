@@ -1,8 +1,6 @@
 //! What the agent counts beside its calls, and its `/metrics` page.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use proto::metrics::{self, Counter};
 
@@ -15,24 +13,12 @@ pub static IDENTITY_MISMATCHES: Counter =
 /// Something on the disk that is not overwritten.
 pub static REFUSED_FORMATS: Counter =
     Counter::new("proxmox_csi_node_refused_formats_total", "Calls refused because the disk is not blank, or may never be formatted.");
-/// A filesystem in trouble.
+/// A volume in trouble, by its calls or by NodeGetVolumeStats.
 pub static FILESYSTEM_ERRORS: Counter = Counter::new(
     "proxmox_csi_node_filesystem_errors_total",
-    "Filesystems that the kernel refused to mount or to grow, or that it reports as damaged.",
+    "Mounts and growths that the kernel refused, a wrong mount option among the reasons, and volumes that became abnormal (filesystem errors, \
+     failed commands, a disk gone or offline).",
 );
-/// A secret that was changed, and a volume that does not know it yet.
-static ROTATIONS_OUTSTANDING: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-
-/// By the volume's serial: whether its passphrase is still to be replaced. Until that is done, or it is unstaged.
-pub fn rotation_outstanding(serial: &str, is_so: bool) {
-    let mut outstanding = ROTATIONS_OUTSTANDING.lock().unwrap_or_else(PoisonError::into_inner);
-    if is_so {
-        outstanding.insert(serial.to_string());
-    } else {
-        outstanding.remove(serial);
-    }
-}
-
 /// Volumes whose last NodeGetVolumeStats said that something is wrong with them.
 pub static IN_TROUBLE: AtomicUsize = AtomicUsize::new(0);
 
@@ -63,9 +49,9 @@ pub fn count(cause: &Cause) {
     }
 }
 
-/// The page. `stuck`: probes and formats whose disks do not answer.
+/// The page. `stuck`: probes and formats whose disks do not answer; `rotations`: volumes whose passphrase is still to be replaced, if it is known.
 #[must_use]
-pub fn page(is_ready: bool, stuck: usize) -> String {
+pub fn page(is_ready: bool, stuck: usize, rotations: Option<usize>) -> String {
     let mut page = String::new();
     metrics::fact(&mut page, "proxmox_csi_build_info", "The agent's version.", &[("version", env!("CARGO_PKG_VERSION"))]);
     metrics::gauge(
@@ -85,13 +71,15 @@ pub fn page(is_ready: bool, stuck: usize) -> String {
         metrics::gauge(&mut page, name, help, number.load(Ordering::Relaxed));
     }
     metrics::gauge(&mut page, "proxmox_csi_node_stuck_disks", "Disks that do not answer a probe or a format at this moment.", stuck);
-    metrics::gauge(
-        &mut page,
-        "proxmox_csi_node_rotations_outstanding",
-        "Encrypted volumes staged here whose passphrase could not be replaced yet (no free keyslot, too little memory, read-only, LUKS1), \
-         as far as this agent has seen since it started.",
-        ROTATIONS_OUTSTANDING.lock().unwrap_or_else(PoisonError::into_inner).len(),
-    );
+    if let Some(rotations) = rotations {
+        metrics::gauge(
+            &mut page,
+            "proxmox_csi_node_rotations_outstanding",
+            "Encrypted volumes staged here whose passphrase could not be replaced yet (no free keyslot, too little memory, read-only, LUKS1); \
+             absent while that is not known.",
+            rotations,
+        );
+    }
     metrics::calls(&mut page);
     metrics::process(&mut page);
     page
@@ -111,21 +99,8 @@ mod tests {
     }
 
     #[test]
-    fn a_rotation_that_is_outstanding_is_a_state() {
-        let count = || ROTATIONS_OUTSTANDING.lock().unwrap().iter().filter(|serial| serial.starts_with("csi-test-")).count();
-        for _ in 0..3 {
-            rotation_outstanding("csi-test-1", true);
-        }
-        rotation_outstanding("csi-test-2", true);
-        assert_eq!(count(), 2, "staged three times, and one volume still");
-        rotation_outstanding("csi-test-1", false);
-        rotation_outstanding("csi-test-2", false);
-        assert_eq!(count(), 0);
-    }
-
-    #[test]
     fn the_page_is_prometheus_text() {
-        let page = page(true, 3);
+        let page = super::page(true, 3, Some(2));
         for line in page.lines() {
             let sample = line.rsplit_once(' ').is_some_and(|(_, value)| value.parse::<f64>().is_ok());
             assert!(line.starts_with("# HELP ") || line.starts_with("# TYPE ") || sample, "{line}");
@@ -137,10 +112,15 @@ mod tests {
             "proxmox_csi_node_identity_mismatches_total ",
             "proxmox_csi_node_filesystem_errors_total ",
             "proxmox_csi_node_volumes_in_trouble ",
-            "proxmox_csi_node_rotations_outstanding 0\n",
+            "proxmox_csi_node_rotations_outstanding 2\n",
             "process_resident_memory_bytes ",
         ] {
             assert!(page.contains(name), "{page}");
         }
+    }
+
+    #[test]
+    fn a_number_that_is_not_known_is_no_zero() {
+        assert!(!page(true, 0, None).contains("rotations_outstanding"));
     }
 }

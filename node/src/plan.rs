@@ -217,9 +217,9 @@ pub enum UnpublishStep {
 pub struct UnstageSeen {
     /// What is mounted at the staging path.
     pub mount: Mount,
-    /// A mapping of this volume is there.
+    /// A mapping of this volume is there, and is shown to no pod.
     pub mapped: bool,
-    /// A filesystem on the disk is still in use, in this mount namespace or another: it must not be detached.
+    /// The disk is still in use, in this mount namespace or another, by itself or by what was made of it: it must not be detached.
     pub held: bool,
     /// The disk takes no I/O, and has not been asked to in this call.
     pub offline: bool,

@@ -147,11 +147,19 @@ pub struct PublishRequest {
     pub single_target: bool,
 }
 
+/// Where a filesystem is staged, and from which disk it has to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "said above")]
+pub struct StagedAt {
+    pub path: PathBuf,
+    pub disk: Want,
+}
+
 /// What a target shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PublishSource {
-    /// The filesystem staged here.
-    Staging(PathBuf),
+    /// The filesystem staged there.
+    Staging(StagedAt),
     /// The block device itself.
     Device(Want),
 }
@@ -412,7 +420,8 @@ impl PublishRequest {
         let source = match access(capability, &given.volume_context)? {
             Access::Filesystem(_) => {
                 let staging = present("staging_target_path", &given.staging_target_path)?;
-                PublishSource::Staging(folders.path("staging_target_path", staging)?)
+                let path = folders.path("staging_target_path", staging)?;
+                PublishSource::Staging(StagedAt { path, disk: disk(&volume, &given.publish_context)? })
             }
             Access::Block => PublishSource::Device(disk(&volume, &given.publish_context)?),
         };

@@ -5,10 +5,12 @@
 mod encrypt;
 mod expand;
 mod health;
+mod kept;
 mod look;
 mod mapping;
 mod progress;
 mod publish;
+mod release;
 mod slots;
 mod stage;
 mod trim;
@@ -52,6 +54,8 @@ const RELEASE_DEADLINE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// File of the volumes whose class says `discard: ignore`, beside the socket.
 const SPARED: &str = "discard-ignore";
+/// The same of those whose passphrase is still to be replaced.
+const ROTATIONS: &str = "rotations-outstanding";
 
 /// The machine that we work on, and where to look.
 #[derive(Debug)]
@@ -73,6 +77,8 @@ pub struct Node {
     /// See `health.rs`.
     health: Mutex<Vec<health::Known>>,
     trimming: trim::Trimming,
+    /// Volumes whose passphrase is still to be replaced; see `encrypt.rs`.
+    rotations: kept::Kept,
     stop: Stop,
     /// The Kubernetes node's, for lines that a person is to type; empty: unknown.
     name: String,
@@ -95,6 +101,7 @@ impl Node {
             unstaging: Mutex::default(),
             health: Mutex::default(),
             trimming: trim::Trimming::default(),
+            rotations: kept::Kept::default(),
             stop: Stop::default(),
             name: String::new(),
         }
@@ -111,6 +118,7 @@ impl Node {
     #[must_use]
     pub fn remembering_in(mut self, folder: &Path) -> Self {
         self.trimming = trim::Trimming::kept_at(folder.join(SPARED));
+        self.rotations = kept::Kept::at(folder.join(ROTATIONS), encrypt::OUTSTANDING);
         self
     }
 
@@ -165,6 +173,7 @@ impl Node {
             Err(error) if scsi::is_gone(error.errno) => return Err(Cause::OtherDiskNow { disk: identity::name(disk) }),
             done => done?,
         }
+        kill::inside("written");
         proto::info!("{}: was offline, set running", identity::name(disk));
         match scsi::disk(&self.sysfs, disk.address)? {
             Some(now) if now.state == State::Running => Ok(()),

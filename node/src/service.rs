@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::csi::node_server::NodeServer;
 use proto::csi::node_service_capability::{Rpc, Type, rpc};
@@ -29,6 +29,10 @@ const CALL_LIMIT: Duration = Duration::from_secs(100);
 
 /// Looks at one volume at one time, whatever paths kubelet asks about: a disk that answers no more costs so many threads, and no more.
 const MAX_LOOKS: usize = 2;
+/// For a look's turn. Looks take milliseconds: those that go on for longer wait for a disk that does not answer.
+const TURN_LIMIT: Duration = Duration::from_secs(10);
+/// From one try to the next. A caller who waits costs no thread.
+const TURN_EVERY: Duration = Duration::from_millis(20);
 
 /// The Node service.
 #[derive(Debug, Clone)]
@@ -85,6 +89,21 @@ impl Service {
     }
 }
 
+impl Service {
+    /// The turn of one of many who look at the volume: its pods, whose disk is sound, are all answered.
+    async fn turn(&self, volume: &Volume, at: &str, limit: Duration) -> Result<Held, Status> {
+        let begun = Instant::now();
+        loop {
+            match self.looks.hold_among(&volume.serial, at, MAX_LOOKS) {
+                Ok(held) => return Ok(held),
+                Err(progress) if begun.elapsed() >= limit => return Err(unanswered(volume, &progress)),
+                // Not a sleep in hope: what is waited for is looked at again, until the limit.
+                Err(_) => tokio::time::sleep(TURN_EVERY).await,
+            }
+        }
+    }
+}
+
 /// The part of [`Service::wait`] that is the same for every call, and is in the program once.
 async fn within(volume: &Volume, mut held: Held, limit: Duration, work: Box<dyn FnOnce() -> Option<Error> + Send>) -> Result<(), Status> {
     let (progress, over) = (held.progress.clone(), Arc::clone(&held.over));
@@ -132,6 +151,14 @@ fn lost(volume: &Volume, why: impl std::fmt::Display) -> Status {
 
 fn taken(volume: &Volume, progress: &Progress) -> Status {
     Status::aborted(format!("{volume}: another call is working on this volume: {progress}; repeat this one later"))
+}
+
+fn unanswered(volume: &Volume, progress: &Progress) -> Status {
+    Status::aborted(format!(
+        "{volume}: it is not looked at again, as an earlier look has not ended: {progress}, {} s in all; where it stays so, the disk does not \
+         answer: look at its storage on Proxmox",
+        progress.seconds()
+    ))
 }
 
 #[tonic::async_trait]
@@ -189,7 +216,7 @@ impl csi::node_server::Node for Service {
             .map_err(|refusal| refused("stats", &request.get_ref().volume_id, &refusal))?;
         // A look changes nothing, so it waits for no other call; but for a disk that does not answer no second one waits.
         let at = format!("{} {}", want.volume.serial, want.path.display());
-        let held = self.looks.hold_among(&want.volume.serial, &at, MAX_LOOKS).map_err(|progress| taken(&want.volume, &progress))?;
+        let held = self.turn(&want.volume, &at, TURN_LIMIT).await?;
         Ok(Response::new(told(self.wait(&want.volume.clone(), held, move |node| node.stats(&want)).await?)))
     }
 
@@ -225,7 +252,10 @@ impl csi::node_server::Node for Service {
         let (node, answer) = (Arc::clone(&self.node), Arc::new(Mutex::new(None)));
         let answered = Arc::clone(&answer);
         let look = move || *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(info::look(&configured, node.sysfs()));
-        aside(Box::new(look)).await.map_err(|why| Status::internal(format!("NodeGetInfo: the call was lost: {why}")))?;
+        let looked = tokio::time::timeout(kill::limit("CALL", CALL_LIMIT), aside(Box::new(look))).await;
+        looked
+            .map_err(|_| Status::deadline_exceeded(format!("NodeGetInfo: sysfs has not answered for {} s", CALL_LIMIT.as_secs())))?
+            .map_err(|why| Status::internal(format!("NodeGetInfo: the call was lost: {why}")))?;
         let seen = answer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let seen = seen.ok_or_else(|| Status::internal("NodeGetInfo: the call was lost"))?;
         let info = seen.map_err(|unknown| Status::unavailable(unknown.to_string()))?;
@@ -320,6 +350,7 @@ fn code(cause: &Cause) -> Code {
         Cause::Outside { .. } | Cause::Geometry(_) | Cause::WrongPassphrase(_) | Cause::NoKey => Code::InvalidArgument,
         Cause::TooSmall(_) => Code::OutOfRange,
         Cause::Crowded { .. }
+        | Cause::BeingMounted { .. }
         | Cause::Stopped { .. }
         | Cause::KdfBusy { .. }
         | Cause::NoDisk { .. }
@@ -345,19 +376,20 @@ struct Busy(Arc<Mutex<Vec<(String, Progress)>>>);
 impl Busy {
     /// The same for one of a few looks at a volume.
     fn hold_among(&self, serial: &str, key: &str, most: usize) -> Result<Held, Progress> {
-        let of_it: Vec<Progress> = {
-            let busy = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            busy.iter().filter(|(held, _)| held.starts_with(serial)).map(|(_, progress)| progress.clone()).collect()
-        };
-        match of_it.into_iter().nth(most - 1) {
+        let mut busy = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_it = busy.iter().filter(|(held, _)| held.starts_with(serial)).nth(most - 1);
+        match of_it.map(|(_, progress)| progress.clone()) {
             Some(progress) => Err(progress),
-            None => self.hold(key, "stats"),
+            None => self.hold_in(&mut busy, key, "stats"),
         }
     }
 
     /// Of another call that holds it: what that is at.
     fn hold(&self, key: &str, doing: &'static str) -> Result<Held, Progress> {
-        let mut busy = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.hold_in(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner), key, doing)
+    }
+
+    fn hold_in(&self, busy: &mut Vec<(String, Progress)>, key: &str, doing: &'static str) -> Result<Held, Progress> {
         if let Some((_, progress)) = busy.iter().find(|(held, _)| held == key) {
             return Err(progress.clone());
         }

@@ -7,6 +7,8 @@ mod judge;
 mod print;
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use disk::mark::{Mark, Marked, SECTOR_BYTES};
 
@@ -19,6 +21,12 @@ use crate::sys::{self, Dev, blkid};
 const MAX_CLAIMS: usize = 4096;
 /// kubelet's `vol_data.json` has some 500 bytes.
 const MAX_CLAIM_BYTES: u64 = 64 << 10;
+
+/// A disk that answers does so within milliseconds, a slow storage within a second or two. All are asked at once.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// By the disks' order; `None`: not yet.
+type Answers = Arc<(Mutex<Vec<Option<Result<String, String>>>>, Condvar)>;
 
 /// Where to look.
 #[derive(Debug, Clone)]
@@ -92,8 +100,10 @@ pub fn look(machine: &Machine, configured: &crate::info::Configured) -> Result<R
     let mounts = mountinfo::read(&machine.proc.join("self/mountinfo"))?;
     let claims = claims(&machine.kubelet);
     let mut disks = Vec::new();
-    for disk in scsi::scan(&machine.sysfs)? {
-        disks.push(seen(machine, disk, &mounts, &claims)?);
+    let found = scsi::scan(&machine.sysfs)?;
+    let held = ask(machine, &found);
+    for (disk, holds) in found.into_iter().zip(held) {
+        disks.push(seen(machine, disk, holds, &mounts, &claims)?);
     }
     let mut disagreements = judge::disagreements(&disks, &claims, &mounts);
     let is_gone = |mount: &&Mount| {
@@ -109,7 +119,36 @@ fn is_kubelets(machine: &Machine, mount: &Mount) -> bool {
     machine.kubelet.iter().any(|folder| mount.point.starts_with(folder) && mount.point != *folder)
 }
 
-fn seen(machine: &Machine, disk: Disk, mounts: &[Mount], claims: &[Claim]) -> Result<Seen, sys::Error> {
+/// What each disk holds, in their order. One that does not answer, because its storage does not, keeps the others and the report waiting no longer
+/// than [`ANSWER_LIMIT`]. The process ends when it does answer: the kernel takes no file away whose read is under way.
+fn ask(machine: &Machine, disks: &[Disk]) -> Vec<Result<String, String>> {
+    let late = || {
+        Err(format!(
+            "it does not answer within {} s: look at its storage on Proxmox (this command ends when it does)",
+            ANSWER_LIMIT.as_secs()
+        ))
+    };
+    let answers: Answers = Arc::new((Mutex::new(vec![None; disks.len()]), Condvar::new()));
+    for (number, disk) in disks.iter().enumerate() {
+        let (machine, disk, answers) = (machine.clone(), disk.clone(), Arc::clone(&answers));
+        // Without a thread nobody tells, and the disk is said not to answer.
+        let _ = std::thread::Builder::new().spawn(move || {
+            let held = holds(&machine, &disk);
+            let (told, changed) = &*answers;
+            if let Some(answer) = told.lock().unwrap_or_else(PoisonError::into_inner).get_mut(number) {
+                *answer = Some(held);
+            }
+            changed.notify_all();
+        });
+    }
+    let (told, changed) = &*answers;
+    let told = told.lock().unwrap_or_else(PoisonError::into_inner);
+    let waited = changed.wait_timeout_while(told, ANSWER_LIMIT, |told| told.iter().any(Option::is_none));
+    let (told, _) = waited.unwrap_or_else(PoisonError::into_inner);
+    told.iter().map(|answer| answer.clone().unwrap_or_else(late)).collect()
+}
+
+fn seen(machine: &Machine, disk: Disk, holds: Result<String, String>, mounts: &[Mount], claims: &[Claim]) -> Result<Seen, sys::Error> {
     let mappings = mappings(machine, &disk)?;
     let is_from = |mount: &&Mount| mount.dev == disk.dev || mappings.iter().any(|mapping| mapping.dev == mount.dev);
     let mounts: Vec<Mount> = mounts.iter().filter(is_from).cloned().collect();
@@ -122,7 +161,6 @@ fn seen(machine: &Machine, disk: Disk, mounts: &[Mount], claims: &[Claim]) -> Re
         0
     };
     let ext4_errors = names.map(|name| block::ext4_errors(&machine.sysfs, name).unwrap_or_else(unknown)).sum();
-    let holds = holds(machine, &disk);
     Ok(Seen { holds, mappings, mounts, ext4_errors, volume, disk })
 }
 

@@ -3,10 +3,14 @@
 
 #[path = "histories/found.rs"]
 mod found;
+#[path = "histories/judged.rs"]
+mod judged;
 #[path = "histories/late.rs"]
 mod late;
 #[path = "histories/lost.rs"]
 mod lost;
+#[path = "histories/paced.rs"]
+mod paced;
 #[path = "histories/races.rs"]
 mod races;
 #[path = "histories/random.rs"]

@@ -39,6 +39,8 @@ mod matrix;
 mod modes;
 #[path = "node/plug.rs"]
 mod plug;
+#[path = "node/selinux.rs"]
+mod selinux;
 #[path = "node/surfaces.rs"]
 mod surfaces;
 #[path = "node/together.rs"]

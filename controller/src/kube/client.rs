@@ -248,16 +248,20 @@ impl Api {
     /// No answer came: what was sent may be done.
     pub(super) async fn call(self: &Arc<Self>, call: Call) -> Result<Answer, Failure> {
         let (api, name, limit) = (Arc::clone(self), call.name(), call.limit);
-        let flight = Flight::begin(&self.in_flight);
-        let sent = Arc::clone(&flight);
+        let in_flight = Arc::clone(&self.in_flight);
         let threads = Arc::clone(if call.is_of_lease() { &self.threads_of_lease } else { &self.threads });
         let work = async move {
             let thread = threads.acquire_owned().await;
+            // Not before: who still waits for a thread is not on its way.
+            let flight = Flight::begin(&in_flight);
+            let sent = Arc::clone(&flight);
             let work = move || {
                 let _held = (sent, thread);
                 api.call_blocking(&call)
             };
-            tokio::task::spawn_blocking(work).await
+            let done = tokio::task::spawn_blocking(work).await;
+            drop(flight);
+            done
         };
         // Its thread goes on until its own, longer limit: a thread cannot be stopped.
         match tokio::time::timeout(limit, work).await {

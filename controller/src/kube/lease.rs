@@ -12,7 +12,7 @@
 //! 2. What Proxmox's proxies got before that may be carried out later: up to 30 s. The new holder waits [`LATE_WRITES`] before
 //!    it looks at anything, unless the old one gave the Lease back, which it does only when it knows the outcome of all its
 //!    writes, and marks. A Lease that is not there, or has no holder without that mark, was deleted or emptied by hand as well as
-//!    it may be new: it is waited for, too.
+//!    it may be new: it is waited for, too, unless Kubernetes shows no trace of a controller before us (`first`).
 //! 3. A clock may stand still (the whole VM paused), so nothing rests on clocks alone: an attach counts as the only one
 //!    without a second look at all VMs only after [`Lease::confirm`], a renewal that began after the attach was verified. By
 //!    resourceVersion, nobody took over before that. Whoever took over later has read, after it took over, what was attached.
@@ -65,8 +65,8 @@ struct Core {
     seen: Option<(Seen, Instant)>,
     /// Our own: which renewal succeeded last, and when that one began.
     renewed: Option<(u64, Instant)>,
-    /// The wait that comes with how we got it.
-    late_writes: Duration,
+    /// How we got it, and the wait that comes with that.
+    taken: Taken,
     /// It is not ours any more, and will not be again.
     lost: Option<String>,
     /// What was logged last.
@@ -102,10 +102,12 @@ enum Move {
 }
 
 /// The Lease is ours.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Taken {
     /// So long, what the holder before us sent may still be carried out.
     pub late_writes: Duration,
+    /// There was none, so that nobody may have been before us.
+    pub was_none: bool,
 }
 
 impl fmt::Debug for Lease {
@@ -167,16 +169,22 @@ impl Lease {
     }
 
     /// Waits until it is ours, and nothing of a holder before us can come any more. The task that keeps it; that one ends with
-    /// why it is lost.
+    /// why it is lost. Where there was no Lease, `is_first` says whether nobody was before us: see [`super::Kube::is_first`].
     ///
     /// # Errors
     /// It was lost meanwhile.
-    pub async fn lead(self: &Arc<Self>) -> Result<JoinHandle<String>, String> {
+    pub async fn lead(self: &Arc<Self>, is_first: impl Future<Output = bool>) -> Result<JoinHandle<String>, String> {
         let taken = self.acquire().await;
         let lease = Arc::clone(self);
         let mut holding = tokio::spawn(async move { lease.hold().await });
+        let nobody_was_before = async {
+            if !taken.was_none || !is_first.await {
+                std::future::pending::<()>().await;
+            }
+        };
         tokio::select! {
             () = tokio::time::sleep(taken.late_writes) => Ok(holding),
+            () = nobody_was_before => Ok(holding),
             lost = &mut holding => Err(lost.unwrap_or_else(|cause| cause.to_string())),
         }
     }
@@ -187,14 +195,14 @@ impl Lease {
             let mut core = self.core.lock().await;
             let said = match self.try_acquire(&mut core).await {
                 Ok(None) => {
-                    let late_writes = core.late_writes;
-                    let wait = if late_writes.is_zero() {
-                        String::new()
-                    } else {
-                        format!("; no holder before us gave it back, so what one may have sent is waited for, {} s", late_writes.as_secs())
+                    let taken = core.taken;
+                    let wait = match (taken.late_writes.as_secs(), taken.was_none) {
+                        (0, _) => String::new(),
+                        (wait, false) => format!("; no holder before us gave it back, so what one may have sent is waited for, {wait} s"),
+                        (wait, true) => format!("; there was none, so what one before us may have sent is waited for, {wait} s at most"),
                     };
                     proto::info!("{} is ours, {}{wait}", self.name(), self.me);
-                    return Taken { late_writes };
+                    return taken;
                 }
                 Ok(Some(holder)) => format!("standing by: {} is held by {holder}", self.name()),
                 Err(why) => format!("standing by: {why}"),
@@ -222,10 +230,11 @@ impl Lease {
             Move::Wait => return Ok(seen.map(|seen| seen.holder.clone())),
             // An answer of ours was lost, and what was the case then still is.
             Move::Renew => (),
-            Move::TakeReleased => core.late_writes = Duration::ZERO,
+            Move::TakeReleased => core.taken = Taken::default(),
             // Its holder may not know yet, and writes on until it cannot renew.
-            Move::Create | Move::TakeEmptied => core.late_writes = LATE_WRITES + RENEW_WITHIN,
-            Move::TakeExpired => core.late_writes = LATE_WRITES,
+            Move::Create => core.taken = Taken { late_writes: LATE_WRITES + RENEW_WITHIN, was_none: true },
+            Move::TakeEmptied => core.taken = Taken { late_writes: LATE_WRITES + RENEW_WITHIN, was_none: false },
+            Move::TakeExpired => core.taken = Taken { late_writes: LATE_WRITES, was_none: false },
         }
         let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
         let answer = match core.seen.as_ref().map(|(seen, _)| seen.clone()) {

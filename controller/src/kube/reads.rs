@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::client::Call;
 use super::events::pv_named_by;
 use super::{Failure, Kube, text};
+use crate::run::region::ago;
 
 /// Entries of one page of a list.
 const PAGE: usize = 500;
@@ -99,19 +100,13 @@ impl Kube {
     /// # Errors
     /// The call that failed.
     pub async fn nodes(self: &Arc<Self>) -> Result<Arc<Vec<CsiNode>>, Failure> {
-        let mut held = self.nodes.lock().await;
-        if let Some((_, nodes)) = held.as_ref().filter(|(at, _)| at.elapsed() < READING_AGE) {
-            return Ok(Arc::clone(nodes));
-        }
-        let at = Instant::now();
-        let read = |entry: &Value| {
+        let read = |entry: Value| {
             let drivers = entry.pointer("/spec/drivers").and_then(Value::as_array);
             let ours = drivers.into_iter().flatten().find(|driver| text(driver, "/name").as_deref() == Some(proto::DRIVER_NAME))?;
-            Some(CsiNode { name: text(entry, "/metadata/name")?, node_id: text(ours, "/nodeID")? })
+            Some(CsiNode { name: text(&entry, "/metadata/name")?, node_id: text(ours, "/nodeID")? })
         };
-        let nodes = Arc::new(self.list("/apis/storage.k8s.io/v1/csinodes").await?.iter().filter_map(read).collect::<Vec<_>>());
-        *held = Some((at, Arc::clone(&nodes)));
-        Ok(nodes)
+        let list = async { Ok(Arc::new(self.list("/apis/storage.k8s.io/v1/csinodes", |entry| Ok(read(entry))).await?)) };
+        self.nodes.since(ago(READING_AGE), list).await
     }
 
     /// The handles of our volumes that Kubernetes has attached to a node, or is attaching to or detaching from it, and whether
@@ -189,27 +184,20 @@ impl Kube {
     }
 
     async fn attachments(self: &Arc<Self>) -> Result<Arc<Vec<Attachment>>, Failure> {
-        let mut held = self.attachments.lock().await;
-        if let Some((_, attachments)) = held.as_ref().filter(|(at, _)| at.elapsed() < READING_AGE) {
-            return Ok(Arc::clone(attachments));
-        }
-        let (at, path) = (Instant::now(), "/apis/storage.k8s.io/v1/volumeattachments");
-        let mut all = Vec::new();
-        for entry in self.list(path).await? {
+        let path = "/apis/storage.k8s.io/v1/volumeattachments";
+        let read = |entry: Value| {
             if text(&entry, "/spec/attacher").as_deref() != Some(proto::DRIVER_NAME) {
-                continue;
+                return Ok(None);
             }
             let pv = text(&entry, "/spec/source/persistentVolumeName").map(Attached::Pv);
             let inline = || text(&entry, "/spec/source/inlineVolumeSpec/csi/volumeHandle").map(Attached::Handle);
             let is_attached = entry.pointer("/status/attached").and_then(Value::as_bool).unwrap_or_default();
             match (text(&entry, "/spec/nodeName"), pv.or_else(inline)) {
-                (Some(node), Some(volume)) => all.push(Attachment { node, volume, is_attached }),
-                _ => return Err(format!("GET {path}: an attachment without its node or volume")),
+                (Some(node), Some(volume)) => Ok(Some(Attachment { node, volume, is_attached })),
+                _ => Err(format!("GET {path}: an attachment without its node or volume")),
             }
-        }
-        let all = Arc::new(all);
-        *held = Some((at, Arc::clone(&all)));
-        Ok(all)
+        };
+        self.attachments.since(ago(READING_AGE), async { Ok(Arc::new(self.list(path, read).await?)) }).await
     }
 
     /// All PVs of this driver.
@@ -217,14 +205,12 @@ impl Kube {
     /// # Errors
     /// The call that failed: nothing can be said then.
     pub async fn pvs(self: &Arc<Self>) -> Result<Arc<Vec<Pv>>, Failure> {
-        let mut held = self.pvs.lock().await;
-        if let Some((_, pvs)) = held.as_ref().filter(|(at, _)| at.elapsed() < READING_AGE) {
-            return Ok(Arc::clone(pvs));
-        }
-        let at = Instant::now();
-        let pvs = Arc::new(self.list("/api/v1/persistentvolumes").await?.iter().filter_map(read_pv).collect::<Vec<_>>());
-        *held = Some((at, Arc::clone(&pvs)));
-        Ok(pvs)
+        self.pvs_since(ago(READING_AGE)).await
+    }
+
+    async fn pvs_since(self: &Arc<Self>, since: Instant) -> Result<Arc<Vec<Pv>>, Failure> {
+        let list = async { Ok(Arc::new(self.list("/api/v1/persistentvolumes", |entry| Ok(read_pv(&entry))).await?)) };
+        self.pvs.since(since, list).await
     }
 
     /// The PVs that have this volume: the one that its disk is named after is read now, others within some seconds.
@@ -243,13 +229,13 @@ impl Kube {
         Ok(found)
     }
 
-    /// Whether any PV of this volume, by whichever of its handles, says that its disk stays; all PVs are read now.
+    /// Whether any PV of this volume, by whichever of its handles, says that its disk stays; all PVs are read now, once for all who
+    /// wait for a reading that began after they asked.
     ///
     /// # Errors
     /// The call that failed: nothing can be said then.
     pub async fn keeps_disk(self: &Arc<Self>, handle: &VolumeHandle) -> Result<bool, Failure> {
-        let pvs = self.list("/api/v1/persistentvolumes").await?;
-        Ok(pvs.iter().filter_map(read_pv).any(|pv| pv.keeps_disk && is_of(&pv, handle)))
+        Ok(self.pvs_since(Instant::now()).await?.iter().any(|pv| pv.keeps_disk && is_of(pv, handle)))
     }
 
     /// The parameters of a VolumeAttributesClass; nothing where there is none of that name.
@@ -311,7 +297,7 @@ impl Kube {
     /// # Errors
     /// The call that failed.
     pub(crate) async fn objects(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
-        self.list(path).await
+        self.list(path, |entry| Ok(Some(entry))).await
     }
 
     /// One object; nothing where it is not there.
@@ -322,18 +308,33 @@ impl Kube {
         self.get(path).await
     }
 
-    async fn list(self: &Arc<Self>, path: &str) -> Result<Vec<Value>, Failure> {
-        let (mut all, mut next) = (Vec::new(), String::new());
+    /// What `read` makes of each entry; of one page at a time, for ten thousand PVs as they are would be a hundred megabytes.
+    async fn list<T>(self: &Arc<Self>, path: &str, read: impl FnMut(Value) -> Result<Option<T>, Failure>) -> Result<Vec<T>, Failure> {
+        let mut pages = Pages { path, read, all: Vec::new() };
+        self.pages(path, &mut |page| pages.take(page).map(|()| None::<()>)).await?;
+        Ok(pages.all)
+    }
+
+    /// What is meant in the first entry of a list that has it; no more is read, nor kept.
+    pub(super) async fn first_of<T>(self: &Arc<Self>, path: &str, meant: impl Fn(&Value) -> Option<T>) -> Result<Option<T>, Failure> {
+        self.pages(path, &mut |mut page| Ok(entries(path, &mut page)?.iter().find_map(&meant))).await
+    }
+
+    /// Page by page, until one has what is looked for.
+    async fn pages<T>(
+        self: &Arc<Self>,
+        path: &str,
+        look: &mut impl FnMut(Value) -> Result<Option<T>, Failure>,
+    ) -> Result<Option<T>, Failure> {
+        let mut next = String::new();
+        let separator = if path.contains('?') { '&' } else { '?' };
         for _ in 0..MAX_PAGES {
-            let page = format!("{path}?limit={PAGE}&continue={}", crate::pve::api::percent_encoded(&next, ""));
-            let mut answer = self.get(page).await?.ok_or_else(|| format!("GET {path}: 404, is this Kubernetes?"))?;
-            next = text(&answer, "/metadata/continue").unwrap_or_default();
-            match answer.get_mut("items").map(Value::take) {
-                Some(Value::Array(items)) => all.extend(items),
-                _ => return Err(format!("GET {path}: no list of items")),
-            }
-            if next.is_empty() {
-                return Ok(all);
+            let page = format!("{path}{separator}limit={PAGE}&continue={}", crate::pve::api::percent_encoded(&next, ""));
+            let page = self.get(page).await?.ok_or_else(|| format!("GET {path}: 404, is this Kubernetes?"))?;
+            next = text(&page, "/metadata/continue").unwrap_or_default();
+            let found = look(page)?;
+            if found.is_some() || next.is_empty() {
+                return Ok(found);
             }
         }
         Err(format!("GET {path}: more than {MAX_PAGES} pages"))
@@ -356,6 +357,30 @@ impl Kube {
     }
 }
 
+/// A list as it comes in.
+struct Pages<'a, T, F> {
+    path: &'a str,
+    read: F,
+    all: Vec<T>,
+}
+
+impl<T, F: FnMut(Value) -> Result<Option<T>, Failure>> Pages<'_, T, F> {
+    /// Reads one page and lets it go.
+    fn take(&mut self, mut page: Value) -> Result<(), Failure> {
+        for entry in entries(self.path, &mut page)? {
+            self.all.extend((self.read)(entry)?);
+        }
+        Ok(())
+    }
+}
+
+fn entries(path: &str, page: &mut Value) -> Result<Vec<Value>, Failure> {
+    match page.get_mut("items").map(Value::take) {
+        Some(Value::Array(entries)) => Ok(entries),
+        _ => Err(format!("GET {path}: no list of items")),
+    }
+}
+
 fn read_pv(entry: &Value) -> Option<Pv> {
     if text(entry, "/spec/csi/driver").as_deref() != Some(proto::DRIVER_NAME) {
         return None;
@@ -375,4 +400,24 @@ fn is_of(pv: &Pv, handle: &VolumeHandle) -> bool {
     let Ok(given) = pv.handle.parse::<VolumeHandle>() else { return false };
     let is_there = given.zone == handle.zone || given.zone.is_empty() || handle.zone.is_empty();
     is_there && given.region == handle.region && given.volid() == handle.volid()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn of_a_page_only_what_is_read_is_kept() {
+        let mut pages = Pages { path: "/x", read: |entry| Ok(read_pv(&entry)), all: Vec::new() };
+        let padding = "x".repeat(1 << 12);
+        let pv = |name: &str, driver: &str| json!({"metadata": {"name": name, "annotations": {"padding": padding}}, "spec": {"csi": {"driver": driver, "volumeHandle": name}}});
+        let ours = [pv("a", proto::DRIVER_NAME), pv("b", "other.csi"), pv("c", proto::DRIVER_NAME)];
+        assert_eq!(pages.take(json!({"metadata": {"continue": "2"}, "items": ours})), Ok(()));
+        assert_eq!(pages.all.len(), 2, "read before the next page is asked for");
+        assert_eq!(pages.take(json!({"metadata": {"continue": ""}, "items": [pv("d", proto::DRIVER_NAME)]})), Ok(()));
+        assert_eq!(pages.all.iter().map(|pv| pv.name.as_str()).collect::<Vec<_>>(), ["a", "c", "d"]);
+        assert!(pages.take(json!({"metadata": {}})).unwrap_err().contains("no list of items"));
+    }
 }

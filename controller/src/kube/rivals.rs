@@ -17,7 +17,7 @@ use super::{Failure, Kube, text};
 use crate::run::when;
 
 /// external-attacher's, made of the driver's name.
-const ATTACHER_LEASE: &str = "external-attacher-leader-csi-proxmox-sinextra-dev";
+pub(super) const ATTACHER_LEASE: &str = "external-attacher-leader-csi-proxmox-sinextra-dev";
 /// A Lease that was renewed last so long ago is not worth a line of --check. Who is to act waits for it all the same: clocks can be wrong
 /// by more, and a minute is nothing.
 const LONG_AGO: Duration = Duration::from_secs(600);

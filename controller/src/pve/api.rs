@@ -232,7 +232,7 @@ pub struct Vm {
 }
 
 /// A storage on one Proxmox node.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Storage {
     /// Its id, the same on every node that has it.
     pub storage: String,

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use proto::VolumeHandle;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -51,8 +52,6 @@ struct Work {
     last: Option<Error>,
     /// We wrote its drive: it must not stay when the attach fails.
     wrote: bool,
-    /// The answer to that was lost, and it was not seen since.
-    lost: bool,
     /// The attach failed with this, and what it left is being taken out.
     failed: Option<Error>,
     /// And it is out.
@@ -150,7 +149,6 @@ impl<'a> Batch<'a> {
             phantoms: 0,
             last: None,
             wrote: false,
-            lost: false,
             failed: None,
             is_out: false,
         };
@@ -169,12 +167,11 @@ impl<'a> Batch<'a> {
     }
 
     fn answer(&mut self) {
-        let region = self.region;
+        let (region, vmid) = (self.region, self.vm.vmid);
         self.works.retain_mut(|work| match work.done.take() {
             Some(done) => {
-                if work.failed.is_some() && work.is_out && !work.lost {
-                    // Carried out, seen, and taken out again: nothing is on its way any more.
-                    region.settle(&work.volid());
+                if work.is_out || matches!(done, Ok(Done::Detached)) {
+                    region.note_out(work.wish.handle(), vmid);
                 }
                 // Nobody waits any more where the runtime ends.
                 let _ = work.answer.take().map(|answer| answer.send(done));
@@ -305,18 +302,20 @@ impl<'a> Batch<'a> {
     async fn decide(&mut self, look: &Look) -> Vec<(usize, Step)> {
         let region = self.region;
         let vm = self.vm.clone();
-        let leaked = region.leaked(vm.vmid, look.state.pid);
+        let (leaked, late) = (region.leaked(vm.vmid, look.state.pid), region.late_removals(vm.vmid));
         let allow_protected = region.rules().attach_to_protected;
         let (mut plan, mut taken) = (Vec::new(), BTreeSet::new());
         let count = if self.together { self.works.len() } else { 1 };
         for (index, work) in self.works.iter_mut().take(count).enumerate().filter(|(_, work)| work.done.is_none()) {
             let volid = work.volid();
-            work.lost &= !look.known.config.naming(&volid).any(|(key, _)| !key.starts_with("unused"));
+            if look.known.config.naming(&volid).any(|(key, _)| !key.starts_with("unused")) {
+                region.note_there(work.wish.handle(), vm.vmid);
+            }
             let wish = work.wish.clone();
             let step = match &wish {
                 Wish::Attach(request) => {
                     work.avoid.extend(&leaked);
-                    let avoid: BTreeSet<u8> = work.avoid.union(&taken).copied().collect();
+                    let avoid: BTreeSet<u8> = work.avoid.iter().chain(&taken).chain(&late).copied().collect();
                     let wanted = Wanted { volid: &volid, readonly: request.readonly, avoid: &avoid, allow_protected };
                     attach_step(work, request, next_attach(wanted, look.seen()), &vm)
                 }
@@ -369,11 +368,11 @@ impl<'a> Batch<'a> {
         for (index, step) in &plan {
             if let (Some(work), Step::Plug(..)) = (self.works.get_mut(*index), step) {
                 work.wrote = true;
+                // Until it is looked after, whatever way this call ends.
+                self.region.doubt(work.wish.handle(), self.vm.vmid, digest);
             }
             match step {
                 Step::Plug(lun, drive) => {
-                    // Until it is verified, whatever way this call ends.
-                    self.region.doubt(&drive.volid, self.vm.vmid, digest);
                     change.set.insert(slot(*lun), drive.to_string());
                 }
                 Step::Remove(key) => drop(change.delete.insert(key.clone())),
@@ -384,7 +383,12 @@ impl<'a> Batch<'a> {
                 proto::warn!("attach {} to VM {}: first {step:?}, which an earlier attach or a removal left", request.handle, self.vm.vmid);
             }
         }
-        match self.region.change(&self.vm.host, self.vm.vmid, &change, digest).await {
+        let changed = self.region.change(&self.vm.host, self.vm.vmid, &change, digest).await;
+        for (index, _) in plan.iter().filter(|(_, step)| matches!(step, Step::Plug(..))) {
+            let handle = self.works.get(*index).map(|work| work.wish.handle());
+            handle.into_iter().for_each(|handle| self.region.note_outcome(handle, self.vm.vmid, changed.as_ref().err()));
+        }
+        match changed {
             Ok(()) => self.verify(plan, look).await,
             Err(error) if plan.len() > 1 => self.failed_together(&plan, error).await,
             Err(error) => {
@@ -397,25 +401,38 @@ impl<'a> Batch<'a> {
 
     /// Our claims are in the config: what each caller will look at, for rivals, is read while QEMU is asked.
     fn look_ahead(&self, plan: &[(usize, Step)], written: Instant) {
-        // With a Lease nobody will.
-        if self.region.has_lease() {
-            return;
-        }
         for (index, _) in plan.iter().filter(|(_, step)| matches!(step, Step::Plug(..))) {
             let Some(handle) = self.works.get(*index).map(|work| work.wish.handle().clone()) else { continue };
             let (region, vmid) = (Arc::clone(self.region), self.vm.vmid);
             // Who needs the answer asks for it, and finds it read.
-            tokio::spawn(proto::log::carried(
-                async move { region.references(&handle, written, Some(vmid), Depth::Config).await.map(drop) },
-            ));
+            tokio::spawn(proto::log::carried(async move {
+                match region.has_lease() {
+                    true => region.newcomers(&handle, vmid, written).await.map(drop),
+                    false => region.references(&handle, written, Some(vmid), Depth::Config).await.map(drop),
+                }
+            }));
         }
+    }
+
+    /// What QEMU has after our write: by the list of its node, where the look for rivals reads that anyway.
+    async fn state_since(&self, plan: &[(usize, Step)], written: Instant) -> Result<VmState, pve::Error> {
+        let (region, vmid) = (self.region, self.vm.vmid);
+        let mut plugged = plan.iter().filter(|(_, step)| matches!(step, Step::Plug(..))).filter_map(|(index, _)| self.works.get(*index));
+        let is_listed = match plugged.next() {
+            Some(work) if region.has_lease() => !region.qemu_keeps_others_off(work.wish.handle()).await.unwrap_or(true),
+            _ => false,
+        };
+        if is_listed && let Some(state) = region.listed_state(&self.vm.host, vmid, written).await? {
+            return Ok(state);
+        }
+        region.state_now(&self.vm.host, vmid).await
     }
 
     /// Proxmox said OK: what QEMU has says the rest, slot by slot.
     async fn verify(&mut self, plan: Vec<(usize, Step)>, look: &Look) {
         let (region, vmid, written) = (self.region, self.vm.vmid, Instant::now());
         self.look_ahead(&plan, written);
-        let state = match region.state_now(&self.vm.host, vmid).await {
+        let state = match self.state_since(&plan, written).await {
             Ok(state) => state,
             Err(error) => {
                 let error = Error::from(error);
@@ -458,8 +475,7 @@ impl<'a> Batch<'a> {
                 work.fail(why.clone());
                 continue;
             }
-            // It was carried out, and is undone: nothing is on its way any more, though the config is as it was before.
-            self.region.settle(&work.volid());
+            self.region.note_out(work.wish.handle(), vmid);
             if !is_running {
                 work.fail(words(&Refusal::NotRunning, vmid));
                 continue;
@@ -468,8 +484,7 @@ impl<'a> Batch<'a> {
             work.avoid.insert(*lun);
             work.phantoms += 1;
             // Most often a rival on the same node has the image open: one more try would cost one more slot.
-            let others = self.region.references(work.wish.handle(), Instant::now(), Some(vmid), Depth::Config).await;
-            if let Some(rival) = others.ok().and_then(|others| others.into_iter().find(Reference::counts)) {
+            if let Some(rival) = self.region.holder_now(work.wish.handle(), vmid).await {
                 work.fail(held_elsewhere(&rival));
                 continue;
             }
@@ -489,7 +504,6 @@ impl<'a> Batch<'a> {
         let meaning = error.meaning();
         if matches!(meaning, Meaning::DigestChanged | Meaning::NoSuchVm | Meaning::VmLocked) {
             // None of them was begun.
-            self.settle_plugs(plan);
             for (index, _) in plan {
                 self.works.get_mut(*index).into_iter().for_each(|work| work.last = Some(error.clone().into()));
             }
@@ -497,28 +511,10 @@ impl<'a> Batch<'a> {
         }
         proto::warn!("VM {}: of {} changes in one call one failed, each is tried alone: {error}", self.vm.vmid, plan.len());
         self.together = false;
-        if meaning.is_outcome_unknown() {
+        if let Err(why) = self.revert_planned(plan).await {
+            let why = why.during(&format!("after a failed change of several drives ({error}) the rest could not be reverted"));
             for (index, _) in plan {
-                self.works.get_mut(*index).into_iter().for_each(|work| work.lost = true);
-            }
-        }
-        match self.revert_planned(plan).await {
-            Ok(()) if meaning.is_outcome_unknown() => (),
-            Ok(()) => self.settle_plugs(plan),
-            Err(why) => {
-                let why = why.during(&format!("after a failed change of several drives ({error}) the rest could not be reverted"));
-                for (index, _) in plan {
-                    self.works.get_mut(*index).into_iter().for_each(|work| work.fail(why.clone()));
-                }
-            }
-        }
-    }
-
-    /// Proxmox has answered: what these left, if anything, is in the config.
-    fn settle_plugs(&self, plan: &[(usize, Step)]) {
-        for (_, step) in plan {
-            if let Step::Plug(_, drive) = step {
-                self.region.settle(&drive.volid);
+                self.works.get_mut(*index).into_iter().for_each(|work| work.fail(why.clone()));
             }
         }
     }
@@ -551,11 +547,7 @@ impl<'a> Batch<'a> {
         let (region, vm) = (self.region, self.vm.clone());
         let Some(work) = self.works.get_mut(index) else { return };
         let meaning = error.meaning();
-        work.lost |= meaning.is_outcome_unknown() && matches!(step, Step::Plug(..));
         if matches!(meaning, Meaning::DigestChanged | Meaning::NoSuchVm | Meaning::VmLocked) {
-            if work.is_attach() && matches!(step, Step::Plug(..)) {
-                region.settle(&work.volid());
-            }
             work.last = Some(error.into());
             return;
         }
@@ -587,7 +579,9 @@ fn attach_step(work: &mut Work, request: &Publish, next: Result<AttachStep, Refu
             None
         }
         Ok(AttachStep::Attached(lun, drive)) => {
-            work.end(Ok(Done::Attached { lun, drive, vm: vm.clone(), written: None }));
+            // What we wrote in this call may be a try before the last one, or somebody else's: new all the same.
+            let written = work.wrote.then(Instant::now);
+            work.end(Ok(Done::Attached { lun, drive, vm: vm.clone(), written }));
             None
         }
         Ok(AttachStep::Revert(key)) => Some(Step::Forget(key)),
@@ -635,10 +629,6 @@ impl Region {
     async fn failed_plug(self: &Arc<Self>, request: &Publish, vm: &Vm, lun: u8, error: pve::Error, work: &mut Work) {
         let (meaning, key, volid) = (error.meaning(), slot(lun), request.handle.volid());
         let is_lost = meaning.is_outcome_unknown();
-        if !is_lost {
-            // What it left, if anything, is in the config already.
-            self.settle(&volid);
-        }
         if meaning == Meaning::LeakedSlot {
             self.leak(vm.vmid, lun);
             work.avoid.insert(lun);
@@ -651,8 +641,10 @@ impl Region {
             Err(error) => return work.fail(error),
         };
         let Some(line) = known.config.lines.get(&key).filter(|_| known.config.naming(&volid).any(|(named, _)| named == key)) else {
-            let error = if meaning == Meaning::NoSuchVolume { self.missing(&request.handle, error).await } else { error.into() };
-            return work.fail(error);
+            if known.config.naming(&volid).all(|(key, _)| key.starts_with("unused")) {
+                self.note_out(&request.handle, vm.vmid);
+            }
+            return work.fail(self.refused_plug(request, vm, error).await);
         };
         if is_lost {
             // Carried out, or half: the next look says what QEMU has, and whether a rival has it, too.
@@ -664,11 +656,30 @@ impl Region {
         }
         let change = if line.value.is_some() { Change::remove(&key) } else { Change::forget(&key) };
         let undone = self.undo(vm, &change, Some(&known.config.digest)).await;
-        let error = Error::from(error);
+        let error = self.refused_plug(request, vm, error).await;
         work.fail(match undone {
             Ok(()) => error,
             Err(why) => Error { code: error.code, text: format!("{}; and undoing it failed: {}", error.text, why.text) },
         });
+    }
+
+    /// Why a plug failed, with what more can be told of it.
+    async fn refused_plug(self: &Arc<Self>, request: &Publish, vm: &Vm, error: pve::Error) -> Error {
+        match error.meaning() {
+            Meaning::NoSuchVolume => self.missing(&request.handle, error).await,
+            // QEMU said that another one has the image open (Proxmox from 8.3.7 on keeps that to itself).
+            Meaning::VolumeInUse => match self.holder_now(&request.handle, vm.vmid).await {
+                Some(rival) => held_elsewhere(&rival).during(&error.to_string()),
+                None => error.into(),
+            },
+            _ => error.into(),
+        }
+    }
+
+    /// Who else has the volume in his config now, where that can be told.
+    async fn holder_now(self: &Arc<Self>, handle: &VolumeHandle, vmid: u32) -> Option<Reference> {
+        let others = self.references(handle, Instant::now(), Some(vmid), Depth::Config).await;
+        others.ok()?.into_iter().find(Reference::counts)
     }
 
     /// Takes back what a failed attach left. Without a digest the config is read first.

@@ -59,13 +59,15 @@ impl Controller {
         let storage = &request.want.storage;
         if self.is_young() {
             return Err(Error::unavailable(format!(
-                "storage {storage} of Proxmox node {region}/{host} cannot be looked at, and a controller before this one may have made {}                  there; waiting for the node, at most {} s after the start, so that no second volume is made",
+                "storage {storage} of Proxmox node {region}/{host} cannot be looked at, and a controller before this one may have made {} \
+                 there; waiting for the node, at most {} s after the start, so that no second volume is made",
                 request.name,
                 TRIED_AGE.as_secs()
             )));
         }
         proto::warn!(
-            "create {}: made though storage {storage} of Proxmox node {region}/{host} was not looked at: if a controller before this one              made it there, that disk is nobody's",
+            "create {}: made though storage {storage} of Proxmox node {region}/{host} was not looked at: if a controller before this one \
+             made it there, that disk is nobody's",
             request.name
         );
         Ok(())

@@ -83,6 +83,10 @@ impl Controller {
             )));
         }
         self.check_not_elsewhere(region, node).await?;
+        // A cluster that is silent and was never read says nothing: its Node object may.
+        if are_several && let Some(other) = region.region_of_machine(node).await? {
+            return Err(region.is_elsewhere(node, &other));
+        }
         if is_by_bare_number && are_several {
             return Err(Error::precondition(format!(
                 "node {node}: its Node object names VM {} without a region, and that VM of region {} is named {shown:?}: it may be another \
@@ -104,8 +108,8 @@ impl Controller {
             let (other, elsewhere, name) = (other.clone(), Arc::clone(elsewhere), name.clone());
             looking.spawn(proto::log::carried(async move {
                 // A cluster that hangs keeps nobody of another one waiting.
-                let found = tokio::time::timeout(ELSEWHERE_LIMIT, elsewhere.vm_named(&name)).await.ok().flatten();
-                found.map(|vm| (other, vm))
+                let found = tokio::time::timeout(ELSEWHERE_LIMIT, elsewhere.vm_named(&name)).await;
+                found.unwrap_or_else(|_| elsewhere.vm_last_named(&name)).map(|vm| (other, vm))
             }));
         }
         let found: BTreeMap<_, _> = looking.join_all().await.into_iter().flatten().collect();
@@ -122,6 +126,11 @@ impl Controller {
 pub(crate) fn is_name_of(vm: &str, node: &str) -> bool {
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_ascii_lowercase();
     vm.eq_ignore_ascii_case(node) || (first(vm) == first(node) && vm.contains('.') != node.contains('.'))
+}
+
+fn named_in(resources: &Resources, name: &str) -> Option<Vm> {
+    let is_named = |vm: &&Vm| !vm.template && vm.name.as_deref().is_some_and(|shown| is_name_of(shown, name));
+    resources.vms.values().find(is_named).cloned()
 }
 
 impl Region {
@@ -157,11 +166,18 @@ impl Region {
         Ok(None)
     }
 
-    /// The VM of that name, in what was read lately; nothing where the cluster does not answer.
+    /// The VM of that name, in what was read lately; in what was read last, where the cluster does not answer.
     async fn vm_named(&self, name: &str) -> Option<Vm> {
-        let resources = self.resources(ago(EVIDENCE_AGE)).await.ok()?;
-        let is_named = |vm: &&Vm| !vm.template && vm.name.as_deref().is_some_and(|shown| is_name_of(shown, name));
-        resources.vms.values().find(is_named).cloned()
+        match self.resources(ago(EVIDENCE_AGE)).await {
+            Ok(resources) => named_in(&resources, name),
+            Err(_) => self.vm_last_named(name),
+        }
+    }
+
+    /// The same in what was read last, however long ago.
+    fn vm_last_named(&self, name: &str) -> Option<Vm> {
+        let (_, resources) = locked(&self.last_resources).clone()?;
+        named_in(&resources, name)
     }
 
     /// Whether every VM of the cluster is shown to us: without that, nobody can be said not to hold a volume.
@@ -169,19 +185,17 @@ impl Region {
     /// # Errors
     /// The privilege that is missing; or Proxmox's.
     pub(crate) async fn check_sees_all_vms(&self) -> Result<(), Error> {
-        let mut checked = self.sees_all_vms.lock().await;
-        if checked.is_some_and(|at| at >= ago(PERMISSIONS_AGE)) {
-            return Ok(());
-        }
-        if api::read_sees_all_vms(&self.client().call(api::permissions()).await?) {
-            *checked = Some(Instant::now());
-            return Ok(());
-        }
-        Err(Error::precondition(format!(
-            "region {}: not every VM is shown to us, so that the holder of a volume could be overlooked; give the token's role VM.Audit on \
-             /vms (or /) with propagation",
-            self.name
-        )))
+        let read = async {
+            if api::read_sees_all_vms(&self.client().call(api::permissions()).await?) {
+                return Ok(());
+            }
+            Err(Error::precondition(format!(
+                "region {}: not every VM is shown to us, so that the holder of a volume could be overlooked; give the token's role VM.Audit \
+                 on /vms (or /) with propagation",
+                self.name
+            )))
+        };
+        self.sees_all_vms.since(ago(PERMISSIONS_AGE), read).await
     }
 
     /// "Not there" is true only if the cluster is quorate, answered, and shows everything.
@@ -230,11 +244,11 @@ impl Region {
     /// # Errors
     /// Proxmox's; without Sys.Audit and without that half, its name.
     pub(crate) async fn is_quorate(&self, since: Instant) -> Result<bool, Error> {
-        let mut held = self.quorate.lock().await;
-        if let Some((_, quorate)) = held.filter(|(read_at, _)| *read_at >= since) {
-            return Ok(quorate);
-        }
-        let (read_at, request) = (Instant::now(), api::cluster_status());
+        self.quorate.since(since, self.read_quorate(since)).await
+    }
+
+    async fn read_quorate(&self, since: Instant) -> Result<bool, Error> {
+        let request = api::cluster_status();
         let call = request.name();
         let quorate = match self.client().call(request).await.and_then(|data| api::read_quorate(&call, &data)) {
             // One that was part of a cluster and shows only itself has lost the others, not outlived them.
@@ -256,7 +270,6 @@ impl Region {
             }
             Err(error) => return Err(error.into()),
         };
-        *held = Some((read_at, quorate));
         if !quorate {
             self.client().leave_isolated();
         }
@@ -328,7 +341,26 @@ impl Region {
 
 #[cfg(test)]
 mod tests {
+    use super::super::region::Rules;
     use super::*;
+    use crate::config::{ClusterConfig, Credentials, Trust};
+    use crate::pve::Client;
+    use crate::secret::Secret;
+
+    /// It hangs or refuses now: what it showed last keeps a detach by number from another cluster's VM.
+    #[tokio::test]
+    async fn a_cluster_that_does_not_answer_is_known_by_its_last_reading() {
+        let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
+        let urls = vec!["http://127.0.0.1:1/api2/json".into()];
+        let cluster = ClusterConfig { region: "r".into(), urls, trust: Trust::System, credentials, fenced: Default::default() };
+        let region = Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None);
+        assert!(region.vm_named("worker-1").await.is_none());
+        let vm = Vm { vmid: 101, host: "pve1".into(), name: Some("worker-1.lan".into()), template: false };
+        let resources = Resources { vms: BTreeMap::from([(101, vm)]), ..Resources::default() };
+        *locked(&region.last_resources) = Some((ago(EVIDENCE_AGE * 60), Arc::new(resources)));
+        assert_eq!(region.vm_named("worker-1").await.map(|vm| vm.vmid), Some(101));
+        assert!(region.vm_named("worker-2").await.is_none());
+    }
 
     #[test]
     fn names_are_compared_as_dns_does() {

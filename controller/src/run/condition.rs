@@ -168,7 +168,7 @@ impl Controller {
         if let Some(unread) = unread.filter(|_| !condition.abnormal) {
             condition = Condition { abnormal: true, message: format!("{}; {}", condition.message, unread.text) };
         }
-        let size_bytes = region.noted_size(&volid);
+        let size_bytes = region.noted_size(handle);
         Ok(Listed { handle: handle.clone(), size_bytes, nodes: published, condition })
     }
 }
@@ -185,7 +185,7 @@ impl Region {
         }
         match self.volume_size(&host, &handle.storage, &handle.volid()).await {
             Ok(bytes) => {
-                self.keep_size(&handle.volid(), bytes);
+                self.keep_size(handle, bytes);
                 Ok(Place::Fine)
             }
             Err(error) => match error.meaning() {

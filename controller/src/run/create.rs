@@ -88,7 +88,7 @@ impl Controller {
                 return Err(error);
             }
         };
-        place.region.note_size(&place.handle.volid(), capacity_bytes);
+        place.region.note_size(&place.handle, capacity_bytes);
         proto::info!("create {}: {}, {capacity_bytes} bytes", request.name, place.handle);
         if let Some(claim) = unscheduled {
             self.tell_of_binding(&request, &place, claim).await;

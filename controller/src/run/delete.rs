@@ -11,9 +11,9 @@ use super::evidence::Depth;
 use super::region::{EVIDENCE_AGE, Region, ago};
 use crate::error::Error;
 use crate::kube::Kube;
-use crate::pve::Meaning;
 use crate::pve::api::{self, Resources};
 use crate::pve::drive::owner_of;
+use crate::pve::{self, Meaning};
 
 impl Controller {
     /// Makes sure that a volume is gone.
@@ -53,7 +53,7 @@ impl Controller {
             return Err(Error::precondition(format!("{step}: refused while in use: {}", all.join("; "))));
         }
         region.check_owner_is_no_vm(handle, begun).await.map_err(|error| error.during(&step))?;
-        region.check_no_doubt(&handle.volid()).await?;
+        region.check_no_doubt(handle, None).await?;
         let mut freed = region.free(&host, &handle.storage, &handle.volid()).await;
         if freed.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
             // Asking again is the look: a volume that is gone is OK, or said to be missing.
@@ -67,7 +67,11 @@ impl Controller {
         }
         match freed {
             Err(error) if error.meaning() != Meaning::NoSuchVolume => Err(Error::from(error).during(&step)),
-            _ => {
+            missing => {
+                if let Err(error) = missing {
+                    // Said of a zvol without its logical unit, too: the disk would stay for ever.
+                    region.check_unlisted(&host, handle, &error).await.map_err(|error| error.during(&step))?;
+                }
                 proto::info!("{step}: done");
                 self.forget_tried(handle);
                 region.forget_modified(handle);
@@ -110,17 +114,30 @@ impl Region {
     /// Whether Proxmox says so, and its storage does not list it either: a file that is there and cannot be read is said to have no
     /// format, as one that is missing. What cannot be told is not gone.
     async fn is_gone(&self, host: &str, handle: &VolumeHandle) -> bool {
-        let volid = handle.volid();
-        let looked = self.volume_size(host, &handle.storage, &volid).await;
-        if !looked.is_err_and(|error| error.meaning() == Meaning::NoSuchVolume) {
-            return false;
+        match self.volume_size(host, &handle.storage, &handle.volid()).await {
+            Err(error) if error.meaning() == Meaning::NoSuchVolume => self.check_unlisted(host, handle, &error).await.is_ok(),
+            _ => false,
         }
+    }
+
+    /// What Proxmox says is missing is not in its storage's listing either.
+    ///
+    /// # Errors
+    /// It is; or Proxmox's.
+    async fn check_unlisted(&self, host: &str, handle: &VolumeHandle, missing: &pve::Error) -> Result<(), Error> {
         // Storages list by the owner in the name.
-        let Some(owner) = owner_of(&handle.disk) else { return true };
+        let Some(owner) = owner_of(&handle.disk) else { return Ok(()) };
         let request = api::content(host, &handle.storage, owner);
         let call = request.name();
-        let listed = self.client().call(request).await.and_then(|data| api::read_content(&call, &data));
-        listed.is_ok_and(|listed| !listed.contains_key(&volid))
+        let listed = self.client().call(request).await.and_then(|data| api::read_content(&call, &data))?;
+        if !listed.contains_key(&handle.volid()) {
+            return Ok(());
+        }
+        Err(Error::precondition(format!(
+            "{missing}, and storage {:?} lists it all the same: a file that cannot be read, or a zvol without its logical unit; look at it on \
+             Proxmox node {host} (pvesm list {}), and delete it there by hand",
+            handle.storage, handle.storage
+        )))
     }
 
     /// Proxmox gives a volume to the VM of the number in its name: its own disk, perhaps, though no config says so now.

@@ -25,6 +25,9 @@ use crate::pve::{self, Meaning};
 /// Looks at a VM whose drives change between its state and its config, before what is odd is believed.
 const MAX_LOOKS: usize = 4;
 
+/// Storages whose volumes QEMU opens as files or block devices of its Proxmox node: what it opens in other ways it does not lock.
+const LOCKED_BY_QEMU: [&str; 5] = ["btrfs", "dir", "lvm", "lvmthin", "zfspool"];
+
 /// How much of each VM is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Depth {
@@ -159,6 +162,20 @@ impl Region {
         Ok(if listed.any(|storage| storage.shared) { Reach::Shared } else { Reach::Local })
     }
 
+    /// Whether no second QEMU can have the volume open for writing. QEMU locks an image file or block device when it plugs it, against
+    /// every other process of the same Proxmox node (reference/proxmox-api.md, §12.1 and §15), and only VMs of that node reach a local
+    /// storage. A second drive is one that Proxmox calls attached and QEMU does not have: that is seen before anybody asks this.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub(crate) async fn qemu_keeps_others_off(&self, handle: &VolumeHandle) -> Result<bool, Error> {
+        if self.reach(handle).await? != Reach::Local {
+            return Ok(false);
+        }
+        let plugintype = self.plugintype(&handle.storage).await?;
+        Ok(plugintype.is_some_and(|plugintype| LOCKED_BY_QEMU.contains(&plugintype.as_str())))
+    }
+
     /// The Proxmox nodes whose VMs could hold the volume.
     async fn hosts_in_reach(&self, handle: &VolumeHandle, resources: &Resources) -> Result<Vec<String>, Error> {
         Ok(match self.reach(handle).await? {
@@ -236,18 +253,23 @@ impl Region {
         if references.iter().any(refuses) { self.references(handle, Instant::now(), except, depth).await } else { Ok(references) }
     }
 
-    /// After our own write, where no other controller of the Lease can have written: who has got the volume by hand or from another
-    /// cluster since the VMs were read. One call per node, and a VM is read only if there is something new in it. What a stopped VM
-    /// got into its config is not seen so: it has no QEMU that could write.
+    /// After our own write, which was done at `since`, where no other controller of the Lease can have written: who has got the volume by
+    /// hand or from another cluster since the VMs were read. One call per node, and a VM is read only if there is something new in it. What
+    /// a stopped VM got into its config is not seen so: it has no QEMU that could write.
+    ///
+    /// Nobody is asked where QEMU itself refuses a second writer: that we have it plugged says that nobody else has.
     ///
     /// # Errors
     /// As [`Region::references`].
-    pub(crate) async fn newcomers(self: &Arc<Self>, handle: &VolumeHandle, except: u32) -> Result<Vec<Reference>, Error> {
-        let (begun, volid) = (Instant::now(), handle.volid());
+    pub(crate) async fn newcomers(self: &Arc<Self>, handle: &VolumeHandle, except: u32, since: Instant) -> Result<Vec<Reference>, Error> {
+        if self.qemu_keeps_others_off(handle).await? {
+            return Ok(Vec::new());
+        }
+        let volid = handle.volid();
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         let is_off = |resources: &Resources, host: &String| resources.hosts.get(host).is_some_and(|status| status == "offline");
         let hosts = self.hosts_in_reach(handle, &resources).await?;
-        let listed = self.states_of(hosts.into_iter().filter(|host| !is_off(&resources, host)).collect(), begun).await?;
+        let listed = self.states_of(hosts.into_iter().filter(|host| !is_off(&resources, host)).collect(), since).await?;
         let (mut found, mut reading) = (Vec::new(), JoinSet::new());
         let mut missed: BTreeMap<u32, String> = BTreeMap::new();
         if self.reach(handle).await? != Reach::Local {
@@ -258,7 +280,7 @@ impl Region {
         }
         for (vmid, host) in missed.into_iter().filter(|(vmid, _)| *vmid != except) {
             let (region, volid, state) = (Arc::clone(self), volid.clone(), VmState { running: true, ..VmState::default() });
-            reading.spawn(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await });
+            reading.spawn(async move { region.references_of(vmid, host, state, &volid, since, Depth::Plugged).await });
         }
         for (host, states) in listed {
             let states = match states {
@@ -274,7 +296,7 @@ impl Region {
                     continue;
                 }
                 let (region, volid, host) = (Arc::clone(self), volid.clone(), host.clone());
-                reading.spawn(carried(async move { region.references_of(vmid, host, state, &volid, begun, Depth::Plugged).await }));
+                reading.spawn(carried(async move { region.references_of(vmid, host, state, &volid, since, Depth::Plugged).await }));
             }
         }
         while let Some(read) = reading.join_next().await {

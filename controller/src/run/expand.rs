@@ -94,7 +94,7 @@ impl Region {
             }
             match self.resize(&vm.host, vm.vmid, key, target, &known.config.digest).await {
                 Ok(()) => {
-                    self.note_size(&volid, target);
+                    self.note_size(handle, target);
                     proto::info!("expand {handle}: {target} bytes as {key} of VM {}", vm.vmid);
                     return Ok(Expanded { capacity_bytes: target });
                 }
@@ -171,7 +171,11 @@ impl Region {
         let due = deadline::of_caller().unwrap_or_else(|| Instant::now() + LOCK_WAIT);
         let mut since = since;
         loop {
-            let known = self.config(&vm.host, vm.vmid, since).await?;
+            let mut known = self.config(&vm.host, vm.vmid, since).await?;
+            if known.config.digest.is_empty() {
+                // A change of ours came after that reading: without a digest Proxmox would write onto whatever is there.
+                known = self.config(&vm.host, vm.vmid, Instant::now()).await?;
+            }
             let lock = known.config.configured("lock");
             let seen = self.note_lock(vm.vmid, lock);
             match lock {

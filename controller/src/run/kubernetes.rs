@@ -239,7 +239,7 @@ impl Region {
     /// # Errors
     /// It does not answer.
     pub(super) async fn region_of_machine(&self, node: &NodeId) -> Result<Option<String>, Error> {
-        let (Some(kube), NodeId::Name(name)) = (&self.kube, node) else { return Ok(None) };
+        let (Some(kube), NodeId::Name(name) | NodeId::Vmid(name, _)) = (&self.kube, node) else { return Ok(None) };
         let machine = kube.machine(name).await.map_err(Error::unavailable)?;
         Ok(machine.and_then(|machine| self.machine_is(&machine).err()))
     }

@@ -198,7 +198,7 @@ impl Region {
         let mut all = BTreeMap::new();
         for pv in kube.pvs().await.map_err(Error::unavailable)?.iter() {
             let Some(handle) = pv.handle.parse::<VolumeHandle>().ok().filter(|handle| handle.region == self.name) else { continue };
-            let (size_bytes, condition) = (self.noted_size(&handle.volid()), condition(&Place::Unread(why.into()), &[]));
+            let (size_bytes, condition) = (self.noted_size(&handle), condition(&Place::Unread(why.into()), &[]));
             all.insert(handle.clone(), Listed { handle, size_bytes, nodes: Vec::new(), condition });
         }
         for node in nodes {
@@ -295,7 +295,7 @@ impl Region {
                 // Another owner's, or made by others since its storage was listed; or gone.
                 None => self.place(&handle).await?,
             };
-            let size_bytes = self.noted_size(&handle.volid());
+            let size_bytes = self.noted_size(&handle);
             let condition = if place == Place::Fine { Condition::default() } else { condition(&place, &[]) };
             found.volumes.insert(key, Listed { handle, size_bytes, nodes: Vec::new(), condition });
         }

@@ -297,7 +297,7 @@ impl Region {
     }
 
     /// The storage's plugin as Proxmox names it, where it is shown.
-    async fn plugintype(&self, storage: &str) -> Result<Option<String>, Error> {
+    pub(super) async fn plugintype(&self, storage: &str) -> Result<Option<String>, Error> {
         let resources = self.resources(ago(EVIDENCE_AGE)).await?;
         let found = resources.storages.iter().find(|one| one.storage == storage && !one.plugin.is_empty());
         Ok(found.map(|one| one.plugin.clone()))

@@ -96,10 +96,15 @@ impl Region {
         let handle = &request.handle;
         match self.submit(&vm, Wish::Attach(Arc::clone(&request))).await? {
             Done::Attached { lun, drive, vm, written } => {
+                let since = written.unwrap_or_else(Instant::now);
                 // New, or ours and never looked after: its answer was lost, or that look failed.
-                let is_fresh = written.is_some() || self.doubted_vm(&handle.volid()) == Some(vm.vmid);
-                if is_fresh {
-                    self.settle_rivals(handle, &vm, written.unwrap_or_else(Instant::now)).await?;
+                if written.is_some() || self.is_unlooked(handle, vm.vmid) {
+                    self.settle_rivals(handle, &vm, since).await?;
+                } else if !self.was_found_alone(handle, vm.vmid) {
+                    // Another controller's, one before us perhaps: whether that one looked nobody knows, nor whether it said OK.
+                    if let Some(rival) = self.rival(handle, &vm, since, true).await? {
+                        return Err(held_elsewhere(&rival));
+                    }
                 }
                 self.published(&request, &vm, lun, &drive).await
             }
@@ -137,13 +142,13 @@ impl Region {
 
     /// Held elsewhere: what an earlier try of ours wrote into this VM and never looked after must not stay beside it.
     async fn refused(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, error: Error) -> Error {
-        if error.code != Code::FailedPrecondition || self.doubted_vm(&handle.volid()) != Some(vm.vmid) {
+        if error.code != Code::FailedPrecondition || !self.is_unlooked(handle, vm.vmid) {
             return error;
         }
         proto::warn!("attach {handle}: {}: what an earlier try wrote into VM {} is taken back", error.text, vm.vmid);
         let taken = match self.detach(handle, vm).await {
             // Settled only if it cannot come any more.
-            Ok(()) => self.check_no_doubt(&handle.volid()).await,
+            Ok(()) => self.check_no_doubt(handle, None).await,
             failed => failed,
         };
         match taken {
@@ -194,14 +199,7 @@ impl Region {
                 self.note_leftover(handle, other.vmid);
             }
         }
-        self.check_no_doubt_elsewhere(handle, vmid).await
-    }
-
-    async fn check_no_doubt_elsewhere(&self, handle: &VolumeHandle, vmid: u32) -> Result<(), Error> {
-        if self.doubted_vm(&handle.volid()).is_some_and(|doubted| doubted != vmid) {
-            return self.check_no_doubt(&handle.volid()).await;
-        }
-        Ok(())
+        self.check_no_doubt(handle, Some(vmid)).await
     }
 
     /// Whether a volume that Proxmox could not find is really missing (zfs says so of slow device links, too).
@@ -216,41 +214,44 @@ impl Region {
         }
     }
 
-    /// Our claim is in the config since `written`. Another controller may have written its own at the same moment: of two, the higher VMID
-    /// takes its own out again, and the lower waits for that, and yields too if the other stays.
-    async fn settle_rivals(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, written: Instant) -> Result<(), Error> {
-        let (begun, mut since) = (Instant::now(), written);
+    /// Who else has the volume, now that this VM has had it since `since`.
+    async fn rival(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, since: Instant, is_first: bool) -> Result<Option<Reference>, Error> {
         // With the Lease that other one is not of this Lease, and all VMs need not be read for it.
-        let mut newcomers = match self.has_lease() {
+        let newcomers = match is_first && self.has_lease() {
             true => {
-                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid));
+                let (was_alone, newcomers) = tokio::join!(self.was_alone(), self.newcomers(handle, vm.vmid, since));
                 was_alone.then_some(newcomers)
             }
             false => None,
         };
+        let references = match newcomers {
+            Some(newcomers) => newcomers?,
+            None => self.references(handle, since, Some(vm.vmid), Depth::Config).await?,
+        };
+        Ok(references.into_iter().find(Reference::counts))
+    }
+
+    /// Our claim is in the config since `written`. Another controller may have written its own at the same moment: of two, the higher VMID
+    /// takes its own out again, and the lower waits for that, and yields too if the other stays.
+    async fn settle_rivals(self: &Arc<Self>, handle: &VolumeHandle, vm: &Vm, written: Instant) -> Result<(), Error> {
+        let (begun, mut since, mut is_first) = (Instant::now(), written, true);
         loop {
-            let references = match newcomers.take() {
-                Some(newcomers) => newcomers,
-                None => self.references(handle, since, Some(vm.vmid), Depth::Config).await,
-            };
-            let rival = match references {
-                Ok(references) => references.into_iter().find(Reference::counts),
+            let rival = match self.rival(handle, vm, since, is_first).await {
+                Ok(rival) => rival,
                 Err(error) => {
                     // Who cannot look again must not stay.
                     self.detach(handle, vm).await?;
-                    self.settle(&handle.volid());
                     return Err(error);
                 }
             };
             let Some(rival) = rival else { return Ok(()) };
             if vm.vmid < rival.vmid && begun.elapsed() < RIVAL_WAIT {
                 tokio::time::sleep(RIVAL_POLL).await;
-                since = Instant::now();
+                (since, is_first) = (Instant::now(), false);
                 continue;
             }
             proto::warn!("attach {handle}: {rival}: our own attachment to VM {} is taken back", vm.vmid);
             self.detach(handle, vm).await?;
-            self.settle(&handle.volid());
             return Err(held_elsewhere(&rival));
         }
     }
@@ -268,25 +269,27 @@ impl Region {
         let plugintype = self.plugintype(&request.handle.storage).await?.unwrap_or_default();
         let zeroed = is_zeroed(&plugintype, &request.handle.disk);
         context.extend(zeroed.map(|zeroed| (publish_context::ZEROED.to_string(), String::from(if zeroed { "1" } else { "0" }))));
-        context.extend(self.size_of(drive, vm, lun).await.map(|bytes| (publish_context::SIZE_BYTES.to_string(), bytes.to_string())));
+        context.extend(
+            self.size_of(&request.handle, drive, vm, lun).await.map(|bytes| (publish_context::SIZE_BYTES.to_string(), bytes.to_string())),
+        );
         if request.resize_required {
             context.insert(publish_context::RESIZE_REQUIRED.into(), "true".into());
         }
-        self.settle(&request.handle.volid());
+        self.note_looked_after(&request.handle, vm.vmid);
         Ok(Published { publish_context: context })
     }
 }
 
 impl Region {
     /// As the drive says, or as we made it; one that we attached for another controller's volume is in the VM's config by now.
-    async fn size_of(&self, drive: &Drive, vm: &Vm, lun: u8) -> Option<u64> {
-        if let Some(size) = drive.size_bytes().or_else(|| self.noted_size(&drive.volid)) {
+    async fn size_of(&self, handle: &VolumeHandle, drive: &Drive, vm: &Vm, lun: u8) -> Option<u64> {
+        if let Some(size) = drive.size_bytes().or_else(|| self.noted_size(handle)) {
             return Some(size);
         }
         let known = self.config(&vm.host, vm.vmid, Instant::now()).await.ok()?;
         let drive: Drive = known.config.configured(&attach::slot(lun)).filter(|line| volume_of(line) == drive.volid)?.parse().ok()?;
         let size = drive.size_bytes()?;
-        self.keep_size(&drive.volid, size);
+        self.keep_size(handle, size);
         Some(size)
     }
 }

@@ -60,7 +60,7 @@ impl Wish {
 /// What became of it.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// It is in this slot of this VM; and when our write was done, if we wrote it just now.
+    /// It is in this slot of this VM; and since when at the latest, if this call wrote it, or tried to.
     Attached { lun: u8, drive: Box<Drive>, vm: Vm, written: Option<Instant> },
     /// No view of the VM has it.
     Detached,

@@ -12,16 +12,18 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
 use super::claim::Claims;
-use super::doubt::Doubt;
+use super::doubt::{DOUBT_AGE, Doubts};
 use super::list::Listings;
 use super::modify::Modified;
 use super::queue::Queue;
 use crate::attach;
+use crate::error::Error;
 use crate::kube::Kube;
 use crate::look::metrics::{self, Lock};
 use crate::pve::api::{self, Change, Resources, VmState};
 use crate::pve::drive::{Line, VmConfig, is_drive_key, volume_of};
-use crate::pve::{self, Client};
+use crate::pve::{self, Client, Meaning};
+use crate::reading::Reading;
 
 /// Evidence of who holds a volume may be this old (docs/architecture.md, decision 5). The cluster snapshot, too.
 pub(crate) const EVIDENCE_AGE: Duration = Duration::from_secs(60);
@@ -98,11 +100,15 @@ pub(super) struct VmSlot {
     pub(super) queue: Queue,
     /// The `lock` of its config, and when it was first seen.
     pub(super) lock: Mutex<Option<(String, SystemTime)>>,
+    /// Slots with a removal whose answer was lost, and when.
+    late_removals: Mutex<BTreeMap<u8, Instant>>,
     /// Held from the look to the verified end of a change.
     changing: Arc<AsyncMutex<()>>,
     pub(super) known: AsyncMutex<Option<Known>>,
     /// Volumes that the last finished reading named: who only wonders waits for no reading that goes on.
     named: Mutex<BTreeSet<String>>,
+    /// Of those, the ones whose attachment here we have answered OK.
+    alone: Mutex<BTreeSet<String>>,
     /// Slots where QEMU keeps leftovers until the VM restarts, and the process that keeps them.
     pub(super) leaked: Mutex<(Option<u64>, BTreeSet<u8>)>,
 }
@@ -122,7 +128,7 @@ pub(crate) struct Rules {
     pub(crate) capmox: bool,
 }
 
-type StatesOfHost = Arc<AsyncMutex<Option<(Instant, BTreeMap<u32, VmState>)>>>;
+type StatesOfHost = Arc<Reading<BTreeMap<u32, VmState>>>;
 
 /// One Proxmox cluster.
 #[derive(Debug)]
@@ -134,7 +140,7 @@ pub(crate) struct Region {
     rules: Mutex<Rules>,
     /// Who says what was attached to VMs that cannot be read.
     pub(super) kube: Option<Arc<Kube>>,
-    resources: AsyncMutex<Option<(Instant, Arc<Resources>)>>,
+    resources: Reading<Arc<Resources>>,
     /// The same, for who only looks and never waits.
     pub(super) last_resources: Mutex<Option<(Instant, Arc<Resources>)>>,
     states: Mutex<HashMap<String, StatesOfHost>>,
@@ -142,9 +148,9 @@ pub(crate) struct Region {
     pub(super) vms: Mutex<BTreeMap<u32, Arc<VmSlot>>>,
     pub(super) containers: Mutex<HashMap<u32, ContainerSlot>>,
     delayed: Mutex<HashMap<String, Arc<Semaphore>>>,
-    pub(super) sees_all_vms: AsyncMutex<Option<Instant>>,
-    pub(super) quorate: AsyncMutex<Option<(Instant, bool)>>,
-    pub(super) doubts: Arc<Mutex<HashMap<String, Doubt>>>,
+    pub(super) sees_all_vms: Reading<(), Error>,
+    pub(super) quorate: Reading<bool, Error>,
+    pub(super) doubts: Arc<Mutex<Doubts>>,
     /// Proxmox node → when no change of an earlier controller was seen to go on there.
     pub(super) quiet: Mutex<HashMap<String, Instant>>,
     /// Proxmox node → when it was first seen offline.
@@ -155,7 +161,8 @@ pub(crate) struct Region {
     pub(super) names: Mutex<BTreeMap<u32, String>>,
     /// The most nodes that were ever seen: a list with one is not a host alone, then.
     pub(super) most_hosts: Mutex<usize>,
-    sizes: Mutex<HashMap<String, u64>>,
+    /// Zone and volid → bytes.
+    sizes: Mutex<HashMap<(String, String), u64>>,
     pub(super) listings: Listings,
     pub(super) modified: Mutex<Modified>,
     pub(super) claims: Claims,
@@ -181,14 +188,14 @@ impl Region {
             client: Mutex::new(Arc::new(client)),
             rules: Mutex::new(rules),
             kube,
-            resources: AsyncMutex::default(),
+            resources: Reading::default(),
             last_resources: Mutex::default(),
             states: Mutex::default(),
             vms: Mutex::default(),
             containers: Mutex::default(),
             delayed: Mutex::default(),
-            sees_all_vms: AsyncMutex::default(),
-            quorate: AsyncMutex::default(),
+            sees_all_vms: Reading::default(),
+            quorate: Reading::default(),
             doubts: Arc::default(),
             quiet: Mutex::default(),
             offline_since: Mutex::default(),
@@ -264,6 +271,15 @@ impl Region {
         leaked.1.clone()
     }
 
+    /// Slots out of which a removal may yet be carried out: with the same drive there again, the config would be the one it is meant for.
+    #[must_use]
+    pub(super) fn late_removals(&self, vmid: u32) -> BTreeSet<u8> {
+        let slot = self.vm(vmid);
+        let mut late = locked(&slot.late_removals);
+        late.retain(|_, since| since.elapsed() < DOUBT_AGE);
+        late.keys().copied().collect()
+    }
+
     /// Notes such a slot, of the process last asked about.
     pub(crate) fn leak(&self, vmid: u32, lun: u8) {
         locked(&self.vm(vmid).leaked).1.insert(lun);
@@ -274,27 +290,25 @@ impl Region {
     /// # Errors
     /// Proxmox's.
     pub(crate) async fn resources(&self, since: Instant) -> Result<Arc<Resources>, pve::Error> {
-        let mut held = self.resources.lock().await;
-        if let Some((_, resources)) = held.as_ref().filter(|(read_at, _)| *read_at >= since) {
-            return Ok(Arc::clone(resources));
-        }
-        let (read_at, request) = (Instant::now(), api::resources());
-        let call = request.name();
-        let resources = Arc::new(api::read_resources(&call, &self.client().call(request).await?)?);
-        self.note_hosts(&resources);
-        *locked(&self.last_resources) = Some((read_at, Arc::clone(&resources)));
-        *held = Some((read_at, Arc::clone(&resources)));
-        Ok(resources)
+        let read = async {
+            let (read_at, request) = (Instant::now(), api::resources());
+            let call = request.name();
+            let resources = Arc::new(api::read_resources(&call, &self.client().call(request).await?)?);
+            self.note_hosts(&resources);
+            *locked(&self.last_resources) = Some((read_at, Arc::clone(&resources)));
+            Ok(resources)
+        };
+        self.resources.since(since, read).await
     }
 
     /// A node that was said to be there is not: the next one who asks reads again.
     pub(super) async fn distrust_resources(&self) {
-        *self.resources.lock().await = None;
+        self.resources.distrust().await;
     }
 
     #[cfg(test)]
     pub(super) async fn put_resources(&self, read_at: Instant, resources: Resources) {
-        *self.resources.lock().await = Some((read_at, Arc::new(resources)));
+        self.resources.put(read_at, Arc::new(resources)).await;
     }
 
     /// The VMs of a node, whether they run and what is plugged, read since `since`.
@@ -303,15 +317,12 @@ impl Region {
     /// Proxmox's.
     pub(crate) async fn states(&self, host: &str, since: Instant) -> Result<BTreeMap<u32, VmState>, pve::Error> {
         let cell = Arc::clone(locked(&self.states).entry(host.into()).or_default());
-        let mut held = cell.lock().await;
-        if let Some((_, states)) = held.as_ref().filter(|(read_at, _)| *read_at >= since) {
-            return Ok(states.clone());
-        }
-        let (read_at, request) = (Instant::now(), api::vm_states(host));
-        let call = request.name();
-        let states = api::read_vm_states(&call, &self.client().call(request).await?)?;
-        *held = Some((read_at, states.clone()));
-        Ok(states)
+        let read = async {
+            let request = api::vm_states(host);
+            let call = request.name();
+            api::read_vm_states(&call, &self.client().call(request).await?)
+        };
+        cell.since(since, read).await
     }
 
     /// One VM's state now; the list of its node is kept true with it.
@@ -323,13 +334,26 @@ impl Region {
         let call = request.name();
         let state = api::read_vm_state(&call, &self.client().call(request).await?)?;
         let cell = Arc::clone(locked(&self.states).entry(host.into()).or_default());
-        if let Some((_, states)) = cell.lock().await.as_mut() {
-            states.insert(vmid, state.clone());
-        }
+        cell.amend(|states| drop(states.insert(vmid, state.clone()))).await;
+        self.note_seen(vmid, &state).await;
+        Ok(state)
+    }
+
+    /// One VM's state by the list of its node, read since `since`; nothing where it is not listed, or QEMU did not answer.
+    ///
+    /// # Errors
+    /// Proxmox's.
+    pub(crate) async fn listed_state(&self, host: &str, vmid: u32, since: Instant) -> Result<Option<VmState>, pve::Error> {
+        let Some(state) = self.states(host, since).await?.remove(&vmid).filter(|state| state.plugged.is_some()) else { return Ok(None) };
+        self.note_seen(vmid, &state).await;
+        Ok(Some(state))
+    }
+
+    /// A slot that was seen empty holds something new when it is seen filled.
+    async fn note_seen(&self, vmid: u32, state: &VmState) {
         if let (Some(known), Some(plugged)) = (self.vm(vmid).known.lock().await.as_mut(), &state.plugged) {
             known.seen.iter_mut().for_each(|(_, seen)| seen.retain(|key| plugged.contains(key)));
         }
-        Ok(state)
     }
 
     /// A VM's config, read since `since`.
@@ -449,12 +473,32 @@ impl Region {
         named
     }
 
+    /// Notes that the volume's attachment to this VM was answered OK.
+    pub(super) fn note_alone(&self, handle: &VolumeHandle, vmid: u32) {
+        let slot = self.vm(vmid);
+        let mut alone = locked(&slot.alone);
+        // No more than a VM can have.
+        alone.retain(|volid| locked(&slot.named).contains(volid));
+        alone.insert(handle.volid());
+    }
+
+    /// It is not there any more.
+    pub(super) fn forget_alone(&self, handle: &VolumeHandle, vmid: u32) {
+        locked(&self.vm(vmid).alone).remove(&handle.volid());
+    }
+
+    /// Whether we have answered the volume's attachment to this VM OK.
+    pub(super) fn was_found_alone(&self, handle: &VolumeHandle, vmid: u32) -> bool {
+        locked(&self.vm(vmid).alone).contains(&handle.volid())
+    }
+
     /// Forgets a VM that is gone.
     pub(crate) async fn forget(&self, vmid: u32) {
         // Not its slot: others may wait there.
         let slot = self.vm(vmid);
         *slot.known.lock().await = None;
         locked(&slot.named).clear();
+        locked(&slot.alone).clear();
     }
 
     /// Changes drives of a VM and waits for the task. The reading of the VM is kept true.
@@ -464,10 +508,18 @@ impl Region {
     pub(crate) async fn change(&self, host: &str, vmid: u32, change: &Change, digest: &str) -> Result<(), pve::Error> {
         let least = self.vm(vmid).known.lock().await.as_ref().map_or(Duration::ZERO, |known| known.least(change));
         let done = self.send_change(host, vmid, change, digest, least).await;
+        if done.as_ref().is_err_and(|error| error.meaning() == Meaning::OutcomeUnknown) {
+            let late = change.delete.iter().filter_map(|key| Some((attach::lun_of(key)?, Instant::now())));
+            locked(&self.vm(vmid).late_removals).extend(late);
+        }
         if let Some(known) = self.vm(vmid).known.lock().await.as_mut() {
             known.config.digest.clear();
             match done {
-                Ok(()) => note_change(&mut known.config, change),
+                Ok(()) => {
+                    note_change(&mut known.config, change);
+                    // By its digest it is ours, and nothing new to who looks for what others plugged.
+                    known.seen.iter_mut().for_each(|(_, seen)| seen.extend(change.set.keys().cloned()));
+                }
                 Err(_) => known.is_stale = true,
             }
             known.note_named(&self.vm(vmid));
@@ -510,24 +562,26 @@ impl Region {
     }
 
     /// Notes the size of a volume that we made or grew.
-    pub(crate) fn note_size(&self, volid: &str, bytes: u64) {
-        self.listings.note_changed(volid);
-        self.keep_size(volid, bytes);
+    pub(crate) fn note_size(&self, handle: &VolumeHandle, bytes: u64) {
+        self.listings.note_changed(&handle.volid());
+        self.keep_size(handle, bytes);
     }
 
     /// Notes the size of a volume as it was read.
-    pub(crate) fn keep_size(&self, volid: &str, bytes: u64) {
+    pub(crate) fn keep_size(&self, handle: &VolumeHandle, bytes: u64) {
+        let key = (self.zone_of(handle), handle.volid());
         let mut sizes = locked(&self.sizes);
         if sizes.len() >= MAX_SIZES {
             sizes.clear();
         }
-        sizes.insert(volid.into(), bytes);
+        sizes.insert(key, bytes);
     }
 
     /// The size of a volume, where it was noted.
     #[must_use]
-    pub(crate) fn noted_size(&self, volid: &str) -> Option<u64> {
-        locked(&self.sizes).get(volid).copied()
+    pub(crate) fn noted_size(&self, handle: &VolumeHandle) -> Option<u64> {
+        let key = (self.zone_of(handle), handle.volid());
+        locked(&self.sizes).get(&key).copied()
     }
 
     /// Frees a volume and waits for the task.
@@ -610,5 +664,40 @@ mod tests {
         drop(reading);
         region.forget(102).await;
         assert!(region.named_beside(101, &volids).is_empty());
+    }
+
+    /// Twenty ask, and whoever answers for Proxmox hangs up: the one who reads and one more find that out for all.
+    #[tokio::test]
+    async fn a_proxmox_that_is_down_is_found_out_once_for_all_who_wait() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/api2/json", listener.local_addr().unwrap());
+        let connections = Arc::<std::sync::atomic::AtomicUsize>::default();
+        let count = Arc::clone(&connections);
+        std::thread::spawn(move || {
+            while listener.accept().is_ok() {
+                count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            }
+        });
+        let credentials = Credentials::Token { id: "csi@pve!csi".into(), secret: Secret::new("x".into()) };
+        let cluster = ClusterConfig { region: "r".into(), urls: vec![url], trust: Trust::System, credentials, fenced: BTreeSet::new() };
+        let region = Arc::new(Region::new("r".into(), Client::new(&cluster, None), Rules::default(), None));
+        let mut asking = tokio::task::JoinSet::new();
+        for _ in 0..20 {
+            for what in 0..4 {
+                let region = Arc::clone(&region);
+                asking.spawn(async move {
+                    match what {
+                        0 => region.resources(Instant::now()).await.is_err(),
+                        1 => region.states("pve1", Instant::now()).await.is_err(),
+                        2 => region.is_quorate(Instant::now()).await.is_err(),
+                        _ => region.check_sees_all_vms().await.is_err(),
+                    }
+                });
+            }
+        }
+        assert!(asking.join_all().await.iter().all(|failed| *failed));
+        // Four things, two tries of each, and a read whose connection broke is sent once more.
+        let tried = connections.load(std::sync::atomic::Ordering::SeqCst);
+        assert!(tried <= 4 * 2 * 2, "{tried} connections for 80 who asked");
     }
 }

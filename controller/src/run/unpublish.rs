@@ -38,15 +38,15 @@ impl Controller {
             None => region.holders(&request.handle).await?,
         };
         // A doubt about another VM than the one asked for is that one's matter.
-        let doubted = region.doubted_vm(&request.handle.volid());
-        let is_elsewhere = request.node.is_some() && !vms.is_empty() && !vms.iter().any(|vm| Some(vm.vmid) == doubted);
+        let doubted = region.doubted_vms(&request.handle);
+        let is_elsewhere = request.node.is_some() && !vms.is_empty() && !vms.iter().any(|vm| doubted.contains(&vm.vmid));
         let _claim = region.claim(&request.handle).await?;
         for vm in vms {
             let step = format!("detach {} from VM {} on {}", request.handle, vm.vmid, vm.host);
             region.remove_leftovers_beside(&request.handle, &vm).await;
             region.unpublish(&request.handle, &vm).await.map_err(|error| error.during(&step))?;
         }
-        if is_elsewhere { Ok(()) } else { region.check_no_doubt(&request.handle.volid()).await }
+        if is_elsewhere { Ok(()) } else { region.check_no_doubt(&request.handle, None).await }
     }
 }
 
@@ -85,7 +85,7 @@ impl Controller {
                     holder.key
                 ),
             }),
-            None if region.doubted_vm(&handle.volid()) == Some(vm.vmid) => Err(why.during(&step())),
+            None if region.doubted_vms(handle).contains(&vm.vmid) => Err(why.during(&step())),
             None => {
                 proto::info!("detach {handle}: {}; it does not have it", why.text);
                 Ok(Some(None))

@@ -270,7 +270,8 @@ fn ssd_adds_noatime_and_an_explicit_flag_wins() {
 #[test]
 fn publish_of_each_kind() {
     let mut request = publish();
-    assert_eq!(PublishRequest::new(&request, &folders()).unwrap().source, PublishSource::Staging(STAGING.into()));
+    let PublishSource::Staging(staged) = PublishRequest::new(&request, &folders()).unwrap().source else { panic!() };
+    assert_eq!((staged.path, staged.disk.lun), (STAGING.into(), Some(1)));
     request.readonly = true;
     assert!(PublishRequest::new(&request, &folders()).unwrap().read_only);
     request.readonly = false;

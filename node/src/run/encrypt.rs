@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 use super::Node;
 use super::mapping::{self, Medium, read, read_header};
 use super::progress::Deriving;
-use super::slots::{SLOT_DEADLINE, Slot};
+use super::slots::Slot;
 use crate::error::Cause;
 use crate::plan::{self, Surface};
 use crate::request::{Access as Shown, Encryption, Format as MayFormat, Passphrases, StageRequest, Volume};
@@ -22,10 +22,12 @@ use crate::sys::block::{Access, Device};
 use crate::sys::dm::{self, CryptTable};
 use crate::sys::random;
 use crate::sys::scsi::{self, Disk};
-use crate::{format, identity, kill, metrics, probe};
+use crate::{format, identity, kill, probe};
 
 /// dm-crypt's sectors.
 const SECTOR_BYTES: u64 = 512;
+/// What is kept of it, in the log.
+pub(super) const OUTSTANDING: &str = "volumes whose passphrase is still to be replaced";
 /// Random bytes behind a [`luks::Format`]'s noise.
 const NOISE_KEY_BYTES: usize = 64;
 
@@ -94,7 +96,7 @@ impl Node {
             let device = self.open_new(disk, access)?;
             let mut header = read_header(&device)?;
             // Said again, where it still is so.
-            metrics::rotation_outstanding(&want.volume.serial, false);
+            self.rotation_done(&want.volume);
             let key = self.unlock_and_rotate(&want.volume, encryption, disk, &device, &mut header, passphrases)?;
             if !disk.read_only {
                 self.mend(&want.volume, &device, &header)?;
@@ -137,7 +139,9 @@ impl Node {
             }
             (Ok((number, key)), Some(previous)) => {
                 match unchangeable(disk, header) {
-                    Some(why) => outstanding(volume, &format!("a keyslot of the previous passphrase stays, where there is one: {why}")),
+                    Some(why) => {
+                        self.outstanding(volume, &format!("a keyslot of the previous passphrase stays, where there is one: {why}"))
+                    }
                     None => self.remove_previous(volume, device, header, number, previous)?,
                 }
                 return Ok(key);
@@ -151,16 +155,32 @@ impl Node {
             Cause::WrongPassphrase(_) => Cause::WrongPassphrase(format!("{refused}; nor with encryption-passphrase-previous")),
             other => other,
         })?;
-        if let Some(why) = unchangeable(disk, header) {
-            outstanding(volume, &format!("keyslot {old} opens with the previous passphrase only: {why}"));
-            return Ok(key);
+        match unchangeable(disk, header) {
+            Some(why) => self.outstanding(volume, &format!("keyslot {old} opens with the previous passphrase only: {why}")),
+            None => self.rotate(volume, encryption, device, header, (old, &key), [passphrases.current(), previous])?,
         }
-        let (number, writes) = match self.plan_keyslot(encryption, header, passphrases.current(), &key) {
+        Ok(key)
+    }
+
+    /// Replaces the previous passphrase, which has just opened the keyslot `old`, by the current one.
+    fn rotate(
+        &self,
+        volume: &Volume,
+        encryption: &Encryption,
+        device: &Device,
+        header: &mut Header,
+        (old, key): (u8, &VolumeKey),
+        [current, previous]: [&[u8]; 2],
+    ) -> Result<(), Cause> {
+        let (number, writes) = match self.plan_keyslot(encryption, header, current, key) {
             Ok(planned) => planned,
             // Nothing is written yet.
             Err(why) if is_put_off(&why) => {
-                outstanding(volume, &format!("keyslot {old} opens with the previous passphrase only, and the new one gets none: {why}"));
-                return Ok(key);
+                self.outstanding(
+                    volume,
+                    &format!("keyslot {old} opens with the previous passphrase only, and the new one gets none: {why}"),
+                );
+                return Ok(());
             }
             Err(why) => return Err(why),
         };
@@ -168,12 +188,12 @@ impl Node {
         format::execute(device, writes, &self.stop)?;
         kill::inside("keyslot-added");
         *header = read_header(device)?;
-        match self.try_keyslot(header, device, number, passphrases.current()) {
-            Ok(Some(opened)) if opened == key => (),
+        match self.try_keyslot(header, device, number, current) {
+            Ok(Some(opened)) if opened == *key => (),
             // Not waited for again: a call has no time for a second minute. The previous passphrase stays until the new one has been seen to open.
             Err(why @ (Cause::KdfBusy { .. } | Cause::KeyslotCost(_) | Cause::LuksRead(_))) => {
-                outstanding(volume, &format!("keyslot {number} has the new passphrase, and could not be tried: {why}"));
-                return Ok(key);
+                self.outstanding(volume, &format!("keyslot {number} has the new passphrase, and could not be tried: {why}"));
+                return Ok(());
             }
             Err(why) => return Err(why),
             Ok(Some(_) | None) => {
@@ -181,8 +201,7 @@ impl Node {
             }
         }
         proto::info!("{volume}: the new passphrase has keyslot {number}");
-        self.remove_previous(volume, device, header, number, previous)?;
-        Ok(key)
+        self.remove_previous(volume, device, header, number, previous)
     }
 
     /// Another keyslot for the passphrase: its number, and what makes it.
@@ -211,7 +230,10 @@ impl Node {
         let (others, dear): (Vec<u8>, Vec<u8>) =
             header.keyslots.iter().map(|slot| slot.number).filter(|number| *number != keep).partition(|number| affordable.contains(number));
         if !dear.is_empty() {
-            outstanding(volume, &format!("trying keyslots {dear:?} with the previous passphrase, too, would take more than a call may"));
+            self.outstanding(
+                volume,
+                &format!("trying keyslots {dear:?} with the previous passphrase, too, would take more than a call may"),
+            );
         }
         for number in others {
             match self.try_keyslot(header, device, number, previous) {
@@ -219,7 +241,10 @@ impl Node {
                 Ok(None) => continue,
                 // What cannot be tried may be anybody's.
                 Err(cause) if is_put_off(&cause) => {
-                    outstanding(volume, &format!("keyslot {number} could not be tried with the previous passphrase, and stays: {cause}"));
+                    self.outstanding(
+                        volume,
+                        &format!("keyslot {number} could not be tried with the previous passphrase, and stays: {cause}"),
+                    );
                     // The others would each wait as long.
                     if matches!(cause, Cause::KdfBusy { .. }) {
                         break;
@@ -261,7 +286,7 @@ impl Node {
     /// The place of the one key derivation, where there is memory for it. No disk is read or written by who holds it.
     pub(super) fn derive_alone(&self, keyslot: Option<u8>, needs_kib: u64) -> Result<Alone<'_>, Cause> {
         let deriving = Deriving::begin();
-        let alone = self.kdf.take_to_work(SLOT_DEADLINE).map_err(busy)?;
+        let alone = self.kdf.take_to_work(self.kdf.patience()).map_err(busy)?;
         let room = self.memory()?;
         if needs_kib <= room.free_kib {
             return Ok((alone, deriving));
@@ -276,6 +301,32 @@ impl Node {
             ),
         };
         Err(Cause::KeyslotCost(format!("{why}; {room}")))
+    }
+
+    /// The volume is open, by a passphrase that is to go: that is said, and counted, until it is done.
+    fn outstanding(&self, volume: &Volume, why: &str) {
+        self.rotations.set(&volume.serial, true, OUTSTANDING);
+        proto::warn!("{volume}: the replacement of its passphrase is outstanding, and tried again by the next stage: {why}");
+    }
+
+    /// It is not, or nobody has the volume here any more.
+    pub(super) fn rotation_done(&self, volume: &Volume) {
+        self.rotations.set(&volume.serial, false, OUTSTANDING);
+    }
+
+    /// At the start: of what an agent before this one has written down, what is still so. It can be so of a volume that is open only, and none
+    /// is opened by another than us while it is so.
+    pub fn recall_rotations(&self) {
+        match self.opened_volumes() {
+            Ok(open) => self.rotations.keep_only(&open.iter().map(String::as_str).collect::<Vec<_>>(), OUTSTANDING),
+            Err(error) => proto::warn!("{OUTSTANDING} are not known: {error}"),
+        }
+    }
+
+    /// Volumes staged here whose passphrase is still to be replaced; `None`: not known.
+    #[must_use]
+    pub fn rotations_outstanding(&self) -> Option<usize> {
+        self.rotations.count()
     }
 
     /// Lets the mapping have all of its disk, while it is in use. The key is the live one where the kernel gives it out again,
@@ -329,12 +380,6 @@ fn noise() -> Result<impl luks::Noise, Cause> {
     Ok(Material::noise(&key)?)
 }
 
-/// The volume is open, by a passphrase that is to go: that is said, and counted, until it is done.
-fn outstanding(volume: &Volume, why: &str) {
-    metrics::rotation_outstanding(&volume.serial, true);
-    proto::warn!("{volume}: the replacement of its passphrase is outstanding, and tried again by the next stage: {why}");
-}
-
 /// Why no keyslot of it is written; `None`: it can be.
 fn unchangeable(disk: &Disk, header: &Header) -> Option<&'static str> {
     match header.version {
@@ -356,3 +401,6 @@ pub(super) fn busy(cause: Cause) -> Cause {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests;

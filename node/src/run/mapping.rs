@@ -77,6 +77,12 @@ impl Node {
         }
     }
 
+    /// The serials of the volumes that are open here by our name for them.
+    pub(super) fn opened_volumes(&self) -> Result<Vec<String>, sys::Error> {
+        let open = self.mappings()?;
+        Ok(open.iter().filter_map(serial_of).map(str::to_owned).collect())
+    }
+
     /// All mappings, anybody's. A kernel without device-mapper is not asked.
     fn mappings(&self) -> Result<Vec<dm::Mapping>, sys::Error> {
         let there = self.sysfs.join("class/misc/device-mapper");
@@ -277,6 +283,11 @@ fn opened_as(mapping: &dm::Mapping) -> Option<&str> {
     let rest = mapping.uuid.strip_prefix(UUID_BEGIN)?;
     // `2-<32 hex digits>-<name>`
     rest.splitn(3, '-').nth(2)
+}
+
+/// The volume that we opened it for.
+fn serial_of(mapping: &dm::Mapping) -> Option<&str> {
+    opened_as(mapping)?.strip_suffix(NAME_END).filter(|serial| serial.starts_with(identity::OUR_SERIALS))
 }
 
 /// Whether we opened it for this volume.

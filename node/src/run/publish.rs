@@ -3,14 +3,14 @@
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::look::{ShownAt, rdev, usable};
+use super::look::{ShownAt, not_named, rdev, usable};
 use super::mapping::Medium;
 use super::{MAX_TURNS, Node, failed, progress};
 use crate::error::{AtStep, Cause, Error};
 use crate::identity::{self, Found};
 use crate::kill;
 use crate::plan::{self, PublishSeen, PublishStep, Source, Target, UnpublishStep};
-use crate::request::{PublishRequest, PublishSource, UnpublishRequest, Volume};
+use crate::request::{PublishRequest, PublishSource, StagedAt, UnpublishRequest, Volume};
 use crate::sys::scsi;
 use crate::sys::{self, mount};
 
@@ -49,11 +49,18 @@ impl Node {
         let disks = scsi::scan(&self.sysfs)?;
         let real = self.real(&want.target)?;
         let (mut source, medium, staging, is_source_read_only) = match &want.source {
-            PublishSource::Staging(staging) => {
-                let staging = self.real(staging)?;
+            PublishSource::Staging(StagedAt { path, disk }) => {
+                let staging = self.real(path)?;
                 let staged = self.look_staging(&want.volume, staging.as_deref(), &disks)?;
                 let is_read_only = staged.from.as_ref().is_some_and(|(_, mounted)| mounted.read_only);
-                (Source::Staged(staged.mount), staged.from.map(|(medium, _)| medium), staging, is_read_only)
+                // A disk without serial could be this volume's, and be another's all the same: as stage, show none that is not named.
+                let (mount, medium) = match staged.from {
+                    Some((medium, _)) if !identity::fits(disk, &medium.disk) => {
+                        (plan::Mount::Stranger(not_named(&medium.disk, disk)), None)
+                    }
+                    from => (staged.mount, from.map(|(medium, _)| medium)),
+                };
+                (Source::Staged(mount), medium, staging, is_read_only)
             }
             PublishSource::Device(wanted) => {
                 // A legacy disk that is published already shows up as "in use" only where a filesystem is on it.
@@ -71,7 +78,7 @@ impl Node {
             (PublishSource::Device(wanted), Some(medium)) => identity::fits(wanted, &shown.disk) && shown.dev() == medium.dev(),
             (PublishSource::Device(wanted), None) => identity::fits(wanted, &shown.disk),
             (PublishSource::Staging(_), Some(staged)) => shown.dev() == staged.dev(),
-            (PublishSource::Staging(_), None) => true,
+            (PublishSource::Staging(StagedAt { disk, .. }), None) => identity::fits(disk, &shown.disk),
         })?;
         if let (Source::Device(plan::Disk::Ready { .. }), Some(medium), Target::Absent | Target::File | Target::Stale) =
             (&source, &medium, &target)
@@ -96,9 +103,9 @@ impl Node {
             (PublishStep::MakeFolder, _) => Ok(make_folder(&want.target)?),
             (PublishStep::MakeFile, _) => Ok(make_file(&want.target)?),
             (PublishStep::Unmount, _) => Ok(mount::take_away(&want.target)?),
-            (PublishStep::Bind, PublishSource::Staging(staging)) => {
+            (PublishStep::Bind, PublishSource::Staging(staged)) => {
                 let leads = mount::Leads::Into(medium.ok_or_else(gone)?.dev());
-                Ok(mount::bind(staging, leads, &want.target, want.read_only)?)
+                Ok(mount::bind(&staged.path, leads, &want.target, want.read_only)?)
             }
             (PublishStep::Bind, PublishSource::Device(_)) => {
                 let medium = medium.ok_or_else(gone)?;

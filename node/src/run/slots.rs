@@ -27,11 +27,28 @@ pub(super) struct Slots {
     changed: Condvar,
 }
 
+#[cfg(test)]
+impl Slots {
+    /// Who asks from now on is not waited for so long.
+    pub(super) fn be_patient_for(&self, patience: Duration) {
+        self.lock().patience = patience;
+    }
+
+    /// Until so many wait for a place.
+    pub(super) fn await_waiting(&self, count: usize) {
+        while self.lock().waiting.len() != count {
+            std::thread::yield_now();
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Queue {
     /// Less than 0: those who were taken for stuck have come back to their work.
     free: i64,
     next_ticket: u64,
+    /// For a place to work.
+    patience: Duration,
     waiting: VecDeque<u64>,
     holders: Vec<Holder>,
 }
@@ -91,7 +108,7 @@ impl Queue {
 
 impl Slots {
     pub(super) fn new(places: u32) -> Self {
-        let queue = Queue { free: places.into(), next_ticket: 0, waiting: VecDeque::new(), holders: Vec::new() };
+        let queue = Queue { free: places.into(), next_ticket: 0, patience: SLOT_DEADLINE, waiting: VecDeque::new(), holders: Vec::new() };
         Self { queue: Mutex::new(queue), changed: Condvar::new() }
     }
 
@@ -109,6 +126,11 @@ impl Slots {
         let queue = self.lock();
         let pulses = queue.holders.iter().filter_map(|holder| holder.pulse.as_ref());
         pulses.filter(|pulse| pulse.idle(stuck_after).1.is_zero()).count()
+    }
+
+    /// How long who asks for a place to work waits for it.
+    pub(super) fn patience(&self) -> Duration {
+        self.lock().patience
     }
 
     /// A place for work that waits for no disk.
@@ -276,11 +298,6 @@ mod tests {
     #[test]
     fn places_are_given_in_the_order_in_which_they_were_asked_for() {
         let (slots, order) = (Slots::new(1), Mutex::new(Vec::new()));
-        let waiting = |count: usize| {
-            while slots.lock().waiting.len() != count {
-                std::thread::yield_now()
-            }
-        };
         std::thread::scope(|scope| {
             let held = slots.take_to_work(SLOT_DEADLINE).unwrap();
             for number in 0..4 {
@@ -289,7 +306,7 @@ mod tests {
                     let _place = slots.take_to_work(SLOT_DEADLINE).unwrap();
                     order.lock().unwrap().push(number);
                 });
-                waiting(number + 1);
+                slots.await_waiting(number + 1);
             }
             drop(held);
             // One who has just had it comes after those who wait.

@@ -1,6 +1,7 @@
 //! Stage and unstage.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -15,12 +16,11 @@ use crate::format::{self, Ground};
 use crate::identity::{self, Found};
 use crate::kill;
 use crate::label;
-use crate::metrics;
 use crate::plan::{self, Growth, StageSeen, StageStep, Surface, UnstageSeen, UnstageStep};
 use crate::probe;
 use crate::request::{Access, Filesystem, FormatOptions, Passphrases, StageRequest, UnstageRequest, Zeroed};
 use crate::sys::scsi::{self, Disk};
-use crate::sys::{self, Dev, block, dm, mount};
+use crate::sys::{self, Dev, block, dm, mount, mountinfo};
 
 /// What stage remembers between its turns: looks that cost much, and deeds that are tried once.
 struct Memory {
@@ -64,7 +64,8 @@ struct StageLook {
 }
 
 /// Until it is dropped, nobody else mounts that disk.
-struct Alone<'a> {
+#[derive(Debug)]
+pub(super) struct Alone<'a> {
     mounting: &'a Mutex<Vec<Dev>>,
     dev: Dev,
 }
@@ -75,6 +76,8 @@ impl Drop for Alone<'_> {
     }
 }
 
+/// Staging paths that are remembered: a VM has 29 slots, and each of them some history, which goes when there is no more room.
+pub(super) const MAX_STAGED: usize = 256;
 /// Volumes whose unstage has begun and not ended: a VM has 29 slots, and each of them some history.
 const MAX_UNSTAGING: usize = 256;
 
@@ -127,8 +130,14 @@ impl Node {
             let ours = disks.iter().find(|disk| disk.serial.as_deref() == Some(&want.disk.serial));
             let ours = ours.map_or_else(|| "is not there".to_string(), |disk| format!("is {}", identity::name(disk)));
             let what = format!("{what}; this volume's own disk {ours}");
-            let is_unused = !self.is_staged_for_another(want) && self.is_unused_at(other, real)?;
-            mount = if is_unused { plan::Mount::Stale(what) } else { plan::Mount::Stranger(format!("{what}; the other one is in use")) };
+            mount = match self.staged_for_another(want) {
+                Some(serial) => plan::Mount::Stranger(format!(
+                    "{what}; this agent has staged the volume with the serial {serial} there: unstage that one first (kubelet gives each volume a \
+                     path of its own)"
+                )),
+                None if self.is_unused_at(other, real)? => plan::Mount::Stale(what),
+                None => plan::Mount::Stranger(format!("{what}; the other one is in use")),
+            };
         }
         let mut medium = match staged.from {
             Some((medium, _)) if !identity::fits(&want.disk, &medium.disk) => {
@@ -267,7 +276,7 @@ impl Node {
         // Two volumes may claim one legacy disk (stale attachments). So it is mounted by one after the other, each after a look whether
         // another volume has come first.
         let is_legacy = disk.serial.as_deref() != Some(&want.disk.serial);
-        let _alone = if is_legacy { Some(self.mount_alone(disk)?) } else { None };
+        let _alone = if is_legacy { Some(self.mount_alone(disk, SLOT_DEADLINE)?) } else { None };
         if is_legacy {
             match identity::find(&want.disk, &scsi::scan(&self.sysfs)?, &self.in_use(&want.access)?)? {
                 Found::Disk(now) if now.dev == disk.dev => (),
@@ -293,17 +302,25 @@ impl Node {
         Ok(())
     }
 
-    fn remember_staged(&self, want: &StageRequest) {
+    pub(super) fn remember_staged(&self, want: &StageRequest) {
         let mut staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
-        if staged.len() < MAX_UNSTAGING {
+        if staged.len() >= MAX_STAGED {
+            match self.mounts() {
+                // Where nothing is mounted any more, there is nothing to keep: pods that were taken from the node without an unstage.
+                Ok(mounts) => staged.retain(|at, _| matches!(self.real(at), Ok(Some(real)) if mountinfo::at(&mounts, &real).is_some())),
+                Err(error) => proto::warn!("{}: {error}", want.volume),
+            }
+        }
+        if staged.len() < MAX_STAGED || staged.contains_key(&want.staging) {
             staged.insert(want.staging.clone(), want.volume.serial.clone());
         }
     }
 
-    /// kubelet gives each volume a path of its own. A request that says otherwise takes nothing away from the one that is staged there.
-    fn is_staged_for_another(&self, want: &StageRequest) -> bool {
+    /// The serial of another volume that this agent has staged at that path. kubelet gives each volume a path of its own. A request that says
+    /// otherwise takes nothing away from the one that is staged there.
+    pub(super) fn staged_for_another(&self, want: &StageRequest) -> Option<String> {
         let staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
-        staged.get(&want.staging).is_some_and(|serial| *serial != want.volume.serial)
+        staged.get(&want.staging).filter(|serial| **serial != want.volume.serial).cloned()
     }
 
     /// Clears the staging path of what is not there any more, or is another disk's and unused: never from under anybody.
@@ -324,9 +341,9 @@ impl Node {
     }
 
     /// The only one that mounts that disk, once nobody else does. Another disk's mount, which may never end, is not waited for.
-    fn mount_alone(&self, disk: &Disk) -> Result<Alone<'_>, Cause> {
+    pub(super) fn mount_alone(&self, disk: &Disk, deadline: Duration) -> Result<Alone<'_>, Cause> {
         let mounting = || self.mounting.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = poll(SLOT_DEADLINE, || {
+        let taken = poll(deadline, || {
             let mut mounting = mounting();
             if mounting.contains(&disk.dev) {
                 return Ok::<_, Cause>(Err(()));
@@ -334,7 +351,7 @@ impl Node {
             mounting.push(disk.dev);
             Ok(Ok(Alone { mounting: &self.mounting, dev: disk.dev }))
         })?;
-        taken.map_err(|()| Cause::Crowded { waited: SLOT_DEADLINE, by: identity::name(disk) })
+        taken.map_err(|()| Cause::BeingMounted { waited: deadline, disk: identity::name(disk) })
     }
 
     /// Takes the volume's mount at the staging path away, and answers only when the disk may be detached.
@@ -362,7 +379,7 @@ impl Node {
                 .retain(|at, serial| *at != want.staging || *serial != want.volume.serial);
             self.forget_health(&want.volume);
             self.spare(&want.volume, false);
-            metrics::rotation_outstanding(&want.volume.serial, false);
+            self.rotation_done(&want.volume);
         }
         done
     }
@@ -398,6 +415,7 @@ impl Node {
                     }
                 }
                 (UnstageStep::Delete, Some(disk)) => {
+                    kill::called("delete");
                     match scsi::delete(&self.sysfs, disk) {
                         Err(error) if scsi::is_gone(error.errno) => (),
                         done => done.at(DOING, &want.volume, "delete the disk")?,
@@ -428,7 +446,7 @@ impl Node {
                     }
                 }
                 (UnstageStep::AwaitRelease, Some(disk)) => {
-                    self.await_release(disk).at(DOING, &want.volume, "wait for the disk's release")?
+                    self.await_release(disk, &known.mappings).at(DOING, &want.volume, "wait for the disk's release")?
                 }
                 (UnstageStep::AwaitRelease, None) => (),
                 (UnstageStep::RemoveFolder, _) => {
@@ -469,8 +487,9 @@ impl Node {
                 // A legacy disk is found again by what is open over it.
                 known.disk = mapping::backing(mapping).and_then(|dev| disks.iter().find(|disk| disk.dev == dev)).cloned();
             }
-            if let (false, Some(disk)) = (seen.mapped, &known.disk) {
-                seen.held = self.is_held(disk)?.is_some();
+            if let Some(disk) = &known.disk {
+                seen.held = self.is_held(disk, &known.mappings)?.is_some();
+                seen.mapped &= !seen.held;
             }
             // Only the folder itself: what is mounted on it may be a disk that answers no more.
             seen.empty_folder = real.as_deref().map_or(Ok(false), is_empty_folder)?;
@@ -478,21 +497,29 @@ impl Node {
         Ok(seen)
     }
 
-    /// Who still has a filesystem of the disk mounted; `None`: nobody. The kernel refuses an exclusive open as long as a
-    /// mount of it lives in any mount namespace, and a filesystem is written out only when its last mount goes.
-    fn is_held(&self, disk: &Disk) -> Result<Option<String>, Cause> {
+    /// Who is shown the disk or its mappings, or still has a filesystem of it mounted; `None`: nobody. The kernel refuses an exclusive open as
+    /// long as a mount of it lives in any mount namespace, and a filesystem is written out only when its last mount goes. Who else holds a mapping
+    /// is seen when it is closed.
+    fn is_held(&self, disk: &Disk, mappings: &[dm::Mapping]) -> Result<Option<String>, Cause> {
+        if !mappings.is_empty() {
+            return self.mappings_shown_at(mappings);
+        }
         match self.open(disk, block::Access::ExclusiveRead) {
-            // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
-            Ok(_) => self.write_out(&Medium::of(disk)).map(|()| None),
+            Ok(_) => match self.shown_at(&[disk.dev])? {
+                Some(by) => Ok(Some(by)),
+                // What a raw block volume's pod wrote may still be in the page cache: no unmount has written it out.
+                None => self.write_out(&Medium::of(disk)).map(|()| None),
+            },
             Err(Cause::OtherDiskNow { .. }) => Ok(None),
             Err(Cause::Sys(error)) if error.errno == Errno::BUSY => {
-                let holders = scsi::holders(&self.sysfs, &disk.name)?;
-                if !holders.is_empty() {
-                    // The guest's own LVM or md sits on what a raw block volume holds: no data of a pod is in it.
-                    proto::warn!("{} is held by {}", identity::name(disk), holders.join(", "));
-                    return self.write_out(&Medium::of(disk)).map(|()| None);
+                if scsi::holders(&self.sysfs, &disk.name)?.is_empty() {
+                    return self.mounted_by(disk).map(Some);
                 }
-                self.mounted_by(disk).map(Some)
+                // LVM or md that the node has activated by itself holds the disk for ever, and is no use of it.
+                match self.used_above(disk)? {
+                    Some(by) => Ok(Some(by)),
+                    None => self.write_out(&Medium::of(disk)).map(|()| None),
+                }
             }
             // The disk is gone, or takes no I/O: nothing can be lost by detaching it.
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(None),
@@ -534,9 +561,9 @@ impl Node {
         Ok(probe::holds_own_luks(&self.open_new(disk, block::Access::Shared)?)?)
     }
 
-    fn await_release(&self, disk: &Disk) -> Result<(), Cause> {
+    fn await_release(&self, disk: &Disk, mappings: &[dm::Mapping]) -> Result<(), Cause> {
         kill::inside("wait");
-        let free = poll(RELEASE_DEADLINE, || Ok::<_, Cause>(self.is_held(disk)?.map_or(Ok(()), Err)))?;
+        let free = poll(RELEASE_DEADLINE, || Ok::<_, Cause>(self.is_held(disk, mappings)?.map_or(Ok(()), Err)))?;
         free.map_err(|by| Cause::StillHeld { waited: RELEASE_DEADLINE, disk: identity::name(disk), by })
     }
 }

@@ -7,7 +7,8 @@ use super::mapping::Medium;
 use super::*;
 use crate::plan::{Mount, Target};
 use crate::request::{
-    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, StatsRequest, UnpublishRequest, UnstageRequest, Zeroed,
+    Access, ExpandRequest, Format, PublishRequest, PublishSource, StageRequest, StagedAt, StatsRequest, UnpublishRequest, UnstageRequest,
+    Zeroed,
 };
 use crate::testing::{FakeDisk, Folder, volume};
 
@@ -44,6 +45,7 @@ impl Bench {
             unstaging: Mutex::default(),
             health: Mutex::default(),
             trimming: trim::Trimming::default(),
+            rotations: kept::Kept::default(),
             name: "worker-1".into(),
             stop: Stop::default(),
         };
@@ -145,8 +147,6 @@ fn a_device_node_whose_disk_went_is_stale_whosever_its_number_is_now() {
     bench.plug(&stranger);
     assert_eq!(target(), Target::Stale);
     assert!(matches!(shown("target"), look::ShownAt::Nothing(_) | look::ShownAt::Gone(_)));
-    let others = bench.node.look_other_targets(&Medium::of(&stranger.0), &[]).unwrap();
-    assert!(others.is_empty(), "it is no target of the disk that has the number now");
     show("/sda");
     assert!(matches!(target(), Target::Other(_)), "a node that is there shows what it says");
     // The same disk has come back under its number.
@@ -213,7 +213,7 @@ fn a_staging_path_that_is_no_mountpoint_is_not_published() {
         let want = PublishRequest {
             volume: volume(HANDLE),
             target: bench.path("target"),
-            source: PublishSource::Staging(bench.path("staging")),
+            source: PublishSource::Staging(StagedAt { path: bench.path("staging"), disk: legacy_want() }),
             read_only: false,
             single_target: false,
         };
@@ -385,8 +385,35 @@ fn a_target_that_shows_another_legacy_disk_is_not_published() {
         let want = PublishRequest { volume: volume(HANDLE), target: bench.path("target"), source, read_only: false, single_target: false };
         bench.node.publish(&want)
     };
-    let error = publish(PublishSource::Device(legacy_want())).unwrap_err();
-    assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::TargetTaken { .. })), "{error}");
+    let staged = StagedAt { path: bench.path("staging"), disk: legacy_want() };
+    for source in [PublishSource::Device(legacy_want()), PublishSource::Staging(staged)] {
+        let error = publish(source).unwrap_err();
+        assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::TargetTaken { .. })), "{error}");
+    }
+}
+
+/// W03, W15: the reference driver has staged another volume at this one's path, and kubelet, which sees a mount there, only publishes. A disk
+/// without serial could be anybody's: one of another slot, or any where a serial is promised, is not this volume's.
+#[test]
+fn a_staging_path_with_another_legacy_disk_is_not_published() {
+    let promised = crate::identity::Want { serial_promised: true, ..legacy_want() };
+    for (lun, want, word) in [(2, legacy_want(), "not in the slot"), (1, promised, "without the serial")] {
+        // Also where the target shows it already.
+        let bench = Bench::new(&[("8:16", "staging", "ext4"), ("8:16", "shown", "ext4")]);
+        bench.plug(&legacy_disk(lun, "sdb", 16));
+        let publish = |target: &str| {
+            let source = PublishSource::Staging(StagedAt { path: bench.path("staging"), disk: want.clone() });
+            let want =
+                PublishRequest { volume: volume(HANDLE), target: bench.path(target), source, read_only: false, single_target: false };
+            bench.node.publish(&want).unwrap_err()
+        };
+        let error = publish("target");
+        assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::OtherMount { .. })), "{error}");
+        assert!(error.to_string().contains(word) && error.to_string().contains("sdb"), "{error}");
+        assert!(fs::symlink_metadata(bench.path("target")).is_err(), "nothing was made at the target");
+        let error = publish("shown");
+        assert!(matches!(*error.cause, Cause::Refused(crate::plan::Refusal::TargetTaken { .. })), "{error}");
+    }
 }
 
 #[test]
@@ -481,4 +508,52 @@ fn a_keyslot_that_cannot_be_tried_puts_a_rotation_off_and_fails_no_stage() {
     assert!(put_off.iter().all(super::encrypt::is_put_off));
     let told = [Cause::OtherDiskNow { disk: why() }, Cause::Stopped { zeroed_bytes: 0 }, Cause::WrongPassphrase(why())];
     assert!(!told.iter().any(super::encrypt::is_put_off));
+}
+
+/// Two volumes may claim one: the second is told what it waits for, and not that disks are probed.
+#[test]
+fn a_disk_without_serial_that_another_volume_is_mounting_is_named() {
+    let bench = Bench::new(&[]);
+    let (disk, other) = (legacy_disk(1, "sda", 0).0, legacy_disk(2, "sdb", 16).0);
+    let alone = bench.node.mount_alone(&disk, Duration::ZERO).unwrap();
+    let cause = bench.node.mount_alone(&disk, Duration::ZERO).unwrap_err();
+    let words = cause.to_string();
+    assert!(words.starts_with("sda (0:0:0:1) has no serial, and another volume") && words.contains("mounting it for 0 s"), "{words}");
+    drop(bench.node.mount_alone(&other, Duration::ZERO).unwrap());
+    drop(alone);
+    drop(bench.node.mount_alone(&disk, Duration::ZERO).unwrap());
+}
+
+/// Nothing uses what is mounted there, and it is another volume's all the same.
+#[test]
+fn a_path_that_this_agent_has_staged_for_another_volume_is_refused_by_name() {
+    let bench = Bench::new(&[("8:16", "staging", "ext4")]);
+    fs::create_dir(bench.path("staging")).unwrap();
+    let (other, ours) = (volume("r/z/s/vm-9999-pvc-2"), legacy_stage(&bench));
+    bench.plug(&FakeDisk::new(0, 2).named("sdb", 16).serial(&other.serial));
+    let stale = || bench.node.stage(&ours, None).unwrap_err().to_string();
+    bench.node.remember_staged(&StageRequest { volume: other.clone(), ..legacy_stage(&bench) });
+    let words = stale();
+    let expected = format!("this agent has staged the volume with the serial {} there: unstage that one first", other.serial);
+    assert!(words.contains(&expected) && words.contains("nothing was touched"), "{words}");
+    // Its own path it is.
+    bench.node.remember_staged(&ours);
+    assert_eq!(bench.node.staged_for_another(&ours), None);
+}
+
+/// Of pods that were taken from the node without an unstage.
+#[test]
+fn what_is_remembered_of_staged_paths_makes_room_where_nothing_is_mounted() {
+    let bench = Bench::new(&[("8:0", "p0", "ext4")]);
+    let at = |number: usize| StageRequest { staging: bench.path(&format!("p{number}")), ..legacy_stage(&bench) };
+    for number in 0..stage::MAX_STAGED {
+        fs::create_dir(bench.path(&format!("p{number}"))).unwrap();
+        bench.node.remember_staged(&at(number));
+    }
+    let staged = || bench.node.staged.lock().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(staged().len(), stage::MAX_STAGED);
+    bench.node.remember_staged(&at(stage::MAX_STAGED));
+    let mut left = [bench.path("p0"), bench.path(&format!("p{}", stage::MAX_STAGED))];
+    left.sort();
+    assert_eq!(staged(), left);
 }

@@ -1,8 +1,7 @@
 //! Gives back what volumes do not use any more, in the background: one volume at a time, never as a part of a call.
 //!
 //! What is mounted is what the kernel says, as everywhere. Only a class's word against it (`discard: ignore`) is not to be seen there: it is kept
-//! beside the socket, where it outlives the agent and goes with the driver. Nothing depends on it: without it the kernel asks QEMU in vain,
-//! which drops what such a drive is asked.
+//! (`kept.rs`). Nothing depends on it: without it the kernel asks QEMU in vain, which drops what such a drive is asked.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,6 +12,7 @@ use rustix::io::Errno;
 
 use super::Node;
 use super::health::UNASKED;
+use super::kept::Kept;
 use super::look::grown_as;
 use super::mapping;
 use crate::error::Cause;
@@ -24,8 +24,8 @@ use crate::sys::scsi::{self, Disk};
 use crate::sys::{self, Dev, block, mount};
 use crate::trim;
 
-/// Volumes of which it is remembered that they are not to be trimmed: as many as may be staged, and some history.
-const MAX_SPARED: usize = 256;
+/// What is kept, in the log.
+const SPARED: &str = "volumes with discard=ignore";
 
 /// For one piece of a volume: a slow storage takes seconds for it. After that the others go on without this one.
 const PIECE_DEADLINE: Duration = Duration::from_secs(600);
@@ -36,9 +36,7 @@ const MAX_STUCK: usize = 4;
 #[derive(Debug, Default)]
 pub(super) struct Trimming {
     /// By serial: their class says `discard: ignore`.
-    spared: Mutex<Vec<String>>,
-    /// Where they are written down, one a line.
-    kept: Option<PathBuf>,
+    spared: Kept,
     /// The disks that are worked on: one, and those whose trims do not come to an end.
     now: Mutex<Vec<Arc<Trim>>>,
     /// One has done a piece, or has ended.
@@ -74,16 +72,7 @@ pub(super) struct Candidate {
 impl Trimming {
     /// With what an agent before this one has written down there.
     pub(super) fn kept_at(path: PathBuf) -> Self {
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(cause) => {
-                proto::warn!("volumes with discard=ignore are not known: {}: {cause}", path.display());
-                String::new()
-            }
-        };
-        let spared = text.lines().filter(|line| line.starts_with(identity::OUR_SERIALS)).take(MAX_SPARED).map(str::to_owned).collect();
-        Self { spared: Mutex::new(spared), kept: Some(path), ..Self::default() }
+        Self { spared: Kept::at(path, SPARED), ..Self::default() }
     }
 }
 
@@ -258,24 +247,11 @@ impl Node {
 
     /// What the volume's class says of it.
     pub(super) fn spare(&self, volume: &Volume, is_spared: bool) {
-        let mut spared = self.trimming.spared.lock().unwrap_or_else(PoisonError::into_inner);
-        if spared.contains(&volume.serial) == is_spared {
-            return;
-        }
-        spared.retain(|serial| *serial != volume.serial);
-        if is_spared && spared.len() < MAX_SPARED {
-            spared.push(volume.serial.clone());
-        }
-        let Some(kept) = &self.trimming.kept else { return };
-        let new = kept.with_extension("new");
-        // At once whole: who reads it finds the old or the new one.
-        if let Err(cause) = std::fs::write(&new, spared.join("\n")).and_then(|()| std::fs::rename(&new, kept)) {
-            proto::warn!("{volume}: discard=ignore is forgotten when the agent ends: {}: {cause}", kept.display());
-        }
+        self.trimming.spared.set(&volume.serial, is_spared, SPARED);
     }
 
     fn is_spared(&self, serial: &str) -> bool {
-        self.trimming.spared.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|spared| spared == serial)
+        self.trimming.spared.contains(serial)
     }
 }
 

@@ -37,6 +37,7 @@ fn every_cause_has_its_code() {
         (Cause::Outside { real: "/etc".into() }, Code::InvalidArgument),
         (Cause::Geometry(what()), Code::InvalidArgument),
         (Cause::Crowded { waited, by: what() }, Code::Unavailable),
+        (Cause::BeingMounted { waited, disk: what() }, Code::Unavailable),
         (Cause::NoDisk { waited, why: what() }, Code::Unavailable),
         (Cause::SizeNotSeen { waited, size_bytes: 1, required_bytes: 2 }, Code::Unavailable),
         (Cause::Sys(sys_error()), Code::Internal),
@@ -156,4 +157,42 @@ fn a_volume_is_looked_at_so_often_at_one_time_whatever_paths_are_asked_about() {
     let _another = look("csi-2", "/c").unwrap();
     drop(first);
     assert!(look("csi-1", "/c").is_ok());
+}
+
+/// kubelet asks once for each pod: the third of a volume's was told that another call is working on it.
+#[test]
+fn pods_of_one_volume_are_looked_at_in_turn_and_all_answered() {
+    let service = service();
+    let (id, serial) = ("r/z/s/vm-9999-pvc-1".to_string(), volume("r/z/s/vm-9999-pvc-1").serial);
+    let stats = |path: &str| csi::NodeGetVolumeStatsRequest { volume_id: id.clone(), volume_path: path.into(), ..Default::default() };
+    run(async {
+        let mut looks: Vec<_> =
+            ["/a", "/b"].map(|path| service.looks.hold_among(&serial, &format!("{serial} {path}"), MAX_LOOKS).unwrap()).into();
+        let asked: Vec<_> = ["/nowhere/kubelet/c", "/nowhere/kubelet/d", "/nowhere/kubelet/c"]
+            .map(|path| {
+                let (service, request) = (service.clone(), stats(path));
+                tokio::spawn(async move { service.node_get_volume_stats(Request::new(request)).await })
+            })
+            .into();
+        // Each has asked once.
+        tokio::task::yield_now().await;
+        assert!(!asked.iter().any(|asked| asked.is_finished()));
+        looks.pop();
+        for asked in asked {
+            // Nothing is there: that is what a look has found.
+            assert_eq!(asked.await.unwrap().unwrap_err().code(), Code::NotFound);
+        }
+    });
+}
+
+#[test]
+fn a_look_that_does_not_end_is_named_to_those_behind_it() {
+    let (service, volume) = (service(), volume("r/z/s/vm-9999-pvc-1"));
+    let look = |path: &str| service.looks.hold_among(&volume.serial, &format!("{} {path}", volume.serial), MAX_LOOKS).unwrap();
+    let _looks = [look("/a"), look("/b")];
+    let refused = run(service.turn(&volume, "/c", Duration::ZERO)).unwrap_err();
+    assert_eq!(refused.code(), Code::Aborted);
+    for words in ["r/z/s/vm-9999-pvc-1: ", "an earlier look has not ended: stats, at \"look\" for 0 s", "look at its storage on Proxmox"] {
+        assert!(refused.message().contains(words), "{refused:?}");
+    }
 }

@@ -1,6 +1,6 @@
 //! New lines of the kernel's log, for the reason behind an errno.
 //!
-//! ext4 tells why it refuses a mount in the log only. Documentation/ABI/testing/dev-kmsg: one record per read,
+//! ext4 tells why it refuses a mount in the log only, SELinux why it refuses a label. Documentation/ABI/testing/dev-kmsg: one record per read,
 //! `level,sequence,microseconds,flags;text`, continuation lines begin with a space.
 
 use std::fs::File;
@@ -36,12 +36,22 @@ impl Log {
     /// What was logged since then about `device` (`sda`), oldest first.
     #[must_use]
     pub fn lines_about(&mut self, device: &str) -> Vec<String> {
+        self.lines(&|text| names(text, device))
+    }
+
+    /// What SELinux logged since then about `label`. It reads a mount's options before there is a filesystem, and names no device then.
+    #[must_use]
+    pub fn lines_about_label(&mut self, label: &str) -> Vec<String> {
+        self.lines(&|text| is_of_label(text, label))
+    }
+
+    fn lines(&mut self, is_wanted: &dyn Fn(&str) -> bool) -> Vec<String> {
         let mut lines = Vec::new();
         let Some(file) = &mut self.0 else { return lines };
         let mut buffer = [0; MAX_RECORD_BYTES];
         for _ in 0..MAX_RECORDS {
             match file.read(&mut buffer) {
-                Ok(length) => lines.extend(buffer.get(..length).and_then(text_of).filter(|text| names(text, device))),
+                Ok(length) => lines.extend(buffer.get(..length).and_then(text_of).filter(|text| is_wanted(text))),
                 // Records were overwritten while we read: the next read goes on behind them.
                 Err(cause) if cause.raw_os_error() == Some(rustix::io::Errno::PIPE.raw_os_error()) => (),
                 Err(_) => break,
@@ -65,6 +75,11 @@ fn names(text: &str, device: &str) -> bool {
     text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_').any(|word| word == device)
 }
 
+/// security/selinux/hooks.c: the label in brackets, or that there is no policy to know any.
+fn is_of_label(text: &str, label: &str) -> bool {
+    text.starts_with("SELinux: ") && (text.contains(&format!("({label})")) || text.contains("security server"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,6 +100,15 @@ mod tests {
         for text in ["EXT4-fs (sdaa): bad", "EXT4-fs (sda1): bad", "EXT4-fs (dm-sda): bad", ""] {
             assert!(!names(text, "sda"), "{text}");
         }
+    }
+
+    /// As 6.1 and 6.12 say it.
+    #[test]
+    fn only_selinux_lines_of_the_label() {
+        let unknown = "SELinux: security_context_str_to_sid (a:b:c:s0) failed with errno=-22";
+        let early = "SELinux: Unable to set superblock options before the security server is initialized";
+        assert!(is_of_label(unknown, "a:b:c:s0") && is_of_label(early, "a:b:c:s0"));
+        assert!(!is_of_label(unknown, "a:b:c") && !is_of_label("EXT4-fs (sda): (a:b:c:s0)", "a:b:c:s0"));
     }
 
     proptest! {

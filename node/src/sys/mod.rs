@@ -17,8 +17,12 @@ pub mod random;
 pub mod scsi;
 
 use std::fmt;
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 /// A system call that failed: which one, on what, and why.
@@ -124,6 +128,17 @@ impl fmt::Display for Dev {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.major, self.minor)
     }
+}
+
+/// At most so many bytes from the beginning of a file, as text, whoever has put what there: a fifo that nobody writes to is empty, and not waited for.
+///
+/// # Errors
+/// As the kernel says.
+pub fn read_at_most(path: &Path, bytes: u64) -> std::io::Result<String> {
+    let mut read = Vec::new();
+    let nonblock = OFlags::NONBLOCK.bits().cast_signed();
+    OpenOptions::new().read(true).custom_flags(nonblock).open(path)?.take(bytes).read_to_end(&mut read)?;
+    Ok(String::from_utf8_lossy(&read).into_owned())
 }
 
 /// Whether a block device with this number is there (`/sys/dev/block/<major>:<minor>`).

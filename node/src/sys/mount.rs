@@ -35,6 +35,8 @@ const OF_OPTIONS: &[&str] = &[
     "conflict",
     "incompatible",
 ];
+/// What SELinux takes of mount options (security/selinux/hooks.c).
+const OF_SELINUX: [&str; 5] = ["context", "fscontext", "defcontext", "rootcontext", "seclabel"];
 /// What the block layer says of a disk that cannot be read, with EIO.
 const OF_THE_DISK: &[&str] =
     &["I/O error, dev", "Buffer I/O error", "unable to read superblock", "SB validate failed with error -5", "SB buffer"];
@@ -136,10 +138,10 @@ impl Options {
         self
     }
 
-    /// Whether the filesystem (or the kernel's security module) is given this one.
+    /// What SELinux is given: an option and its value.
     #[must_use]
-    pub fn has(&self, key: &str) -> bool {
-        self.filesystem.iter().any(|(given, _)| given == key)
+    pub fn label(&self) -> Option<&(String, Option<String>)> {
+        self.filesystem.iter().find(|(key, _)| OF_SELINUX.contains(&key.as_str()))
     }
 
     /// Whether a label is ruled out.
@@ -207,23 +209,28 @@ pub fn filesystem(fstype: &str, source: &Path, device: &str, target: &Path, opti
     let mut log = kmsg::Log::from_now();
     let context =
         fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Refused::from(Error::at("fsopen", Path::new(fstype))(errno)))?;
-    let mut refuse = |call: &'static str, option: Option<String>, errno: Errno| {
+    let mut refuse = |call: &'static str, option: Option<&(String, Option<String>)>, errno: Errno| {
         let mut said = messages(&context);
         if said.is_empty() {
-            said = log.lines_about(device);
+            said = match option {
+                Some((key, Some(label))) if OF_SELINUX.contains(&key.as_str()) => log.lines_about_label(label),
+                Some(_) | None => log.lines_about(device),
+            };
         }
-        Refused { error: Error { call, subject: source.into(), errno }, option, said }
+        Refused { error: Error { call, subject: source.into(), errno }, option: option.map(|(key, _)| key.clone()), said }
     };
     fsconfig_set_string(&context, "source", source).map_err(|errno| refuse("fsconfig(source)", None, errno))?;
-    for (key, value) in &options.filesystem {
-        match value {
-            Some(value) => fsconfig_set_string(&context, key.as_str(), value.as_str()),
-            None => fsconfig_set_flag(&context, key.as_str()),
+    for option in &options.filesystem {
+        match option {
+            (key, Some(value)) => fsconfig_set_string(&context, key.as_str(), value.as_str()),
+            (key, None) => fsconfig_set_flag(&context, key.as_str()),
         }
-        .map_err(|errno| refuse("fsconfig", Some(key.clone()), errno))?;
+        .map_err(|errno| refuse("fsconfig", Some(option), errno))?;
     }
     kill::called("create");
-    fsconfig_create(&context).map_err(|errno| refuse(CREATE, None, errno))?;
+    // A policy that denies the label says so to the audit daemon alone. The filesystem had nothing against it.
+    let denied = |errno| options.label().filter(|_| matches!(errno, Errno::PERM | Errno::ACCESS));
+    fsconfig_create(&context).map_err(|errno| refuse(CREATE, denied(errno), errno))?;
     let attributes = MountAttrFlags::from_bits_retain(options.attributes);
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|errno| refuse("fsmount", None, errno))?;
     kill::inside("mounted");

@@ -17,6 +17,9 @@ use crate::jobs::{Jobs, Program};
 /// One pass of reading, writing or hashing: big enough for a disk, small beside the guest's memory.
 const PIECE_BYTES: usize = 1 << 20;
 
+/// The kernel's own limit (XATTR_SIZE_MAX).
+const ATTRIBUTE_LIMIT_BYTES: usize = 64 << 10;
+
 /// From our last reply to the harness closing the connection.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -53,6 +56,10 @@ fn perform(request: Request, body: &[u8], jobs: &Jobs) -> Result<(Answer, Vec<u8
             Answer::Done
         }
         Request::Stat { path } => Answer::Stat(stat(&path).with_context(|| format!("stat {path}"))?),
+        Request::Attribute { path, name } => {
+            let bytes = attribute(&path, &name).with_context(|| format!("read the attribute {name} of {path}"))?;
+            return Ok((Answer::Bytes, bytes));
+        }
         Request::StatFilesystem { path } => Answer::Filesystem(statvfs(&path).with_context(|| format!("statvfs {path}"))?),
         Request::List { path } => Answer::Names(list(&path).with_context(|| format!("list {path}"))?),
         Request::Sha256 { path } => Answer::Digest(digest(&path).with_context(|| format!("hash {path}"))?),
@@ -72,6 +79,10 @@ fn perform(request: Request, body: &[u8], jobs: &Jobs) -> Result<(Answer, Vec<u8
             let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
             rustix::mount::mount(&source, &target, &filesystem, flags, None)
                 .with_context(|| format!("mount {source} as {filesystem} on {target}"))?;
+            Answer::Done
+        }
+        Request::Bind { source, target } => {
+            rustix::mount::mount_bind(&source, &target).with_context(|| format!("bind {source} to {target}"))?;
             Answer::Done
         }
         Request::Unmount { target } => {
@@ -121,6 +132,13 @@ fn stat(path: &str) -> Result<Stat> {
         _ => Kind::Other,
     };
     Ok(Stat { kind, mode: data.mode() & 0o7777, size_bytes: data.size(), device: data.dev(), inode: data.ino() })
+}
+
+fn attribute(path: &str, name: &str) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; ATTRIBUTE_LIMIT_BYTES];
+    let length = rustix::fs::lgetxattr(path, name, &mut bytes[..])?;
+    bytes.truncate(length);
+    Ok(bytes)
 }
 
 fn statvfs(path: &str) -> Result<Filesystem> {

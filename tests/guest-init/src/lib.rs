@@ -73,6 +73,11 @@ pub enum Request {
     Stat {
         path: String,
     },
+    /// An extended attribute (xattr(7)) of what the name itself is, as the body.
+    Attribute {
+        path: String,
+        name: String,
+    },
     /// The filesystem that holds the path.
     StatFilesystem {
         path: String,
@@ -102,6 +107,11 @@ pub enum Request {
         target: String,
         filesystem: String,
         read_only: bool,
+    },
+    /// Shows a file or folder at another place too.
+    Bind {
+        source: String,
+        target: String,
     },
     Unmount {
         target: String,

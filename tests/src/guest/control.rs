@@ -148,6 +148,12 @@ impl Guest {
         }
     }
 
+    /// The SELinux label, as getxattr(2) gives it.
+    pub fn label(&self, path: &str) -> Result<String> {
+        let (_, bytes) = self.call(Request::Attribute { path: path.into(), name: "security.selinux".into() }, &[])?;
+        Ok(String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned())
+    }
+
     pub fn stat_filesystem(&self, path: &str) -> Result<Filesystem> {
         match self.call(Request::StatFilesystem { path: path.into() }, &[])? {
             (Answer::Filesystem(seen), _) => Ok(seen),
@@ -189,6 +195,11 @@ impl Guest {
 
     pub fn mount(&self, source: &str, target: &str, filesystem: &str, read_only: bool) -> Result<()> {
         self.done(Request::Mount { source: source.into(), target: target.into(), filesystem: filesystem.into(), read_only }, &[])
+    }
+
+    /// Shows `source` at `target` too, which must be there.
+    pub fn bind(&self, source: &str, target: &str) -> Result<()> {
+        self.done(Request::Bind { source: source.into(), target: target.into() }, &[])
     }
 
     pub fn unmount(&self, target: &str) -> Result<()> {

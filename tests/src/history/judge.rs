@@ -19,6 +19,10 @@ struct Believed {
     perhaps: BTreeSet<u32>,
     /// Its deletion and another call went on at once, which no orchestrator may do: whoever has it then may have nothing.
     torn: bool,
+    /// VMs whose attachment was begun and said neither OK nor definitely no: it may be there, until a repeat or a detachment is answered OK.
+    unsure: BTreeSet<u32>,
+    /// Its deletion was begun since it was last made.
+    deleting: bool,
 }
 
 #[derive(Debug)]
@@ -26,6 +30,8 @@ struct Open {
     rpc: Rpc,
     /// Another call about the same volume began before this one was answered.
     disturbed: bool,
+    /// One that takes away what this one is about: a detachment from the same VM, or a deletion; or the other way round.
+    crossed: bool,
 }
 
 /// Keeps the books of a history.
@@ -54,6 +60,26 @@ pub fn traces(sim: &Simulator, vmid: u32, volid: &str) -> Vec<String> {
 #[must_use]
 pub fn all_traces(sim: &Simulator, volid: &str) -> Vec<(u32, Vec<String>)> {
     VMS.iter().map(|vmid| (*vmid, traces(sim, *vmid, volid))).filter(|(_, traces)| !traces.is_empty()).collect()
+}
+
+fn is_plugged(sim: &Simulator, vmid: u32, volid: &str) -> bool {
+    sim.vm(vmid).is_some_and(|vm| vm.plugged.values().any(|drive| drive.volid == volid))
+}
+
+/// Configured and plugged once, in the same slot, and nothing else.
+fn is_attached(traces: &[String]) -> bool {
+    let slot = |trace: &String, view: &str| trace.strip_prefix(view).map(str::to_owned);
+    matches!(traces, [configured, plugged]
+        if slot(configured, "configured ").is_some() && slot(configured, "configured ") == slot(plugged, "plugged "))
+}
+
+/// Whether the two must not go on at once, for the answers to mean anything.
+fn cross(one: &Rpc, other: &Rpc) -> bool {
+    match (one, other) {
+        (Rpc::Delete { .. }, _) | (_, Rpc::Delete { .. }) => true,
+        (Rpc::Publish { vm, .. }, Rpc::Unpublish { vm: of, .. }) | (Rpc::Unpublish { vm, .. }, Rpc::Publish { vm: of, .. }) => vm == of,
+        _ => false,
+    }
 }
 
 /// Where images of a volume's name are: node or `shared`, and volid.
@@ -89,10 +115,12 @@ impl Judge {
     }
 
     pub fn begins(&mut self, call: usize, rpc: &Rpc) {
-        let mut disturbed = false;
+        let (mut disturbed, mut crossed) = (false, false);
         for open in self.open.values_mut().filter(|open| open.rpc.volume() == rpc.volume()) {
             open.disturbed = true;
             disturbed = true;
+            open.crossed |= cross(&open.rpc, rpc);
+            crossed |= cross(&open.rpc, rpc);
         }
         let deletes = |rpc: &Rpc| matches!(rpc, Rpc::Delete { .. });
         let deleting = self.open.values().any(|open| open.rpc.volume() == rpc.volume() && deletes(&open.rpc));
@@ -100,15 +128,19 @@ impl Judge {
         match rpc {
             Rpc::Publish { volume, vm } => drop(self.volume(*volume).perhaps.insert(*vm)),
             Rpc::Unpublish { volume, vm } => drop(self.volume(*volume).held.remove(vm)),
-            Rpc::Create { .. } | Rpc::Expand { .. } | Rpc::Delete { .. } => {}
+            Rpc::Delete { volume } => self.volume(*volume).deleting = true,
+            Rpc::Create { .. } | Rpc::Expand { .. } | Rpc::Modify { .. } => {}
         }
-        self.open.insert(call, Open { rpc: rpc.clone(), disturbed });
+        self.open.insert(call, Open { rpc: rpc.clone(), disturbed, crossed });
     }
 
     /// The client does not get to know the answer; the controller may still work on it.
     pub fn unanswered(&mut self, call: usize) {
         if let Some(open) = self.open.get_mut(&call) {
             open.disturbed = true;
+            if let Rpc::Publish { volume, vm } = open.rpc.clone() {
+                self.volume(volume).unsure.insert(vm);
+            }
         }
     }
 
@@ -143,8 +175,13 @@ impl Judge {
 
     /// What is wrong with this answer, as things stand.
     pub fn answered(&mut self, sim: &Simulator, claims: &[Claim], call: usize, answer: &Answer) -> Result<(), String> {
-        let Some(Open { rpc, disturbed }) = self.open.remove(&call) else { return Ok(()) };
-        let Ok(id) = answer else { return check_refusal(&rpc, answer) };
+        let Some(Open { rpc, disturbed, crossed }) = self.open.remove(&call) else { return Ok(()) };
+        let Ok(id) = answer else {
+            if let (Rpc::Publish { volume, vm }, false) = (&rpc, is_definite(answer)) {
+                self.volume(*volume).unsure.insert(*vm);
+            }
+            return check_refusal(&rpc, answer);
+        };
         let volume = rpc.volume();
         let claim = claims.get(volume).ok_or("no such volume")?;
         let handle = match &rpc {
@@ -156,6 +193,11 @@ impl Judge {
             Rpc::Create { .. } => {
                 let ids = &mut self.volume(volume).ids;
                 ids.insert(id.clone());
+                let deletes = |open: &Open| matches!(open.rpc, Rpc::Delete { volume: of } if of == volume);
+                let deleting = self.open.values().any(deletes);
+                let believed = self.volume(volume);
+                believed.deleting &= deleting;
+                let ids = &believed.ids;
                 if ids.len() > 1 && !disturbed {
                     return Err(format!("{} has two ids: {ids:?}", claim.name));
                 }
@@ -164,7 +206,7 @@ impl Judge {
                     return Err(format!("{id} was said to be made, and is not there"));
                 }
             }
-            Rpc::Publish { vm, .. } => return self.attached(sim, volume, *vm, &volid, disturbed),
+            Rpc::Publish { vm, .. } => return self.attached(sim, volume, *vm, &volid, (disturbed, crossed)),
             Rpc::Unpublish { vm, .. } => {
                 let left = traces(sim, *vm, &volid);
                 if !disturbed && !left.is_empty() && self.by_hand.get(&volume).is_none_or(|(by, _)| by != vm) {
@@ -172,6 +214,7 @@ impl Judge {
                 }
                 if !disturbed {
                     self.volume(volume).perhaps.remove(vm);
+                    self.volume(volume).unsure.remove(vm);
                 }
             }
             Rpc::Expand { bytes, .. } => {
@@ -193,27 +236,66 @@ impl Judge {
                 }
                 self.volume(volume).ids.clear();
             }
+            Rpc::Modify { iops, .. } => {
+                let limit = format!("iops_rd={iops},");
+                let lines = all_traces(sim, &volid).into_iter().filter_map(|(vm, _)| sim.vm(vm));
+                let is_there = lines
+                    .flat_map(|vm| vm.config.into_values())
+                    .any(|line| line.starts_with(&volid) && format!("{line},").contains(&limit));
+                if !disturbed && !is_there && !all_traces(sim, &volid).is_empty() {
+                    return Err(format!("{volid} was said to be limited to {iops} operations a second, and is not"));
+                }
+            }
         }
         Ok(())
     }
 
-    fn attached(&mut self, sim: &Simulator, volume: usize, vm: u32, volid: &str, disturbed: bool) -> Result<(), String> {
-        if disturbed {
-            return Ok(());
-        }
-        if !sim.vm(vm).is_some_and(|state| state.plugged.values().any(|drive| drive.volid == volid)) {
+    fn attached(&mut self, sim: &Simulator, volume: usize, vm: u32, volid: &str, (disturbed, crossed): (bool, bool)) -> Result<(), String> {
+        if !disturbed && !is_plugged(sim, vm, volid) {
             return Err(format!("{volid} was said to be attached to VM {vm}, which has it {:?}", traces(sim, vm, volid)));
         }
         let still = |(by, slot): &&(u32, String)| *by != vm && sim.vm(*by).is_some_and(|state| state.plugged.contains_key(slot));
-        if let Some((by, slot)) = self.by_hand.get(&volume).filter(still) {
+        if let Some((by, slot)) = self.by_hand.get(&volume).filter(still).filter(|_| !disturbed) {
             return Err(format!("{volid} was said to be attached to VM {vm}, and somebody else has it as {slot} of VM {by}"));
         }
-        let held = &mut self.volume(volume).held;
+        // Who attaches it now looks when it has written, and goes.
+        let comes = |other: u32| self.open.values().any(|open| open.rpc == Rpc::Publish { volume, vm: other });
+        let is_by_hand = |other: u32| self.by_hand.get(&volume).is_some_and(|(by, _)| *by == other);
+        if let Some(other) =
+            VMS.iter().find(|other| **other != vm && is_plugged(sim, **other, volid) && !comes(**other) && !is_by_hand(**other))
+        {
+            return Err(format!("{volid} was said to be attached to VM {vm}, and VM {other} has it {:?}", traces(sim, *other, volid)));
+        }
+        let Believed { held, unsure, .. } = self.volume(volume);
+        if crossed {
+            unsure.insert(vm);
+            return Ok(());
+        }
+        unsure.remove(&vm);
         held.insert(vm);
         if held.len() > 1 {
             return Err(format!("{volid}: two attachments were answered OK: to VMs {held:?}"));
         }
         Ok(())
+    }
+
+    /// What was made and never asked to be deleted is there.
+    pub fn none_lost(&self, sim: &Simulator, claims: &[Claim]) -> Result<(), String> {
+        for (believed, claim) in self.volumes.iter().zip(claims) {
+            if let Some(id) = claim.id.as_ref().filter(|_| !believed.torn && !believed.deleting && images(sim, claim).is_empty()) {
+                return Err(format!("{id} was made, nobody asked to delete it, and it is gone"));
+            }
+        }
+        Ok(())
+    }
+
+    /// In this VM, once, configured as plugged, and nowhere else.
+    pub fn only_in(&self, sim: &Simulator, claim: &Claim, vm: u32) -> Result<(), String> {
+        let volid = claim.handle().ok_or("attached without an id")?.volid();
+        match all_traces(sim, &volid).as_slice() {
+            [(only, traces)] if *only == vm && is_attached(traces) => Ok(()),
+            others => Err(format!("{volid} was attached to VM {vm} alone, and is in {others:?}")),
+        }
     }
 
     /// Nobody holds what was never asked for, and nothing is there twice. For a moment when nothing is going on.
@@ -236,7 +318,23 @@ impl Judge {
                     return Err(format!("{volid} is plugged twice in VM {vm}: {traces:?}"));
                 }
             }
+            let plugged: Vec<&(u32, Vec<String>)> = holders
+                .iter()
+                .filter(|(vm, traces)| {
+                    let by_hand = self.by_hand.get(&number).is_some_and(|(by, _)| by == vm);
+                    !by_hand && traces.iter().any(|trace| trace.starts_with("plugged"))
+                })
+                .collect();
+            let is_known =
+                |vm: &u32| self.volumes.get(number).is_some_and(|volume| !volume.held.contains(vm) && !volume.unsure.contains(vm));
+            if plugged.len() > 1 && plugged.iter().any(|(vm, _)| is_known(vm)) {
+                return Err(format!("{volid} is plugged in two VMs: {plugged:?}"));
+            }
             let torn = self.volumes.get(number).is_some_and(|volume| volume.torn);
+            let held = self.volumes.get(number).filter(|_| !torn).map(|volume| volume.held.clone()).unwrap_or_default();
+            if let Some(vm) = held.iter().find(|vm| !is_attached(&traces(sim, **vm, &volid))) {
+                return Err(format!("{volid} was attached to VM {vm}, and is not as it was: {:?}", traces(sim, *vm, &volid)));
+            }
             if !torn && holders.iter().any(|(_, traces)| traces.iter().any(|trace| trace.starts_with("plugged"))) && images.is_empty() {
                 return Err(format!("{volid} was deleted while {holders:?} has it"));
             }
@@ -267,6 +365,13 @@ impl Judge {
         }
         Ok(())
     }
+}
+
+/// What a refusal says is not there, is not; unless it says that it could not be taken out.
+fn is_definite(answer: &Answer) -> bool {
+    use tonic::Code;
+    let codes = [Code::FailedPrecondition, Code::NotFound, Code::AlreadyExists, Code::ResourceExhausted];
+    answer.as_ref().is_err_and(|status| codes.contains(&status.code()) && !status.message().contains("and taking"))
 }
 
 /// An error says something, in one of the codes that we mean.

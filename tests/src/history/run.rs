@@ -409,6 +409,7 @@ impl<'a> Run<'a> {
 
     /// As an orchestrator that wants everything gone: every call ends right, and nothing is left.
     async fn tidy(&mut self) -> Result<()> {
+        self.judge.none_lost(&self.world.sim, &self.world.claims).map_err(anyhow::Error::msg)?;
         for (volume, (vm, slot)) in self.judge.by_hand().clone() {
             self.world.sim.detach_by_hand(vm, &slot);
             self.judge.gave_back(volume);
@@ -445,6 +446,8 @@ impl<'a> Run<'a> {
             self.until_ok(&Rpc::Publish { volume, vm }).await?;
             self.until_ok(&Rpc::Publish { volume, vm }).await?;
             self.judge.at_rest(&self.world.sim, &self.world.claims).map_err(anyhow::Error::msg)?;
+            let claim = self.world.claims.get(volume).context("no such volume")?;
+            self.judge.only_in(&self.world.sim, claim, vm).map_err(anyhow::Error::msg)?;
             self.until_ok(&Rpc::Unpublish { volume, vm }).await?;
             self.until_ok(&Rpc::Delete { volume }).await?;
         }

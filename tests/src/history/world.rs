@@ -44,11 +44,29 @@ const LEASE_LIMIT: Duration = Duration::from_secs(10);
 /// What is asked of a controller. Volumes are numbers: their names are made of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rpc {
-    Create { volume: usize },
-    Publish { volume: usize, vm: u32 },
-    Unpublish { volume: usize, vm: u32 },
-    Expand { volume: usize, bytes: u64 },
-    Delete { volume: usize },
+    Create {
+        volume: usize,
+    },
+    Publish {
+        volume: usize,
+        vm: u32,
+    },
+    Unpublish {
+        volume: usize,
+        vm: u32,
+    },
+    Expand {
+        volume: usize,
+        bytes: u64,
+    },
+    Delete {
+        volume: usize,
+    },
+    /// A limit of so many operations per second; only with Kubernetes.
+    Modify {
+        volume: usize,
+        iops: u32,
+    },
 }
 
 impl Rpc {
@@ -59,7 +77,8 @@ impl Rpc {
             | Rpc::Publish { volume, .. }
             | Rpc::Unpublish { volume, .. }
             | Rpc::Expand { volume, .. }
-            | Rpc::Delete { volume } => *volume,
+            | Rpc::Delete { volume }
+            | Rpc::Modify { volume, .. } => *volume,
         }
     }
 }
@@ -72,7 +91,7 @@ pub struct Claim {
     /// Empty: any.
     pub zones: Vec<String>,
     pub bytes: u64,
-    /// Its image on a storage that all share, which a person makes: this version creates on storages local to one node only.
+    /// Its image on a storage that all share, where a person makes it and not the driver.
     pub image: Option<&'static str>,
     /// Once it was created.
     pub id: Option<String>,
@@ -445,6 +464,7 @@ impl World {
         // No two steps are at the same moment. What only waited for this moment goes first: it and the one let in would race.
         self.pass(TICK).await?;
         self.note(format!("{} {} {}", waiting.door, if waiting.answer { "<-" } else { "->" }, waiting.request));
+        ensure!(!waiting.request.split(['&', ' ']).any(|part| part == "digest="), "a write that no digest guards: {}", waiting.request);
         self.sim.admit(waiting);
         self.calm().await
     }
@@ -521,7 +541,7 @@ fn pause() {
 async fn lead(kube: Arc<Kube>, config: PathBuf, serves: Arc<Mutex<Serves>>) {
     let Some(lease) = kube.lease().cloned() else { return };
     let lock = || serves.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Ok(lost) = lease.lead().await {
+    if let Ok(lost) = lease.lead(kube.is_first()).await {
         lock().begin(Arc::new(Controller::with_kube(config, None, Some(kube))));
         let _ = lost.await;
     }
@@ -589,6 +609,11 @@ async fn perform(csi: &ControllerService, claim: &Claim, volume_id: String, rpc:
         Rpc::Delete { .. } => {
             let request = csi::DeleteVolumeRequest { volume_id, ..Default::default() };
             csi.delete_volume(Request::new(request)).await.map(|_| String::new())
+        }
+        Rpc::Modify { iops, .. } => {
+            let mutable_parameters = HashMap::from([("diskIOPS".to_string(), iops.to_string())]);
+            let request = csi::ControllerModifyVolumeRequest { volume_id, mutable_parameters, ..Default::default() };
+            csi.controller_modify_volume(Request::new(request)).await.map(|_| String::new())
         }
     }
 }

@@ -62,6 +62,8 @@ pub enum Inner {
     ResizeSecondHalf { vmid: u32 },
     /// The task's worker is killed when QEMU has done its part and the config does not say so yet.
     WorkerDies { vmid: u32 },
+    /// The next task, of whatever type, is killed: before it did anything, or with all done but its last line.
+    TaskKilled { is_done: bool },
     /// A task of this type ends at once with this exit status, its work not done.
     TaskFails { kind: String, exit_status: String },
 }
@@ -201,6 +203,14 @@ impl Faults {
         Some(met)
     }
 
+    /// Whether the next task is killed: with its work done, or not.
+    pub(crate) fn task_killed(&mut self) -> Option<bool> {
+        match self.meets(|fault| matches!(fault, Inner::TaskKilled { .. })) {
+            Some(Inner::TaskKilled { is_done }) => Some(is_done),
+            _ => None,
+        }
+    }
+
     pub(crate) fn task_end(&mut self, kind: &str) -> Option<String> {
         match self.meets(|fault| matches!(fault, Inner::TaskFails { kind: wanted, .. } if wanted == kind)) {
             Some(Inner::TaskFails { exit_status, .. }) => Some(exit_status),
@@ -208,6 +218,9 @@ impl Faults {
         }
     }
 }
+
+/// What Proxmox says of a task whose worker is gone.
+pub(crate) const KILLED: &str = "unexpected status";
 
 impl Effect {
     pub(crate) fn answer(&self) -> Option<ApiError> {

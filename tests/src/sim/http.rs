@@ -1,6 +1,6 @@
 //! HTTP/1.1 as pveproxy speaks it: its own reason phrases, two Connection headers on proxied answers, idle connections closed after 5 s.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,6 +20,8 @@ const HEADER_LIMIT: usize = 8 * 1024;
 const HEADER_LINES: usize = 64;
 /// A body is read to its end before it is refused, so that the client gets to read why; beyond this it is cut off.
 const BODY_CAP: usize = 16 << 20;
+/// Longer bodies are packed for who takes that (pve-http-server: `response`).
+const PACKED_ABOVE: usize = 1024;
 /// TLS handshake record type: anything else on the TLS port is plain HTTP.
 const TLS_HANDSHAKE: u8 = 0x16;
 
@@ -101,9 +103,10 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, cluster: &Arc<Cl
         };
         let wants_close = request.minor == 0 || request.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
         let closes = answer.status >= 400 || wants_close || misdirected || (answer.proxied && cluster.latency.by_endpoint);
-        let text = render(&answer, closes);
-        cluster.state().faults.count_bytes(text.len());
-        stream.write_all(text.as_bytes()).await?;
+        let takes_gzip = request.header("accept-encoding").is_some_and(|value| value.contains("gzip"));
+        let bytes = render(&answer, closes, takes_gzip)?;
+        cluster.state().faults.count_bytes(bytes.len());
+        stream.write_all(&bytes).await?;
         stream.flush().await?;
         if closes {
             return stream.shutdown().await;
@@ -180,7 +183,9 @@ fn parse_head(head: &str) -> Option<Request> {
     })
 }
 
-fn render(answer: &Answer, closes: bool) -> String {
+fn render(answer: &Answer, closes: bool, takes_gzip: bool) -> io::Result<Vec<u8>> {
+    let is_packed = takes_gzip && answer.body.len() > PACKED_ABOVE;
+    let body = if is_packed { gzip(answer.body.as_bytes())? } else { answer.body.clone().into_bytes() };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let date = http_date(now);
     // A reason is one line: what would break the status line cannot be in it.
@@ -194,15 +199,27 @@ fn render(answer: &Answer, closes: bool) -> String {
         }
         text.push_str("Connection: Keep-Alive\r\n");
     }
-    text.push_str(&format!("Date: {date}\r\nPragma: no-cache\r\nServer: pve-api-daemon/3.0\r\nContent-Length: {}\r\n", answer.body.len()));
+    text.push_str(&format!("Date: {date}\r\nPragma: no-cache\r\nServer: pve-api-daemon/3.0\r\nContent-Length: {}\r\n", body.len()));
+    if is_packed {
+        text.push_str("Content-Encoding: gzip\r\n");
+    }
     if answer.json {
         text.push_str("Content-Type: application/json;charset=UTF-8\r\n");
     }
     if let Some(location) = &answer.location {
         text.push_str(&format!("Location: {location}\r\n"));
     }
-    text.push_str(&format!("Expires: {date}\r\n\r\n{}", answer.body));
-    text
+    text.push_str(&format!("Expires: {date}\r\n\r\n"));
+    let mut bytes = text.into_bytes();
+    bytes.extend(body);
+    Ok(bytes)
+}
+
+/// As Perl's `Compress::Zlib::memGzip` does by default.
+fn gzip(body: &[u8]) -> io::Result<Vec<u8>> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    packed.write_all(body)?;
+    packed.finish()
 }
 
 /// `Sat, 21 Nov 2026 02:44:43 GMT`

@@ -14,7 +14,7 @@ use super::clock::{Busy, Clock, Held};
 use super::config::VmConfig;
 use super::describe::{Description, Node};
 use super::endpoint::Endpoint;
-use super::faults::Faults;
+use super::faults::{Faults, KILLED};
 use super::storage::{Name, Storage};
 use super::tasks::{Log, Tasks};
 use super::turns::Turns;
@@ -228,9 +228,14 @@ impl Cluster {
         let kind = kind.to_owned();
         tokio::spawn(async move {
             let planned = cluster.state().faults.task_end(&kind);
-            let exit = match planned {
-                Some(text) => text,
-                None => future.await.map_or_else(|error| error.exit_status(), |()| "OK".to_owned()),
+            let killed = cluster.state().faults.task_killed();
+            let exit = match (planned, killed) {
+                (Some(text), _) => text,
+                (None, Some(false)) => KILLED.to_owned(),
+                (None, killed) => {
+                    let done = future.await.map_or_else(|error| error.exit_status(), |()| "OK".to_owned());
+                    if killed.is_some() { KILLED.to_owned() } else { done }
+                }
             };
             cluster.state().tasks.end(&upid, exit, cluster.clock.unix_seconds());
             cluster.clock.open(&task.done);
@@ -343,8 +348,9 @@ impl Vm {
         }
     }
 
+    /// An empty one guards nothing, as with Proxmox.
     pub(crate) fn check_digest(&self, digest: Option<&str>) -> Result<(), ApiError> {
-        if digest.is_none_or(|digest| digest == self.config.digest()) {
+        if digest.is_none_or(|digest| digest.is_empty() || digest == self.config.digest()) {
             return Ok(());
         }
         Err(ApiError::die("checksum mismatch (file change by other user?)"))

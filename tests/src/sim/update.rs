@@ -11,7 +11,7 @@ use super::answer::{ApiError, Reply};
 use super::config::VmConfig;
 use super::content;
 use super::drive::{self, Drive, is_drive, is_unused};
-use super::faults::Inner;
+use super::faults::{Inner, KILLED};
 use super::hotplug;
 use super::options::{self, Needs};
 use super::params::Params;
@@ -406,7 +406,7 @@ impl Work {
             self.hotplug_all(modified, &mut errors).await;
             let dies = Inner::WorkerDies { vmid: self.vmid };
             if self.cluster.state().faults.meets(|planned| *planned == dies).is_some() {
-                return Err(ApiError::die("unexpected status"));
+                return Err(ApiError::die(KILLED));
             }
         } else {
             self.apply_all(&mut errors).await;

@@ -59,6 +59,67 @@ fn create(controller: &Controller, name: &str) -> Result<String> {
     Ok(answer.volume.unwrap_or_default().volume_id)
 }
 
+fn publish(controller: &Controller, disk: &str, vmid: usize) -> Result<()> {
+    let request = csi::ControllerPublishVolumeRequest {
+        volume_id: format!("fsn1//ceph/{disk}"),
+        node_id: format!("node-{vmid}/{vmid}"),
+        volume_capability: Some(mount_capability("ext4")),
+        ..Default::default()
+    };
+    controller.calls().controller_publish_volume(request).map(drop).map_err(|status| anyhow!("publish {disk}: {status:?}"))
+}
+
+fn unpublish(controller: &Controller, disk: &str, vmid: usize) -> Result<()> {
+    let request = csi::ControllerUnpublishVolumeRequest {
+        volume_id: format!("fsn1//ceph/{disk}"),
+        node_id: format!("node-{vmid}/{vmid}"),
+        ..Default::default()
+    };
+    controller.calls().controller_unpublish_volume(request).map(drop).map_err(|status| anyhow!("unpublish {disk}: {status:?}"))
+}
+
+fn config(sim: &Simulator) -> String {
+    format!("clusters:\n  - url: {}\n    region: fsn1\n    token_id: \"csi@pve!csi\"\n    token_secret: \"{STANDARD_SECRET}\"\n", sim.url())
+}
+
+/// The most KiB while so many callers call at once, some times each.
+fn most_while(controller: &Controller, call: impl Fn(usize, usize) -> Result<()> + Sync) -> Result<u64> {
+    let (most, call) = (std::sync::atomic::AtomicU64::new(0), &call);
+    std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..AT_ONCE).map(|number| scope.spawn(move || (0..8).try_for_each(|turn| call(number, turn)))).collect();
+        while calls.iter().any(|call| !call.is_finished()) {
+            most.fetch_max(controller.resident_kib().unwrap_or(0), std::sync::atomic::Ordering::Relaxed);
+            std::thread::yield_now();
+        }
+        calls.into_iter().try_for_each(|call| call.join().map_err(|_| anyhow!("a call panicked"))?)
+    })?;
+    Ok(most.into_inner())
+}
+
+/// The same of attachments to a VM each, of a shared storage; on a cluster that is small, so that it is the calls that are measured.
+fn attachments_at_once() -> Result<u64> {
+    let folder = crate::folder::new("csi-cluster-", "-storm")?;
+    let mut about = cluster();
+    about.nodes.truncate(3);
+    about.vms = (0..AT_ONCE)
+        .zip(100..)
+        .map(|(number, vmid)| Vm::linux(vmid, &format!("pve{}", number % 3 + 1), &format!("node-{vmid}"), None))
+        .collect();
+    let sim = runtime().block_on(Simulator::builder(about).start()).context("start the simulator")?;
+    for number in 0..AT_ONCE {
+        sim.create_volume("pve1", &format!("ceph:vm-9999-{number}"), 64 << 20).map_err(anyhow::Error::msg)?;
+    }
+    let controller = Controller::start(&folder, &config(&sim))?;
+    let most = most_while(&controller, |number, _| {
+        let disk = format!("vm-9999-{number}");
+        publish(&controller, &disk, 100 + number)?;
+        unpublish(&controller, &disk, 100 + number)
+    })?;
+    drop(controller);
+    std::fs::remove_dir_all(&folder).context("remove the controller's folder")?;
+    Ok(most)
+}
+
 /// The rows, as Markdown.
 ///
 /// # Errors
@@ -66,38 +127,14 @@ fn create(controller: &Controller, name: &str) -> Result<String> {
 pub fn memory() -> Result<String> {
     let folder = crate::folder::new("csi-cluster-", "-storm")?;
     let sim = runtime().block_on(Simulator::builder(cluster()).start()).context("start the simulator")?;
-    let config = format!(
-        "clusters:\n  - url: {}\n    region: fsn1\n    token_id: \"csi@pve!csi\"\n    token_secret: \"{STANDARD_SECRET}\"\n",
-        sim.url()
-    );
-    let controller = Controller::start(&folder, &config)?;
+    let controller = Controller::start(&folder, &config(&sim))?;
     let mut text = String::from("| memory of the controller | resident | goal |\n|---|---|---|\n");
     row(&mut text, "idle, just started", controller.resident_kib()?, 4)?;
-    let most = std::sync::atomic::AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        let calls: Vec<_> = (0..AT_ONCE)
-            .map(|number| {
-                scope.spawn({
-                    let controller = &controller;
-                    move || (0..8).try_for_each(|turn| create(controller, &format!("pvc-{number}-{turn}")).map(drop))
-                })
-            })
-            .collect();
-        while calls.iter().any(|call| !call.is_finished()) {
-            most.fetch_max(controller.resident_kib().unwrap_or(0), std::sync::atomic::Ordering::Relaxed);
-            std::thread::yield_now();
-        }
-        calls.into_iter().try_for_each(|call| call.join().map_err(|_| anyhow!("a call panicked"))?)
-    })?;
-    row(&mut text, &format!("most, {AT_ONCE} creations at once"), most.into_inner(), 8)?;
+    let most = most_while(&controller, |number, turn| create(&controller, &format!("pvc-{number}-{turn}")).map(drop))?;
+    row(&mut text, &format!("most, {AT_ONCE} creations at once"), most, 8)?;
+    row(&mut text, &format!("most, {AT_ONCE} attachments and detachments at once"), attachments_at_once()?, 8)?;
     sim.create_volume("pve1", "ceph:vm-9999-new", 64 << 20).map_err(anyhow::Error::msg)?;
-    let publish = csi::ControllerPublishVolumeRequest {
-        volume_id: "fsn1//ceph/vm-9999-new".into(),
-        node_id: "node-100/100".into(),
-        volume_capability: Some(mount_capability("ext4")),
-        ..Default::default()
-    };
-    controller.calls().controller_publish_volume(publish).map_err(|status| anyhow!("publish: {status:?}"))?;
+    publish(&controller, "vm-9999-new", 100)?;
     row(&mut text, &format!("{} volumes and {VMS} VMs known", (VMS - 1) * VOLUMES_PER_VM), controller.resident_kib()?, 20)?;
     sim.reset_counters();
     // The timer belongs to the runtime: made inside it.

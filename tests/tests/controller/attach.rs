@@ -115,6 +115,11 @@ async fn a_vm_that_cannot_take_a_disk_is_refused_before_any_write() {
         (|sim| sim.set_config(101, "scsihw", Some("lsi")), Code::FailedPrecondition, &["qm set 101 --scsihw virtio-scsi-single"]),
         (|sim| sim.set_config(101, "scsihw", None), Code::FailedPrecondition, &["--scsihw"]),
         (|sim| sim.set_config(101, "template", Some("1")), Code::FailedPrecondition, &["template"]),
+        (
+            |sim| sim.set_config(101, "protection", Some("1")),
+            Code::FailedPrecondition,
+            &["protection: 1", "qm set 101 --protection 0", "attachToProtectedVMs: true"],
+        ),
         (|sim| sim.set_hung(101, true), Code::Unavailable, &["QEMU of VM 101 does not answer"]),
         (
             |sim| (1..=29).for_each(|n| sim.set_config(101, &format!("scsi{n}"), Some("local:101/vm-101-disk-9.raw"))),
@@ -129,6 +134,22 @@ async fn a_vm_that_cannot_take_a_disk_is_refused_before_any_write() {
         assert_refused(bed.publish(&volume, "node-101/101").await, *code, words);
         assert!(!bed.sim.requests().iter().any(|request| request.contains("/qemu/101/config")), "{words:?}");
     }
+}
+
+/// By the operator's word; its disks stay until the protection is taken off, which Proxmox says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_protected_vm_takes_disks_where_the_config_file_says_so() {
+    let bed = standard().await;
+    let volume = bed.volume("pvc-1", "local").await;
+    bed.sim.set_config(101, "protection", Some("1"));
+    let by = crate::owner::with_features(&bed, "{attachToProtectedVMs: true}");
+    by.publish(&volume, "node-101/101").await.unwrap();
+    assert_eq!(bed.traces(101, &volume), ["configured scsi1", "plugged scsi1"]);
+    assert_refused(by.unpublish(&volume, "node-101/101").await, Code::FailedPrecondition, &["protection"]);
+    assert_eq!(bed.traces(101, &volume), ["configured scsi1", "plugged scsi1"]);
+    bed.sim.set_config(101, "protection", None);
+    by.unpublish(&volume, "node-101/101").await.unwrap();
+    assert!(bed.traces(101, &volume).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -323,7 +344,7 @@ async fn a_lost_answer_is_looked_after() {
     bed.publish(&volume, "node-102/102").await.unwrap();
 }
 
-/// W18: every write names the config that it was decided on; nothing undoes what came in between.
+/// Every write names the config that it was decided on; nothing undoes what came in between (W18 itself: modify.rs).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_changed_digest_is_read_again_and_a_taken_slot_left() {
     let bed = standard().await;

@@ -164,7 +164,11 @@ async fn a_missing_privilege_keeps_its_name() {
     bed.sim.set_role("CSI", &["VM.Audit", "VM.Config.Disk", "Datastore.AllocateSpace", "Datastore.Audit"]);
     assert_refused(bed.delete(&volume.to_string()).await, Code::PermissionDenied, &["(/storage/local, Datastore.Allocate)"]);
     bed.sim.set_role("CSI", &["VM.Audit", "Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"]);
-    assert_refused(bed.publish(&volume, "node-101/101").await, Code::PermissionDenied, &["/vms/101", "VM.Config.Disk"]);
+    assert_refused(
+        bed.publish(&volume, "node-101/101").await,
+        Code::PermissionDenied,
+        &["/vms/101", "VM.Config.Disk", "pveum role modify ROLE --append 1 --privs"],
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

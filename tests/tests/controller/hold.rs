@@ -116,6 +116,29 @@ async fn w05_a_shared_volume_outlives_the_node_in_its_id() {
     assert!(bed.sim.volumes("pve1", "san").is_empty());
 }
 
+/// The same for a detachment: OK only when it is in none of the views.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_whose_node_is_gone_is_detached_all_the_same() {
+    let (bed, volume) = shared_bed().await;
+    let old: VolumeHandle = "fsn1/pve9/san/vm-9999-a".parse().unwrap();
+    for known in [true, false] {
+        bed.publish(&volume, "node-201/201").await.unwrap();
+        // By the one who attached it, and by one who knows nothing.
+        let by = if known { None } else { Some(again(&bed)) };
+        match &by {
+            None => bed.unpublish(&old, "node-201/201").await.unwrap(),
+            Some(by) => unpublish_by(by, &old, "node-201/201").await.unwrap(),
+        }
+        assert!(bed.traces(201, &volume).is_empty(), "{:?}", bed.traces(201, &volume));
+    }
+    // A local one, whose VM was moved with it, and the node of its id is gone.
+    let local = bed.volume_on("pvc-1", "ds", "pve1").await;
+    bed.publish(&local, "node-101/101").await.unwrap();
+    bed.sim.migrate_vm(101, "pve2");
+    unpublish_by(&again(&bed), &local, "node-101/101").await.unwrap();
+    assert!(bed.traces(101, &local).is_empty(), "{:?}", bed.traces(101, &local));
+}
+
 /// W19: a number alone may be another VM's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn w19_a_vm_of_another_name_is_not_the_node_if_one_of_that_name_is_there() {

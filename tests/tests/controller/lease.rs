@@ -9,13 +9,16 @@ use controller::run::Controller;
 use controller::service::ControllerService;
 use proto::VolumeHandle;
 use testbed::kube::Kubernetes;
+use testbed::sim::{Effect, Fault, Simulator};
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::bed::{Bed, MIB, assert_refused};
+use crate::bed::{Bed, MIB, assert_refused, clusters};
 use crate::hold::{publish_by, shared_bed, unpublish_by};
 
 const MS: Duration = Duration::from_millis(1);
+/// Of one that was not there.
+const NONE: Taken = Taken { late_writes: LATE_WRITES.saturating_add(RENEW_WITHIN), was_none: true };
 
 /// Who waits for the Lease under that name.
 fn candidate(kubernetes: &Kubernetes, name: &str) -> Arc<Lease> {
@@ -33,7 +36,7 @@ async fn one_has_the_lease_and_the_others_stand_by() {
     let kubernetes = Kubernetes::start().await.unwrap();
     let (first, second) = (candidate(&kubernetes, "pod-1"), candidate(&kubernetes, "pod-2"));
     assert!(first.fence().check().is_err(), "nobody writes before it has it");
-    assert_eq!(first.acquire().await, Taken { late_writes: LATE_WRITES + RENEW_WITHIN }, "there was none, or somebody has deleted it");
+    assert_eq!(first.acquire().await, NONE, "there was none, or somebody has deleted it");
     let holding = Arc::clone(&first);
     let holding = tokio::spawn(async move { holding.hold().await });
     assert_eq!(within(Duration::from_secs(120), &second).await, None);
@@ -64,7 +67,7 @@ async fn a_holder_that_does_not_renew_stops_writing_before_the_next_one_may() {
     let stopped = begun.elapsed();
     assert!(stopped <= RENEW_WITHIN + 20 * MS, "{stopped:?}");
     let (taken, at) = taken.await.unwrap();
-    assert_eq!(taken, Taken { late_writes: LATE_WRITES });
+    assert_eq!(taken, Taken { late_writes: LATE_WRITES, was_none: false });
     assert!(at - begun >= DURATION && at - begun <= DURATION + RETRY * 2, "{:?}", at - begun);
     // It wakes up: the Lease is another's, and it ends.
     let why = first.hold().await;
@@ -82,7 +85,7 @@ async fn a_lease_that_is_given_back_is_taken_at_once_and_one_with_an_open_write_
         assert!(first.fence().check().is_err());
         assert_eq!(kubernetes.holder().is_none(), all_is_known);
         let begun = Instant::now();
-        assert_eq!(second.acquire().await, Taken { late_writes: expected });
+        assert_eq!(second.acquire().await, Taken { late_writes: expected, was_none: false });
         assert_eq!(begun.elapsed() < DURATION, all_is_known, "{:?}", begun.elapsed());
     }
 }
@@ -149,7 +152,7 @@ async fn a_lease_taken_without_an_answer_is_known_again() {
     let first = candidate(&kubernetes, "pod-1");
     kubernetes.breaks("POST /apis/coordination.k8s.io", Some(1));
     let taken = within(Duration::from_secs(10), &first).await;
-    assert_eq!(taken, Some(Taken { late_writes: LATE_WRITES + RENEW_WITHIN }));
+    assert_eq!(taken, Some(NONE));
 }
 
 /// By hand, while a holder acts: what that one sent may still come, though nobody holds it.
@@ -165,15 +168,74 @@ async fn a_lease_deleted_or_emptied_by_hand_is_no_lease_given_back() {
             kubernetes.give_lease_to("")
         }
         // Its holder does not know yet, and may write until it could not renew for RENEW_WITHIN.
-        assert_eq!(second.acquire().await, Taken { late_writes: LATE_WRITES + RENEW_WITHIN }, "{is_deleted}");
+        assert_eq!(second.acquire().await, Taken { was_none: is_deleted, ..NONE }, "{is_deleted}");
         // Nor is the mark of an earlier holder one of this holder's.
         second.release(true).await;
         let third = candidate(&kubernetes, "pod-3");
-        assert_eq!(third.acquire().await, Taken { late_writes: Duration::ZERO });
+        assert_eq!(third.acquire().await, Taken::default());
         kubernetes.give_lease_to("");
         let fourth = candidate(&kubernetes, "pod-4");
-        assert_eq!(fourth.acquire().await, Taken { late_writes: LATE_WRITES + RENEW_WITHIN });
+        assert_eq!(fourth.acquire().await, Taken { was_none: false, ..NONE });
     }
+}
+
+/// How long it takes until it acts, with what Kubernetes shows of others before it.
+async fn time_to_lead(kubernetes: &Kubernetes) -> Duration {
+    let kube = Arc::new(Kube::new(kubernetes.access(&std::env::temp_dir()).unwrap()).unwrap().with_lease("pod-1"));
+    let begun = Instant::now();
+    let holding = kube.lease().unwrap().lead(kube.is_first()).await.unwrap();
+    holding.abort();
+    begun.elapsed()
+}
+
+/// A PVC is a filesystem in seconds on a first installation, too; other drivers' objects are no trace.
+#[tokio::test(start_paused = true)]
+async fn a_first_installation_waits_for_nobody() {
+    let kubernetes = Kubernetes::start().await.unwrap();
+    for number in 0..600 {
+        let spec = serde_json::json!({"csi": {"driver": "other.csi", "volumeHandle": "x"}});
+        let object = serde_json::json!({"metadata": {"name": format!("a-{number}")}, "spec": spec});
+        kubernetes.put(&format!("/api/v1/persistentvolumes/a-{number}"), object);
+    }
+    kubernetes.attachment_of("other.csi", "a-1", "node-101", true);
+    let took = time_to_lead(&kubernetes).await;
+    assert!(took < DURATION, "{took:?}");
+}
+
+/// What one of ours leaves wherever it acted, each alone; and what cannot be read is not known to be absent.
+#[tokio::test(start_paused = true)]
+async fn any_trace_of_a_controller_before_us_is_waited_for() {
+    let attacher = "/apis/coordination.k8s.io/v1/namespaces/elsewhere/leases/external-attacher-leader-csi-proxmox-sinextra-dev";
+    type Leaves<'a> = &'a dyn Fn(&Kubernetes);
+    let traces: [(&str, Leaves<'_>); 7] = [
+        ("pv", &|kubernetes| kubernetes.pv("z", "fsn1/pve1/local/9999/vm-9999-z.raw")),
+        ("attachment", &|kubernetes| kubernetes.attachment("gone", "node-101", true)),
+        // Given back, as client-go does.
+        ("attacher", &|kubernetes| {
+            let lease = serde_json::json!({"metadata": {"namespace": "elsewhere"}, "spec": {"holderIdentity": ""}});
+            kubernetes.put(attacher, lease);
+        }),
+        ("pvs unread", &|kubernetes| kubernetes.breaks("GET /api/v1/persistentvolumes", Some(500))),
+        ("pvs forbidden", &|kubernetes| kubernetes.breaks("GET /api/v1/persistentvolumes", Some(403))),
+        ("attachments unread", &|kubernetes| kubernetes.breaks("GET /apis/storage.k8s.io/v1/volumeattachments", Some(500))),
+        ("attachers unread", &|kubernetes| kubernetes.breaks("GET /apis/coordination.k8s.io/v1/leases", Some(403))),
+    ];
+    for (name, leave) in traces {
+        let kubernetes = Kubernetes::start().await.unwrap();
+        // Ours is on a later page than the first.
+        for number in 0..500 {
+            let object = serde_json::json!({"metadata": {"name": format!("a-{number}")}, "spec": {"nfs": {}}});
+            kubernetes.put(&format!("/api/v1/persistentvolumes/a-{number}"), object);
+        }
+        leave(&kubernetes);
+        let took = time_to_lead(&kubernetes).await;
+        assert!(took >= NONE.late_writes, "{name}: {took:?}");
+    }
+    // Nor is one that was emptied a first one, whatever is not there.
+    let kubernetes = Kubernetes::start().await.unwrap();
+    kubernetes.give_lease_to("");
+    let took = time_to_lead(&kubernetes).await;
+    assert!(took >= NONE.late_writes, "{took:?}");
 }
 
 /// A controller that has the Lease, and its bed.
@@ -210,6 +272,21 @@ async fn what_another_hand_attached_since_the_vms_were_read_is_seen_with_the_lea
         assert_refused(publish_by(&by, &volume, "node-101/101").await, Code::FailedPrecondition, &words);
         assert!(bed.traces(101, &volume).is_empty(), "{:?}", bed.traces(101, &volume));
         assert_eq!(bed.traces(vmid, &volume).len(), 2, "what is there stays");
+    }
+}
+
+/// On a storage of one Proxmox node nobody is asked for that: QEMU locks what it opens, and the second drive is none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_hand_attached_on_a_local_storage_is_kept_apart_by_qemu_itself() {
+    for storage in ["local", "local-lvm", "local-zfs"] {
+        let (bed, _, _kubernetes, _lease, by) = leading().await;
+        let (warm, volume) = (bed.volume_on("warm", storage, "pve1").await, bed.volume_on("one", storage, "pve1").await);
+        publish_by(&by, &warm, "node-101/101").await.unwrap();
+        bed.sim.attach_by_hand(102, "scsi7", &volume.volid()).unwrap();
+        let refused = publish_by(&by, &volume, "node-101/101").await.expect_err("VM 102 has it");
+        assert!(["VM 102", "write"].iter().any(|word| refused.message().contains(word)), "{refused:?}");
+        assert!(bed.traces(101, &volume).is_empty(), "{:?}", bed.traces(101, &volume));
+        assert_eq!(bed.traces(102, &volume).len(), 2, "what is there stays");
     }
 }
 
@@ -278,4 +355,58 @@ async fn a_write_without_a_lease_is_not_sent() {
     let refused = unpublish_by(&by, &volume, "node-101/101").await;
     assert_refused(refused, Code::Unavailable, &["POST /nodes/pve1/qemu/101/config", "it is given back", "writes nothing any more"]);
     assert!(bed.sim.requests().iter().all(|request| request.starts_with("GET")), "{:?}", bed.sim.requests());
+}
+
+/// Regions whose nodes answer nothing hold many threads, each for as long as it waits: none that a renewal needs.
+#[test]
+fn the_lease_is_renewed_while_every_region_hangs() {
+    const REGIONS: usize = 5;
+    const CALLS_EACH: usize = 30;
+    // Longer than a Lease that is not renewed lasts.
+    const RENEWALS: usize = 7;
+    const LIMIT: Duration = Duration::from_secs(120);
+    let host = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let kubernetes = host.block_on(Kubernetes::start()).unwrap();
+    let regions: Vec<Simulator> = (0..REGIONS).map(|_| host.block_on(Simulator::standard().start()).unwrap()).collect();
+    let folder = std::env::temp_dir().join(format!("pve-csi-hanging-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let mut text = String::from("clusters:\n");
+    for (number, sim) in regions.iter().enumerate() {
+        sim.inject(Fault { method: None, path: "/nodes/**".into(), nth: 1, times: u32::MAX, effect: Effect::Hang });
+        text.push_str(&clusters(sim.url()).replace("clusters:\n", "").replace("fsn1", &format!("r{number}")));
+    }
+    let config = folder.join("config.yaml");
+    std::fs::write(&config, text).unwrap();
+    let kube = Arc::new(Kube::new(kubernetes.access(&folder).unwrap()).unwrap().with_lease("pod-1"));
+    let lease = Arc::clone(kube.lease().unwrap());
+    let process = controller::threads::runtime().unwrap();
+    process.block_on(async {
+        lease.acquire().await;
+        let holding = tokio::spawn({
+            let lease = Arc::clone(&lease);
+            async move { lease.hold().await }
+        });
+        let by = ControllerService::new(Arc::new(Controller::with_kube(config.clone(), None, Some(Arc::clone(&kube)))));
+        for number in 0..REGIONS * CALLS_EACH {
+            let by = by.clone();
+            let volume: VolumeHandle = format!("r{}/pve1/local/9999/vm-9999-{number}.raw", number % REGIONS).parse().unwrap();
+            tokio::spawn(async move { publish_by(&by, &volume, "node-101/101").await });
+        }
+        let begun = Instant::now();
+        let mut renewals = 0;
+        while renewals < RENEWALS && !holding.is_finished() {
+            assert!(begun.elapsed() < LIMIT, "{renewals} renewals");
+            renewals += kubernetes.asked().iter().filter(|call| call.starts_with("PUT")).count();
+            tokio::time::sleep(RETRY / 4).await;
+        }
+        assert!(!holding.is_finished() && lease.fence().check().is_ok(), "lost after {renewals} renewals: {:?}", lease.fence().check());
+        assert_eq!(kubernetes.holder().as_deref(), Some("pod-1"));
+    });
+    let hanging = |sim: &Simulator| sim.requests().iter().filter(|request| request.contains("/nodes/")).count();
+    // Several each, and together more than a process has threads for nothing.
+    let all: usize = regions.iter().map(hanging).sum();
+    assert!(all >= REGIONS * 5, "{:?}", regions.iter().map(hanging).collect::<Vec<_>>());
+    // Calls hang on; nobody waits for them.
+    process.shutdown_background();
+    std::fs::remove_dir_all(&folder).unwrap();
 }

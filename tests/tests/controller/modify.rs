@@ -68,6 +68,27 @@ async fn a_plugged_drive_is_changed_and_read_back() {
     assert!(drive(&bed).contains("iops_rd=8"));
 }
 
+/// W18: a drive that somebody detaches between the look and the write is not attached again by the write.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn w18_a_drive_that_goes_meanwhile_is_not_brought_back() {
+    let (bed, _kubernetes, by, volume) = with_kubernetes().await;
+    let attached = |lun: u32| format!("scsi{lun}");
+    let slot = attached(publish_by(&by, &volume, "node-101/101").await.unwrap());
+    bed.sim.before("POST", CONFIG, 1, move |sim| sim.detach_by_hand(101, &slot));
+    let answer = modify(&by, &volume.to_string(), &[("diskIOPS", "500")]).await;
+    assert_refused(answer, Code::Unavailable, &["VM 101 does not have it configured (any more)"]);
+    assert!(bed.traces(101, &volume).is_empty(), "{:?}", bed.traces(101, &volume));
+    // The same into another slot: changed where it is now, and nowhere else.
+    let slot = attached(publish_by(&by, &volume, "node-101/101").await.unwrap());
+    let volid = volume.volid();
+    bed.sim.before("POST", CONFIG, 1, move |sim| {
+        sim.detach_by_hand(101, &slot);
+        sim.attach_by_hand(101, "scsi7", &volid).unwrap();
+    });
+    let _answer = modify(&by, &volume.to_string(), &[("diskIOPS", "700")]).await;
+    assert_eq!(bed.traces(101, &volume), ["configured scsi7", "plugged scsi7"]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_changed_is_refused_and_nothing_stays_planned() {
     let (bed, _kubernetes, by, volume) = with_kubernetes().await;

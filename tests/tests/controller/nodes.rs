@@ -164,3 +164,41 @@ async fn a_nameless_vm_is_in_the_way_of_no_provider_id() {
     assert_eq!(bed.traces(101, &volume).len(), 2);
     assert_refused(publish_by(&by, &volume, "silent").await, Code::Unavailable, &["shows no name now"]);
 }
+
+/// A cluster that hangs says of no name that it has it: then the Node object tells whose the number is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_detach_by_number_takes_nothing_for_a_node_of_a_region_that_is_silent() {
+    let (bed, volume, other) = two_regions().await;
+    bed.publish(&volume, "node-101/101").await.unwrap();
+    let kubernetes = Kubernetes::start().await.unwrap();
+    node(&kubernetes, "hel-101", "proxmox://hel1/101", None);
+    other.inject(Fault { method: None, path: "/**".into(), nth: 1, times: 1000, effect: Effect::Hang });
+    let by = controller_of(&kubernetes, &bed);
+    assert_refused(unpublish_by(&by, &volume, "hel-101/101").await, Code::FailedPrecondition, &["region hel1", "VM 101 on pve1"]);
+    assert_eq!(bed.traces(101, &volume).len(), 2);
+    unpublish_by(&by, &volume, "node-101/101").await.unwrap();
+    unpublish_by(&by, &volume, "hel-101/101").await.unwrap();
+}
+
+/// The dead VM could be either of two nodes that carry its number: the word about one of them lets nothing go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_nodes_of_one_number_both_must_be_out_of_service() {
+    let (bed, held) = shared_bed().await;
+    bed.publish(&held, "node-201/201").await.unwrap();
+    bed.sim.set_node_unreachable("pve2", Some("595 No route to host"));
+    let kubernetes = Kubernetes::start().await.unwrap();
+    kubernetes.node("node-102", "node-102/102");
+    for name in ["one", "other"] {
+        kubernetes.node(name, &format!("{name}/201"));
+    }
+    kubernetes.taint("one", true);
+    kubernetes.pv("pv-a", &held.to_string());
+    kubernetes.attachment("pv-a", "one", true);
+    let by = controller_of(&kubernetes, &bed);
+    assert_refused(publish_by(&by, &held, "node-102/102").await, Code::FailedPrecondition, &["VM 201 on pve2", "node one"]);
+    assert!(bed.traces(102, &held).is_empty());
+    // By its provider ID the other one is another cluster's.
+    let object = json!({"metadata": {"name": "other"}, "spec": {"providerID": "proxmox://hel1/201"}});
+    kubernetes.put("/api/v1/nodes/other", object);
+    publish_by(&controller_of(&kubernetes, &bed), &held, "node-102/102").await.unwrap();
+}

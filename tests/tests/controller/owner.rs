@@ -1,11 +1,13 @@
 //! Whose a volume is: what is deleted, what stays, what is attached; and which VM a node is.
 
+use std::sync::Arc;
+
 use controller::service::ControllerService;
 use proto::VolumeHandle;
 use proto::csi::{self, controller_server::Controller as _};
 use serde_json::json;
 use testbed::kube::Kubernetes;
-use testbed::sim::Vm;
+use testbed::sim::{Effect, Fault, Inner, Vm};
 use tonic::{Code, Request, Status};
 
 use crate::bed::{Bed, MIB, assert_refused, clusters, standard, start, two_hosts_description, with_config};
@@ -55,6 +57,26 @@ async fn only_our_own_is_deleted_and_everything_is_attached() {
     }
 }
 
+/// A file that cannot be read has no format by Proxmox's words, as one that is not there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_its_storage_lists_is_not_gone_whatever_is_said_of_it() {
+    let bed = standard().await;
+    let foreign = "fsn1/pve1/local/777/vm-777-disk-0.raw";
+    bed.sim.create_volume("pve1", "local:777/vm-777-disk-0.raw", 64 * MIB).unwrap();
+    let words = "volume_size_info on 'local:777/vm-777-disk-0.raw' failed - no format";
+    let unread = Fault::next("GET", "/nodes/*/storage/*/content/**", Effect::Answer { status: 500, reason: words.into() });
+    bed.sim.inject(unread.clone());
+    assert_refused(bed.delete(foreign).await, Code::FailedPrecondition, &["VM 777's", "deleteAlsoOwnedBy: [777]"]);
+    // One of ours whose deletion failed without saying why.
+    let ours = bed.volume("pvc-1", "local").await;
+    bed.sim.inject_inner(Inner::TaskFails { kind: "imgdel".into(), exit_status: "unable to delete".into() }, 1);
+    bed.sim.inject(unread);
+    assert_refused(bed.delete(&ours.to_string()).await, Code::Internal, &["unable to delete"]);
+    assert_eq!(bed.sim.volumes("pve1", "local").len(), 2);
+    bed.delete(&ours.to_string()).await.unwrap();
+    bed.delete(&ours.to_string()).await.unwrap();
+}
+
 /// W20: a VM with our owner's number has all our disks for its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_deleted_while_a_vm_has_the_owners_number() {
@@ -101,6 +123,35 @@ async fn a_disk_that_its_pv_keeps_stays_and_without_an_answer_so_does_any() {
     let fresh = controller_of(&kubernetes, &bed);
     delete_by(&fresh, &unnamed.to_string()).await.unwrap();
     assert!(bed.sim.image("pve1", &unnamed.volid()).is_some());
+}
+
+/// Deletions that come together look at all PVs together: a reading that began after they asked is everybody's. One thread, so that
+/// all have asked before the first page comes.
+#[tokio::test]
+async fn deletions_that_wait_share_a_reading_of_all_pvs() {
+    let bed = Arc::new(standard().await);
+    let kubernetes = Kubernetes::start().await.unwrap();
+    let by = Arc::new(controller_of(&kubernetes, &bed));
+    for number in 0..1200 {
+        kubernetes.pv(&format!("other-{number}"), &format!("fsn1/pve1/local/9999/vm-9999-other-{number}.raw"));
+    }
+    let mut volumes = Vec::new();
+    for number in 0..8 {
+        volumes.push(bed.volume(&format!("pvc-{number}"), "local").await);
+    }
+    drop(kubernetes.asked());
+    let mut deleting = tokio::task::JoinSet::new();
+    for id in volumes.iter().map(ToString::to_string) {
+        let by = Arc::clone(&by);
+        deleting.spawn(async move { delete_by(&by, &id).await });
+    }
+    deleting.join_all().await.into_iter().for_each(|deleted| deleted.unwrap());
+    let pages = kubernetes.asked().iter().filter(|call| *call == "GET /api/v1/persistentvolumes").count();
+    assert_eq!(pages, 2 * 3, "the first one's three pages, and those of all others");
+    // Nothing that was read before is enough.
+    let late = bed.volume("pvc-late", "local").await;
+    delete_by(&by, &late.to_string()).await.unwrap();
+    assert_eq!(kubernetes.asked().iter().filter(|call| *call == "GET /api/v1/persistentvolumes").count(), 3);
 }
 
 /// What is not built is refused by its name, and nothing is touched.

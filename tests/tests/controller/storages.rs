@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use proto::VolumeHandle;
 use proto::csi;
-use testbed::sim::{Description, Effect, Fault, Node, Simulator, Storage, Vm};
+use testbed::sim::{Description, Effect, Fault, Inner, Node, Simulator, Storage, Vm};
 use tonic::Code;
 
 use crate::bed::{Bed, MIB, REGION, assert_refused, create_request, start, start_as_it_is, topology};
@@ -201,6 +201,25 @@ async fn a_lost_answer_of_zfs_over_iscsi_makes_no_second_volume() {
     bed.sim.change_storage("tank", |tank| tank.used_bytes = tank.total_bytes - 100 * MIB);
     let fresh = create_request("pvc-2", "tank", 60 * MIB);
     assert_refused(bed.create_as(fresh).await, Code::Internal, &["zfs create", "exit code 1"]);
+}
+
+/// Of a zvol without its logical unit Proxmox says what it says of one that is not there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_zvol_without_its_unit_is_not_gone() {
+    let bed = start(Simulator::builder(with_storages(vec![target()]))).await;
+    let volume = bed.volume("pvc-1", "tank").await;
+    let words = "Could not find lu_name for zvol vm-9999-pvc-1 at /usr/share/perl5/PVE/Storage/ZFSPlugin.pm line 118.";
+    bed.sim.inject_inner(Inner::TaskFails { kind: "imgdel".into(), exit_status: words.into() }, 1);
+    let refused = bed.delete(&volume.to_string()).await;
+    assert_refused(refused, Code::FailedPrecondition, &["lu_name", "\"tank\" lists it", "pvesm list tank"]);
+    assert_eq!(bed.sim.volumes("pve1", "tank").len(), 1);
+    // Nobody can list it: not known is not gone.
+    bed.sim.inject_inner(Inner::TaskFails { kind: "imgdel".into(), exit_status: words.into() }, 1);
+    bed.sim.inject(Fault::next("GET", "/nodes/*/storage/*/content", Effect::Answer { status: 500, reason: "got timeout".into() }));
+    assert!(bed.delete(&volume.to_string()).await.is_err());
+    bed.delete(&volume.to_string()).await.unwrap();
+    // Gone for certain.
+    bed.delete(&volume.to_string()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -176,6 +176,24 @@ async fn a_url_of_another_cluster_is_not_used() {
     assert_eq!(asked(&other), 0, "{:?}", other.requests());
 }
 
+/// Another cluster's, perhaps: nobody can tell.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_url_whose_cluster_cannot_be_read_is_not_used() {
+    let sim = Arc::new(Simulator::standard().start().await.unwrap());
+    let other = Simulator::standard().with(|about| about.cluster = "test".into()).start().await.unwrap();
+    let broken = Effect::Answer { status: 500, reason: "got timeout".into() };
+    other.inject(Fault { method: None, path: "/cluster/status".into(), nth: 1, times: 1000, effect: broken });
+    let front = Front::of(&sim).await;
+    let bed = with_urls(&sim, &[other.url(), &front.url]);
+    create(&bed, "pvc-1").await.unwrap();
+    front.fall_silent();
+    let refused = tokio::time::timeout(HANG, create(&bed, "pvc-2")).await.expect("the silent one is waited for");
+    assert_refused(refused, Code::Unavailable, &["its cluster cannot be told", "500", other.url()]);
+    assert!(other.volumes("pve1", "local").is_empty());
+    let asked = other.requests().iter().filter(|one| !one.contains("/cluster/status") && !one.contains("/access/ticket")).count();
+    assert_eq!(asked, 0, "{:?}", other.requests());
+}
+
 /// It lost the others, and its proxy still answers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_quorum_is_left_for_one_with_it() {

@@ -18,15 +18,18 @@ const PLUGINS_REGISTRY: &str = "/var/lib/kubelet/plugins_registry";
 const SUBCOMMAND_LIMIT: Duration = Duration::from_secs(60);
 
 /// `kubectl exec` in the agent's pod.
-fn exec(guest: &Guest, args: &[&str]) -> Ended {
-    let program = Program {
+fn subcommand<'a>(args: &'a [&'a str]) -> Program<'a> {
+    Program {
         label: "exec",
         root: Some("/node"),
         program: "/proxmox-csi-node",
         args,
         env: &[("NODE_NAME", "guest-1/101"), ("REGION", "region-1"), ("ZONE", "pve-1")],
-    };
-    guest.run(&program, SUBCOMMAND_LIMIT).unwrap()
+    }
+}
+
+fn exec(guest: &Guest, args: &[&str]) -> Ended {
+    guest.run(&subcommand(args), SUBCOMMAND_LIMIT).unwrap()
 }
 
 #[test]
@@ -131,6 +134,23 @@ fn guest_status_shows_disks_and_disagreements() {
     assert_eq!(disk["mounts"].as_array().unwrap().len(), 2, "{json}");
     assert_eq!(json["node"]["maxVolumes"], 28, "{json}");
     assert!(images[1].bytes().iter().all(|byte| *byte == 0), "status only reads");
+
+    // One that does not answer: all is said, and the process ends when the kernel lets go of the read.
+    agent.throttle(4, serde_json::json!({ "bps-read": 1 }));
+    let job = agent.guest.spawn(&subcommand(&["status"])).unwrap();
+    let said = wait::until(SUBCOMMAND_LIMIT, || {
+        let (_, output) = agent.guest.output(job)?;
+        Ok::<_, anyhow::Error>(output.contains("SCSI disks: 3, disagreements: ").then_some(output))
+    });
+    let output = said.unwrap().expect("status waits for a disk that does not answer");
+    for words in ["does not answer within 5 s", "holds    ext4 filesystem, UUID "] {
+        assert!(output.contains(words), "{words:?} is missing:\n{output}");
+    }
+    agent.throttle(4, serde_json::json!({ "bps-read": 0 }));
+    // What QEMU holds back waits for its old time, unless all I/O is drained.
+    agent.guest.monitor("stop", serde_json::json!({})).unwrap();
+    agent.guest.monitor("cont", serde_json::json!({})).unwrap();
+    assert_eq!(agent.guest.wait(job, SUBCOMMAND_LIMIT).unwrap().exit.code, Some(0));
     agent.guest.power_off().unwrap();
 }
 

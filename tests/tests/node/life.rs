@@ -3,10 +3,13 @@
 use std::time::Duration;
 
 use proto::csi;
+use proto::csi::volume_capability::access_mode::Mode;
 use testbed::calls::{NodeVolume, block_capability};
 use tonic::Code;
 
 use crate::harness::{Agent, Image, MIB, NODE_ID, assert_clean, handle, wait_for_size};
+use crate::luks::judge;
+use crate::modes::mount_line;
 
 #[test]
 fn guest_life_of_a_volume() {
@@ -125,6 +128,11 @@ fn guest_block_volume() {
     assert_eq!(answer.capacity_bytes, (96 * MIB).cast_signed());
     let stats = agent.calls.node_get_volume_stats(volume.stats()).unwrap();
     assert_eq!(stats.usage[0].total, (96 * MIB).cast_signed());
+    still_in_use(&agent, &volume, &format!("shown at {}", volume.target));
+    agent.guest.write_at(&target, 34 * MIB, b"still").unwrap();
+    agent.calls.node_unpublish_volume(volume.unpublish()).unwrap();
+    read_only_is_the_binds(&agent, &volume, &image);
+    a_pods_own_mapping_holds_the_disk(&agent, &volume);
     agent.put_away(&volume);
     agent.put_away(&volume);
     assert_eq!(agent.guest.stat(&target).unwrap(), None);
@@ -162,6 +170,63 @@ fn guest_block_volume() {
     assert_eq!(agent.guest.stat(&target).unwrap(), None);
     assert!([other, third].iter().all(|image| image.allocated_bytes() == 0), "another volume's disk was written to");
     agent.guest.power_off().unwrap();
+}
+
+/// An unstage that must not give the disk up, and says who has it.
+pub(crate) fn still_in_use(agent: &Agent, volume: &NodeVolume, by: &str) {
+    let status = agent.calls.node_unstage_volume(volume.unstage()).unwrap_err();
+    let is_right = status.code() == Code::FailedPrecondition && status.message().contains("still in use") && status.message().contains(by);
+    assert!(is_right, "{status:?} should say {by:?}");
+    println!("{}", status.message());
+}
+
+/// docs/storageclass.md: a read-only bind of a device node says so in the mount table, and keeps nobody from writing to the device; kubelet does, by
+/// what it allows the container.
+fn read_only_is_the_binds(agent: &Agent, volume: &NodeVolume, image: &Image) {
+    let mut by_mode = volume.publish();
+    by_mode.volume_capability.as_mut().unwrap().access_mode.as_mut().unwrap().mode = Mode::SingleNodeReaderOnly.into();
+    for request in [csi::NodePublishVolumeRequest { readonly: true, ..volume.publish() }, by_mode] {
+        agent.calls.node_publish_volume(request.clone()).unwrap();
+        agent.calls.node_publish_volume(request).unwrap();
+        let line = mount_line(agent, &volume.target);
+        assert!(line.split(' ').nth(3).unwrap().starts_with("ro,"), "{line}");
+        let status = agent.calls.node_publish_volume(volume.publish()).unwrap_err();
+        assert!(status.code() == Code::AlreadyExists && status.message().contains("read-only"), "{status:?}");
+        agent.guest.write_at(&format!("/node{}", volume.target), 35 * MIB, b"bound").unwrap();
+        assert_eq!(image.read_at(35 * MIB, 5), b"bound", "the docs say too little of a read-only raw block volume");
+        image.write_at(35 * MIB, b"-----");
+        agent.calls.node_unpublish_volume(volume.unpublish()).unwrap();
+    }
+}
+
+/// A pod's own dm-crypt or LVM on a raw block volume, which outlives the pod: as long as something in it is mounted, the disk is not given up.
+fn a_pods_own_mapping_holds_the_disk(agent: &Agent, volume: &NodeVolume) {
+    let disk = agent.guest.disk_at(2).unwrap().unwrap();
+    let table = |name: &str, below: &str, sectors: u64| {
+        judge(agent, "dmsetup", &["create", "--noudevsync", name, "--table", &format!("0 {sectors} linear {below} 0")])
+    };
+    // Two, one above the other.
+    let Some((code, output)) = table("pods-disk", &format!("/dev/{disk}"), 65536) else { return };
+    assert_eq!(code, Some(0), "{output}");
+    let (code, output) = table("pods-part", "/dev/dm-0", 32768).unwrap();
+    assert_eq!(code, Some(0), "{output}");
+    let (code, output) = judge(agent, "mke2fs", &["-F", "-q", "/dev/dm-1"]).unwrap();
+    assert_eq!(code, Some(0), "{output}");
+    agent.guest.make_folder("/pods-own").unwrap();
+    agent.guest.mount("/dev/dm-1", "/pods-own", "ext4", false).unwrap();
+    agent.guest.write("/pods-own/file", b"not on the disk yet").unwrap();
+    still_in_use(agent, volume, "held by dm-1");
+    agent.guest.unmount("/pods-own").unwrap();
+    // What waits for a device that is suspended would wait for ever.
+    judge(agent, "dmsetup", &["suspend", "pods-part"]).unwrap();
+    still_in_use(agent, volume, "held by dm-1, which is suspended");
+    judge(agent, "dmsetup", &["resume", "pods-part"]).unwrap();
+    // Nothing uses them: as with what the node's system activates by itself, the disk is given up.
+    agent.calls.node_unstage_volume(volume.unstage()).unwrap();
+    for name in ["pods-part", "pods-disk"] {
+        let (code, output) = judge(agent, "dmsetup", &["remove", "--noudevsync", name]).unwrap();
+        assert_eq!(code, Some(0), "{output}");
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use tonic::Code;
 
 use crate::ciphertext::decrypted;
 use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, wait_for_size};
+use crate::life::still_in_use;
 use crate::xfs::assert_clean_xfs;
 
 pub(crate) const PASSPHRASE: &str = "a passphrase that nobody may see\n";
@@ -369,6 +370,8 @@ fn guest_an_encrypted_block_volume() {
     let answer = agent.calls.node_expand_volume(volume.expand(96 * MIB)).unwrap();
     assert_eq!(answer.capacity_bytes, (96 * MIB).cast_signed());
     assert_eq!(size(&agent), (96 * MIB - HEADER_BYTES).cast_signed());
+    still_in_use(&agent, &volume, &format!("shown at {}", volume.target));
+    assert_eq!(mappings(&agent), [mapping_of(&handle)]);
     // Somebody has suspended it: what would wait for it for ever resumes it.
     judge(&agent, "dmsetup", &["suspend", &mapping_of(&handle)]);
     agent.put_away(&volume);

@@ -3,25 +3,24 @@
 use proto::csi;
 use proto::csi::volume_capability::{AccessType, access_mode::Mode};
 use testbed::calls::NodeVolume;
-use testbed::guest::GuestOptions;
 use testbed::tools;
 use tonic::{Code, Status};
 
 use crate::harness::{Agent, Image, MIB, assert_clean, handle, wait_for_size};
 
-fn with_flags(volume: &NodeVolume, flags: &[&str]) -> NodeVolume {
+pub(crate) fn with_flags(volume: &NodeVolume, flags: &[&str]) -> NodeVolume {
     let mut volume = volume.clone();
     let Some(AccessType::Mount(mount)) = &mut volume.capability.access_type else { panic!("no filesystem") };
     mount.mount_flags = flags.iter().map(|flag| (*flag).to_string()).collect();
     volume
 }
 
-fn mount_line(agent: &Agent, path: &str) -> String {
+pub(crate) fn mount_line(agent: &Agent, path: &str) -> String {
     let all = agent.guest.read("/proc/self/mounts").unwrap();
     all.lines().rfind(|line| line.split(' ').nth(1) == Some(&format!("/node{path}"))).unwrap_or_default().to_string()
 }
 
-fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, word: &str) {
+pub(crate) fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, word: &str) {
     let status = answer.unwrap_err();
     assert!(status.code() == code && status.message().contains(word), "{status:?} should be {code:?} and say {word:?}");
     println!("{}", status.message());
@@ -120,33 +119,6 @@ fn the_owner_is_kubelets(agent: &Agent, handle: &proto::VolumeHandle, image: &Im
         assert_eq!((of("User:"), of("Group:"), of("Mode:")), (Some("1000"), Some("2000"), Some("02775")), "{root}");
         assert_clean(image);
     }
-}
-
-/// A kernel with SELinux and without a policy takes no label: that is about the label, and nothing is said to be damaged.
-#[test]
-fn guest_a_label_that_the_kernel_does_not_take() {
-    let options = GuestOptions { kernel_options: "security=selinux selinux=1 enforcing=0".into(), ..GuestOptions::named("label") };
-    let Some(agent) = Agent::start_on(&options.with_node()) else { return };
-    if agent.guest.stat("/sys/fs/selinux").unwrap().is_none() {
-        return tools::skipped("the guest's kernel is built without SELinux");
-    }
-    let (handle, image) = (handle("label"), Image::new(64 * MIB));
-    let volume = agent.attach(&handle, &image, 1);
-    let labelled = with_flags(&volume, &["context=\"system_u:object_r:ephemeral_t:s0\""]);
-    let status = agent.calls.node_stage_volume(labelled.stage()).unwrap_err();
-    println!("{}", status.message());
-    assert_eq!(status.code(), Code::Internal, "{status:?}");
-    assert!(status.message().contains("EINVAL") && !status.message().contains("kubectl debug"), "{status:?}");
-    // No policy is loaded: nothing is added. And with an empty label nothing would be, whatever is loaded.
-    for flags in [&[] as &[&str], &["context=", "noatime"]] {
-        let volume = with_flags(&volume, flags);
-        agent.stage(&volume);
-        assert!(!mount_line(&agent, &volume.staging).contains("context="));
-        agent.calls.node_unstage_volume(volume.unstage()).unwrap();
-    }
-    agent.detach(1);
-    assert_clean(&image);
-    agent.guest.power_off().unwrap();
 }
 
 /// W11: a folder that is not staged is not published. W12, W15: a stranger's mount is left alone, another volume's too. W30: an

@@ -70,6 +70,42 @@ fn pending_gives_both_views_and_the_digest() {
     assert!(read_pending("x", &json!([])).is_err(), "no digest: not a config to write to");
 }
 
+/// W52: Perl gives a number where a text was, and the other way round; what is no drive may be anything.
+#[test]
+fn w52_odd_types_stop_nothing() {
+    let data = json!([
+        {"key": "memory", "value": 2048}, {"key": "onboot", "value": true}, {"key": "tags", "value": ["a", "b"]},
+        {"key": "numa0", "value": {"cpus": 1}}, {"key": "name", "value": null}, {"key": "cores", "value": 1.5, "pending": 2},
+        {"key": "scsi1", "value": "a:b", "delete": "1"}, {"key": "scsi2", "value": "a:c", "delete": true}, {"key": "scsi3", "value": 7, "delete": []},
+        {"key": "digest", "value": "abc"},
+    ]);
+    let config = read_pending("x", &data).unwrap();
+    assert_eq!((config.lines.len(), config.digest.as_str()), (9, "abc"));
+    assert_eq!((config.configured("memory"), config.configured("onboot")), (Some("2048"), Some("true")));
+    assert!(config.lines["scsi1"].delete && config.lines["scsi2"].delete && !config.lines["scsi3"].delete);
+    assert_eq!(config.lines["name"].value, None);
+    // A digest that is a number is its text; an entry that is none has no key.
+    assert_eq!(read_pending("x", &json!([{"key": "digest", "value": 12}])).unwrap().digest, "12");
+    for odd in [json!(["scsi1"]), json!([{"value": "a"}]), json!([null]), json!("x"), json!(null)] {
+        assert!(read_pending("x", &odd).is_err(), "{odd}");
+    }
+    let data = json!([
+        {"type": "qemu", "vmid": 101.0, "node": "pve1", "name": 7, "template": "1"},
+        {"type": "qemu", "vmid": "102", "node": "pve1", "name": null, "template": true},
+        {"type": "storage", "storage": 5, "node": "pve1", "status": true, "shared": "1", "content": ["images"], "maxdisk": "many", "disk": null},
+        {"type": "node", "node": "pve1", "status": ["online"]}, {"type": ["qemu"]}, {"type": null}, {},
+    ]);
+    let all = read_resources("x", &data).unwrap();
+    assert_eq!((all.vms[&101].name.as_deref(), all.vms[&101].template), (Some("7"), true));
+    assert_eq!((all.vms[&102].name.as_deref(), all.vms[&102].template), (None, true));
+    let storage = &all.storages[0];
+    assert_eq!((storage.storage.as_str(), storage.shared, storage.active, storage.total_bytes), ("5", true, false, 0));
+    assert!(all.hosts["pve1"] != "online", "what is no word of Proxmox's is no node that is there");
+    for odd in [json!([{"type": "qemu", "vmid": [101], "node": "pve1"}]), json!([{"type": "qemu", "vmid": -1, "node": "pve1"}]), json!(7)] {
+        assert!(read_resources("x", &odd).is_err(), "{odd}");
+    }
+}
+
 #[test]
 fn a_running_vm_without_blockstat_has_not_answered() {
     let state = read_vm_state("x", &json!({"status":"running","blockstat":{"scsi0":{},"ide2":{}}})).unwrap();

@@ -1,6 +1,7 @@
 //! Publish: what is to be shown, what is at the target path, where else the volume is shown.
 
 use super::*;
+use crate::request::StagedAt;
 
 /// What is to be shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -224,6 +225,10 @@ impl Toy for World {
     }
 }
 
+fn staged() -> PublishSource {
+    PublishSource::Staging(StagedAt { path: "/s".into(), disk: disk() })
+}
+
 fn worlds(from: &[From]) -> Vec<World> {
     let mut worlds = Vec::new();
     for from in from {
@@ -245,7 +250,7 @@ fn publishing_ends_from_everywhere_and_shows_what_was_asked() {
     let staging: Vec<From> = every_staged().into_iter().map(From::Staging).collect();
     let device: Vec<From> =
         every_drive().into_iter().flat_map(|drive| every_luks().into_iter().map(move |luks| From::Device(drive, luks))).collect();
-    for (source, from) in [(PublishSource::Staging("/s".into()), staging), (PublishSource::Device(disk()), device)] {
+    for (source, from) in [(staged(), staging), (PublishSource::Device(disk()), device)] {
         let worlds = worlds(&from);
         assert_eq!(worlds.len(), from.len() * (4 + 2 * 5) * 2);
         for want in every_request(&source) {
@@ -279,7 +284,7 @@ fn publishing_decides_harmlessly_whatever_is_seen() {
         every_mount().into_iter().map(Source::Staged).chain(every_disk().into_iter().map(Source::Device)).chain([Source::NotOpen]);
     for source in sources {
         let from = match source {
-            Source::Staged(_) => PublishSource::Staging("/s".into()),
+            Source::Staged(_) => staged(),
             Source::Device(_) | Source::NotOpen => PublishSource::Device(disk()),
         };
         for want in every_request(&from) {

@@ -43,7 +43,7 @@ enum Map {
     Named,
     /// The reference driver's: called by the disk's name.
     Reference,
-    /// A pod's own.
+    /// A pod's own, or one that the node has activated by itself: it stays, and who uses it holds the disk.
     Foreign,
 }
 every!(every_map -> Map {
@@ -53,7 +53,7 @@ every!(every_map -> Map {
     Map::Foreign => [Map::Foreign],
 });
 
-/// Somebody else's hold on the disk or its mapping: another mount namespace, a program.
+/// Somebody else's hold on the disk or a mapping over it: another mount namespace, a pod that it is shown to, a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Held {
     No,

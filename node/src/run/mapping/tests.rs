@@ -133,6 +133,7 @@ fn whose_a_mapping_is_stands_in_its_uuid() {
     ] {
         let live = mapping(&header, opened);
         assert_eq!(opened_as(&live), Some(opened));
+        assert_eq!(serial_of(&live).is_some(), opened.starts_with("csi-"), "{opened}");
         assert_eq!(is_drivers(&live, &volume, &disk()), drivers, "{opened}");
     }
     for uuid in ["", "LVM-abc", "CRYPT-PLAIN-sdb-encrypted", "CRYPT-LUKS2-0"] {

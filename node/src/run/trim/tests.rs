@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use super::super::kept::MAX_KEPT;
 use super::super::tests::{Bench, HANDLE, ours};
 use super::*;
 use crate::testing::{FakeDisk, volume};
@@ -82,6 +83,25 @@ fn what_is_not_to_be_trimmed_is_known_to_the_next_agent() {
     after.spare(&second, false);
     assert!(!agent().is_spared(&second.serial));
     // Whatever is in the file, only serials are taken, and not without end.
-    fs::write(folder.path().join("discard-ignore"), format!("x\n{}\n", "csi-1\n".repeat(2 * MAX_SPARED))).unwrap();
-    assert_eq!(agent().trimming.spared.lock().unwrap().len(), MAX_SPARED);
+    fs::write(folder.path().join("discard-ignore"), format!("x\n{}\n", "csi-1\n".repeat(2 * MAX_KEPT))).unwrap();
+    let spared = |agent: Node| agent.trimming.spared.count();
+    assert_eq!(spared(agent()), Some(MAX_KEPT));
+    // Nor is all of it read: it may be of any size.
+    let serial = &first.serial;
+    fs::write(folder.path().join("discard-ignore"), format!("{}\n{serial}\n", "x".repeat(1 << 20))).unwrap();
+    assert!(!agent().is_spared(serial));
+    assert_eq!(spared(agent()), None, "there may be more");
+    let full: String = (0..MAX_KEPT).map(|number| format!("csi-{number:016x}\n")).collect();
+    fs::write(folder.path().join("discard-ignore"), full).unwrap();
+    assert_eq!(spared(agent()), Some(MAX_KEPT), "a full one is read whole");
+}
+
+/// It is read before the agent answers anybody: whoever can write there must not keep it from starting.
+#[test]
+fn what_is_not_to_be_trimmed_is_not_waited_for() {
+    let folder = crate::testing::Folder::new();
+    rustix::fs::mknodat(rustix::fs::CWD, folder.path().join("discard-ignore"), rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+        .unwrap();
+    let node = Bench::new(&[]).node.remembering_in(folder.path());
+    assert!(!node.is_spared("csi-1"));
 }
