@@ -102,7 +102,8 @@ fn write_md_superblock(image: &Image) {
 }
 
 /// What no tool here makes: its name and its writer, and what the refusal must name.
-const BY_HAND: [(&str, fn(&Image), &str); 3] =
+type ByHand = (&'static str, fn(&Image), &'static str);
+const BY_HAND: [ByHand; 3] =
     [("zfs", write_zfs_labels, "zfs_member"), ("lvm2", write_lvm2_label, "LVM2_member"), ("md", write_md_superblock, "linux_raid_member")];
 
 /// This host's blkid agrees on what was made by hand.
