@@ -1,7 +1,8 @@
 //! What is found and is not right: a disk offline, a mount of a disk that went or of another disk, a mapping that was cut short, somebody else's
-//! hold. Each step that clears it, killed before it, inside and after it, then repeated until done; and what must not be cleared. Not here: a disk that stays offline (unstage's Delete), which no
-//! test tries against a kernel.
+//! hold; and a disk that has grown, or is late. Each step that no life of `kill.rs` comes to, killed before it, inside and after it, then repeated until
+//! done; and what must not be cleared, by the release binary.
 
+use proto::csi;
 use proto::csi::volume_capability::access_mode::Mode;
 use testbed::calls::{NodeVolume, block_capability};
 use testbed::guest::wait;
@@ -12,25 +13,43 @@ use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, wait_f
 use crate::luks::{PASSPHRASE, encrypted, mappings};
 
 const LUN: u8 = 1;
+const OTHER_LUN: u8 = 9;
 const ELSEWHERE: &str = "/tmp/elsewhere";
 
-/// What a step clears, and how it comes to be there.
+/// What the volume of a row is.
+#[derive(Clone, Copy, PartialEq)]
+enum Of {
+    Ext4,
+    Luks,
+    Block,
+}
+
+/// A step, and how it comes to be due.
 struct Left {
     call: &'static str,
     step: &'static str,
     /// Points between the step's beginning and its end.
     inside: &'static [&'static str],
-    is_encrypted: bool,
+    of: Of,
     prepare: fn(&mut Agent, &NodeVolume, &Image),
 }
 
-const EVERY: [Left; 5] = [
-    Left { call: "stage", step: "SetRunning", inside: &["write"], is_encrypted: false, prepare: |agent, _, _| offline(agent) },
-    Left { call: "unstage", step: "SetRunning", inside: &["write"], is_encrypted: false, prepare: staged_and_offline },
-    Left { call: "unstage", step: "AwaitRelease", inside: &["wait"], is_encrypted: false, prepare: staged_and_held },
-    Left { call: "stage", step: "CloseLeftover", inside: &["remove", "removed"], is_encrypted: true, prepare: half_opened },
-    Left { call: "stage", step: "Unmount", inside: &["umount2"], is_encrypted: false, prepare: staged_and_pulled },
+const EVERY: [Left; 10] = [
+    // First: after a disk that was offline the kernel has an error of its filesystem on record, and grows it no more.
+    Left { call: "stage", step: "Grow", inside: &["ioctl"], of: Of::Ext4, prepare: |agent, _, image| grow(agent, image) },
+    Left { call: "stage", step: "SetRunning", inside: &["write"], of: Of::Ext4, prepare: |agent, _, _| offline(agent) },
+    Left { call: "unstage", step: "SetRunning", inside: &["write"], of: Of::Ext4, prepare: staged_and_offline },
+    Left { call: "unstage", step: "AwaitRelease", inside: &["wait"], of: Of::Ext4, prepare: staged_and_held },
+    Left { call: "stage", step: "CloseLeftover", inside: &["remove", "removed"], of: Of::Luks, prepare: half_opened },
+    Left { call: "stage", step: "Unmount", inside: &["umount2"], of: Of::Ext4, prepare: staged_and_pulled },
+    Left { call: "stage", step: "GrowMapping", inside: &["loaded", "resume"], of: Of::Luks, prepare: opened_and_grown },
+    Left { call: "publish", step: "FindDisk", inside: &["wait"], of: Of::Block, prepare: staged_and_detached },
+    Left { call: "publish", step: "SetRunning", inside: &["write"], of: Of::Block, prepare: staged_and_offline },
+    Left { call: "publish", step: "Unmount", inside: &["umount2"], of: Of::Block, prepare: published_and_pulled },
 ];
+/// A publish for a pod that only reads: another branch of one step.
+const READ_ONLY: &str = "publish read-only";
+const READ_ONLY_POINTS: [&str; 3] = ["inside:publish:Bind:read-only", "inside:publish:Bind:move_mount", "after:publish:Bind"];
 
 fn node_of(agent: &Agent, lun: u8) -> String {
     agent.guest.disk_at(lun).unwrap().unwrap()
@@ -52,8 +71,8 @@ fn staged_and_held(agent: &mut Agent, volume: &NodeVolume, _: &Image) {
     agent.guest.mount(&format!("/dev/{}", node_of(agent, LUN)), ELSEWHERE, "ext4", false).unwrap();
 }
 
-fn half_opened(agent: &mut Agent, volume: &NodeVolume, _: &Image) {
-    assert_dies(agent, "inside:stage:Open:created", "stage", volume);
+fn half_opened(agent: &mut Agent, volume: &NodeVolume, image: &Image) {
+    assert_dies(agent, "inside:stage:Open:created", "stage", volume, image);
     // Without a table it is nowhere in sysfs; that it is there is shown by the step that clears it.
     agent.restart();
 }
@@ -65,6 +84,39 @@ fn staged_and_pulled(agent: &mut Agent, volume: &NodeVolume, image: &Image) {
     plug(agent, volume, image);
 }
 
+/// While it is open, and before its filesystem is mounted.
+fn opened_and_grown(agent: &mut Agent, volume: &NodeVolume, image: &Image) {
+    assert_dies(agent, "after:stage:Open", "stage", volume, image);
+    grow(agent, image);
+    agent.restart();
+}
+
+fn staged_and_detached(agent: &mut Agent, volume: &NodeVolume, _: &Image) {
+    agent.stage(volume);
+    agent.detach(LUN);
+}
+
+/// It comes again under another number, which its own is another disk's by then.
+fn published_and_pulled(agent: &mut Agent, volume: &NodeVolume, image: &Image) {
+    agent.stage(volume);
+    agent.publish(volume);
+    let name = node_of(agent, LUN);
+    agent.detach(LUN);
+    let other = Image::new(8 * MIB);
+    agent.guest.machine().plug(&other.drive(OTHER_LUN, None)).unwrap();
+    wait_for_size(&agent.guest, OTHER_LUN, Some(8 * MIB));
+    assert_eq!(node_of(agent, OTHER_LUN), name);
+    plug(agent, volume, image);
+}
+
+/// To twice its size.
+fn grow(agent: &Agent, image: &Image) {
+    let size_bytes = 2 * image.size_bytes();
+    image.resize(size_bytes);
+    agent.guest.machine().resize(LUN, size_bytes).unwrap();
+    wait_for_size(&agent.guest, LUN, Some(size_bytes));
+}
+
 fn plug(agent: &Agent, volume: &NodeVolume, image: &Image) {
     let serial = volume.publish_context.get(proto::publish_context::SERIAL).map(String::as_str);
     agent.guest.machine().plug(&image.drive(LUN, serial)).unwrap();
@@ -74,24 +126,32 @@ fn plug(agent: &Agent, volume: &NodeVolume, image: &Image) {
 fn call(agent: &Agent, call: &str, volume: &NodeVolume) -> Result<(), Status> {
     match call {
         "stage" => agent.calls.node_stage_volume(volume.stage()).map(drop),
+        "publish" => agent.calls.node_publish_volume(volume.publish()).map(drop),
+        READ_ONLY => {
+            let request = csi::NodePublishVolumeRequest { readonly: true, ..volume.publish() };
+            agent.calls.node_publish_volume(request).map(drop)
+        }
         _ => agent.calls.node_unstage_volume(volume.unstage()).map(drop),
     }
 }
 
-/// What the guest holds for somebody else is let go of, where it is: while a call waits for it, or after its death.
-fn let_go(agent: &Agent) {
+/// What the guest holds for somebody else is let go of, where it is, and the disk comes, where it is not: while a call waits for that, or after its death.
+fn let_go(agent: &Agent, volume: &NodeVolume, image: &Image) {
     let _ = agent.guest.unmount(ELSEWHERE);
+    if agent.guest.disk_at(LUN).unwrap().is_none() {
+        plug(agent, volume, image);
+    }
 }
 
-fn assert_dies(agent: &mut Agent, point: &str, name: &str, volume: &NodeVolume) {
+fn assert_dies(agent: &mut Agent, point: &str, name: &str, volume: &NodeVolume, image: &Image) {
     agent.restart_with(&[("PROXMOX_CSI_KILL_AT", point)]);
     let answer = std::thread::scope(|scope| {
         let answer = scope.spawn(|| call(agent, name, volume));
-        if point == "after:unstage:AwaitRelease" {
-            let comes =
-                wait::until(SEEN_LIMIT, || Ok::<_, ()>(agent.log().contains("kill point before:unstage:AwaitRelease\n").then_some(())));
+        if let ("after:unstage:AwaitRelease" | "after:publish:FindDisk", Some((_, step))) = (point, point.split_once(':')) {
+            let line = format!("kill point inside:{step}:wait\n");
+            let comes = wait::until(SEEN_LIMIT, || Ok::<_, ()>(agent.log().contains(&line).then_some(())));
             assert_eq!(comes, Ok(Some(())), "{}", agent.log());
-            let_go(agent);
+            let_go(agent, volume, image);
         }
         answer.join().unwrap()
     });
@@ -99,44 +159,105 @@ fn assert_dies(agent: &mut Agent, point: &str, name: &str, volume: &NodeVolume) 
     assert!(ended.output.contains(&format!("killed at {point}\n")), "{name} at {point}: {answer:?}; {ended:?}");
 }
 
-#[test]
-fn guest_what_is_left_is_cleared_and_killed_at_every_point() {
-    let Some(mut agent) = Agent::start_with_points("left") else { return };
-    let images = [Image::new(64 * MIB), Image::new(64 * MIB)];
-    let volumes =
-        [agent.volume(&handle("left"), &images[0], LUN), encrypted(agent.volume(&handle("left-luks"), &images[1], LUN), PASSPHRASE)];
-    for (number, (volume, image)) in volumes.iter().zip(&images).enumerate() {
-        plug(&agent, volume, image);
-        let file = format!("/node{}/file", volume.target);
+/// A volume of its kind, as its pod has it.
+struct Held<'a> {
+    of: Of,
+    volume: &'a NodeVolume,
+    image: &'a Image,
+    written: String,
+}
+
+impl Held<'_> {
+    fn file(&self) -> String {
+        if self.of == Of::Block { format!("/node{}", self.volume.target) } else { format!("/node{}/file", self.volume.target) }
+    }
+
+    /// Of what was written at first.
+    fn content(&self, agent: &Agent) -> String {
+        match self.of {
+            Of::Ext4 | Of::Luks => agent.guest.sha256(&self.file()).unwrap(),
+            Of::Block => [0, MIB - 64].map(|at| format!("{:x?}", agent.guest.read_at(&self.file(), at, 64).unwrap())).concat(),
+        }
+    }
+
+    /// All is as it was before, and the filesystem as large as its disk.
+    fn assert_whole(&self, agent: &Agent, point: &str) {
+        agent.stage(self.volume);
+        agent.publish(self.volume);
+        assert_eq!(self.content(agent), self.written, "{point}");
+        if self.of != Of::Block {
+            let seen = agent.guest.stat_filesystem(&format!("/node{}", self.volume.target)).unwrap();
+            assert!(seen.blocks * seen.block_bytes > self.image.size_bytes() / 8 * 5, "{point}: not grown: {seen:?}");
+        }
+        agent.put_away(self.volume);
+        assert_eq!(mappings(agent), Vec::<String>::new(), "{point}");
+        if agent.guest.disk_at(OTHER_LUN).unwrap().is_some() {
+            agent.detach(OTHER_LUN);
+        }
+    }
+
+    fn dies_and_is_repeated(&self, agent: &mut Agent, point: &str, name: &str) {
+        assert_dies(agent, point, name, self.volume, self.image);
+        let_go(agent, self.volume, self.image);
         agent.restart();
-        agent.stage(volume);
-        agent.publish(volume);
-        let written = agent.guest.fill(&file, number as u64, MIB).unwrap();
-        agent.put_away(volume);
+        call(agent, name, self.volume).unwrap_or_else(|status| panic!("{point}: {status:?}; {}", agent.guest.quote()));
+    }
+
+    fn dies_everywhere(&self, agent: &mut Agent) -> usize {
         let mut deaths = 0;
-        for left in EVERY.iter().filter(|left| left.is_encrypted == (number == 1)) {
+        for left in EVERY.iter().filter(|left| left.of == self.of) {
             let at = format!("{}:{}", left.call, left.step);
             let inside = left.inside.iter().map(|place| format!("inside:{at}:{place}"));
             for point in [format!("before:{at}")].into_iter().chain(inside).chain([format!("after:{at}")]) {
                 agent.restart();
-                (left.prepare)(&mut agent, volume, image);
-                assert_dies(&mut agent, &point, left.call, volume);
+                (left.prepare)(agent, self.volume, self.image);
+                self.dies_and_is_repeated(agent, &point, left.call);
                 deaths += 1;
-                let_go(&agent);
-                agent.restart();
-                call(&agent, left.call, volume).unwrap_or_else(|status| panic!("{point}: {status:?}; {}", agent.guest.quote()));
-                agent.stage(volume);
-                agent.publish(volume);
-                assert_eq!(agent.guest.sha256(&file).unwrap(), written, "{point}");
-                agent.put_away(volume);
-                assert_eq!(mappings(&agent), Vec::<String>::new(), "{point}");
+                self.assert_whole(agent, &point);
             }
         }
-        println!("{deaths} deaths");
+        for point in READ_ONLY_POINTS.into_iter().filter(|_| self.of == Of::Ext4) {
+            agent.restart();
+            agent.stage(self.volume);
+            self.dies_and_is_repeated(agent, point, READ_ONLY);
+            deaths += 1;
+            let refused = format!("{:#}", agent.guest.write(&self.file(), b"x").unwrap_err());
+            assert!(refused.contains("Read-only") || refused.contains("os error 30"), "{point}: {refused}");
+            agent.put_away(self.volume);
+        }
+        deaths
+    }
+}
+
+#[test]
+fn guest_what_is_left_is_cleared_and_killed_at_every_point() {
+    let Some(mut agent) = Agent::start_with_points("left") else { return };
+    for (name, of) in [("left", Of::Ext4), ("left-luks", Of::Luks), ("left-block", Of::Block)] {
+        let image = Image::new(64 * MIB);
+        let mut volume = agent.volume(&handle(name), &image, LUN);
+        match of {
+            Of::Ext4 => (),
+            Of::Luks => volume = encrypted(volume, PASSPHRASE),
+            Of::Block => volume.capability = block_capability(),
+        }
+        plug(&agent, &volume, &image);
+        agent.restart();
+        agent.stage(&volume);
+        agent.publish(&volume);
+        let mut held = Held { of, volume: &volume, image: &image, written: String::new() };
+        agent.guest.fill(&held.file(), 7, MIB).unwrap();
+        held.written = held.content(&agent);
+        agent.put_away(&volume);
+        println!("{name}: {} deaths", held.dies_everywhere(&mut agent));
         agent.detach(LUN);
-        if number == 0 { assert_clean(image) } else { assert_clean(&decrypted(image, PASSPHRASE)) }
+        match of {
+            Of::Ext4 => assert_clean(&image),
+            Of::Luks => assert_clean(&decrypted(&image, PASSPHRASE)),
+            Of::Block => (),
+        }
     }
     a_disk_that_grows_while_its_filesystem_does(&mut agent);
+    agent.restart_release();
     a_mount_of_another_disk(&agent);
     a_disk_that_vanished(&agent);
     a_raw_block_device_that_went_and_came(&agent);
@@ -148,27 +269,21 @@ fn a_disk_that_grows_while_its_filesystem_does(agent: &mut Agent) {
     const AT: &str = "after:expand:Grow";
     let image = Image::new(64 * MIB);
     let volume = agent.attach(&handle("grows"), &image, LUN);
-    agent.restart_with(&[("PROXMOX_CSI_HOLD_AT", AT), ("PROXMOX_CSI_LIMIT_HOLD", "4000")]);
+    agent.restart_to_hold(AT);
     agent.stage(&volume);
     agent.publish(&volume);
-    let grow = |agent: &Agent, size_bytes: u64| {
-        image.resize(size_bytes);
-        agent.guest.machine().resize(LUN, size_bytes).unwrap();
-        wait_for_size(&agent.guest, LUN, Some(size_bytes));
-    };
-    grow(agent, 96 * MIB);
+    grow(agent, &image);
     let answer = std::thread::scope(|scope| {
-        let call = scope.spawn(|| agent.calls.node_expand_volume(volume.expand(96 * MIB)));
-        let line = format!("held at {AT}");
-        let held = wait::until(SEEN_LIMIT, || Ok::<_, ()>(agent.log().contains(&line).then_some(())));
-        assert_eq!(held, Ok(Some(())), "{}", agent.log());
-        grow(agent, 128 * MIB);
+        let call = scope.spawn(|| agent.calls.node_expand_volume(volume.expand(128 * MIB)));
+        agent.wait_until_held(AT);
+        grow(agent, &image);
+        agent.let_go();
         call.join().unwrap()
     });
     let answer = answer.unwrap_or_else(|status| panic!("{status:?}; {}", agent.guest.quote()));
-    assert_eq!(answer.capacity_bytes.cast_unsigned(), 128 * MIB, "the growth came too late to be seen; {}", agent.log());
+    assert_eq!(answer.capacity_bytes.cast_unsigned(), 256 * MIB, "{}", agent.log());
     let seen = agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
-    assert!(seen.blocks * seen.block_bytes > 110 * MIB, "{seen:?}");
+    assert!(seen.blocks * seen.block_bytes > 220 * MIB, "{seen:?}");
     agent.put_away(&volume);
     agent.detach(LUN);
     assert_clean(&image);
