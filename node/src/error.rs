@@ -91,8 +91,8 @@ pub enum Cause {
         wanted_blocks: u64,
         block_size: u32,
     },
-    /// The kernel has made the filesystem read-only; health's sentence.
-    MadeReadOnly(String),
+    /// The kernel has made the filesystem read-only, or grows it no more for an error on record; health's sentence.
+    InTrouble(String),
     StillHeld {
         waited: Duration,
         disk: String,
@@ -156,7 +156,7 @@ impl fmt::Display for Cause {
             | Self::KeyslotCost(why)
             | Self::Luks(why)
             | Self::LuksRead(why)
-            | Self::MadeReadOnly(why) => f.write_str(why),
+            | Self::InTrouble(why) => f.write_str(why),
             Self::Mapping(refused) => refused.fmt(f),
             Self::NoCrypt(missing) => missing.fmt(f),
             Self::NoKey => f.write_str(

@@ -42,7 +42,7 @@ pub fn count(cause: &Cause) {
         {
             REFUSED_FORMATS.add();
         }
-        Cause::Mount(_) | Cause::Label { .. } | Cause::Damaged { .. } | Cause::NotGrown { .. } | Cause::MadeReadOnly(_) => {
+        Cause::Mount(_) | Cause::Label { .. } | Cause::Damaged { .. } | Cause::NotGrown { .. } | Cause::InTrouble(_) => {
             FILESYSTEM_ERRORS.add()
         }
         _ => (),

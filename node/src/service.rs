@@ -338,7 +338,7 @@ fn code(cause: &Cause) -> Code {
         },
         Cause::Disk(_)
         | Cause::Damaged { .. }
-        | Cause::MadeReadOnly(_)
+        | Cause::InTrouble(_)
         | Cause::StillHeld { .. }
         | Cause::NotBlankAnyMore { .. }
         | Cause::Luks(_)

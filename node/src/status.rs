@@ -192,9 +192,9 @@ fn holds(machine: &Machine, disk: &Disk) -> Result<String, String> {
     device.read_at(0, &mut sector).map_err(|error| error.to_string())?;
     let mark = disk.serial.as_deref().and_then(|serial| Mark::new(serial).ok()).map(|mark| mark.judge(&sector));
     match mark {
-        Some(Marked::Ours) => return Ok("an unfinished format of its own volume".into()),
-        Some(Marked::Others) => return Ok("an unfinished format of another volume".into()),
-        Some(Marked::Damaged) => return Ok("a damaged mark of an unfinished format".into()),
+        Some(Marked::Ours) => return Ok("an unfinished format of its own volume, at byte 0".into()),
+        Some(Marked::Others) => return Ok("an unfinished format of another volume, at byte 0".into()),
+        Some(Marked::Damaged) => return Ok("a damaged mark of an unfinished format, at byte 0".into()),
         Some(Marked::No) | None => (),
     }
     let size_bytes = device.size_bytes().map_err(|error| error.to_string())?;

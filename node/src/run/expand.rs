@@ -42,7 +42,7 @@ impl Node {
                 }
                 (ExpandStep::Grow, Some(room)) => {
                     let point = self.writable_point(&medium, &want.path).at(DOING, &want.volume, "look")?;
-                    grow(&point, medium.dev(), room).at(DOING, &want.volume, "grow the filesystem")?;
+                    self.grow(&point, &medium, room).at(DOING, &want.volume, "grow the filesystem")?;
                     tried = Some(room.wanted_blocks);
                 }
                 (ExpandStep::Grow, None) => return Ok(seen.size_bytes),
@@ -83,6 +83,11 @@ impl Node {
         Ok(mapping.length_sectors() < mapping::length(&self.luks_header(&medium.disk)?, &medium.disk)?)
     }
 
+    /// Grows the filesystem that is mounted at `point` to its disk.
+    pub(super) fn grow(&self, point: &Path, medium: &Medium, room: Room) -> Result<(), Cause> {
+        grow(point, medium.dev(), room).map_err(|refused| self.why_not_grown(medium, refused))
+    }
+
     /// Where the filesystem can be asked to grow: a read-only bind of it refuses (EROFS), though the filesystem is writable.
     pub(super) fn writable_point(&self, medium: &Medium, shown: &Path) -> Result<PathBuf, Cause> {
         let real = self.real(shown)?;
@@ -115,8 +120,8 @@ impl Node {
     }
 }
 
-/// Grows the filesystem that is mounted at `point` to its disk.
-pub(super) fn grow(point: &Path, dev: Dev, room: Room) -> Result<(), Cause> {
+/// The calls of [`Node::grow`].
+fn grow(point: &Path, dev: Dev, room: Room) -> Result<(), Cause> {
     match room.filesystem {
         Filesystem::Ext4 => {
             if room.noinit_itable {

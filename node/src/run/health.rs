@@ -11,7 +11,7 @@ use super::Node;
 use super::look::ShownAt;
 use super::mapping::Medium;
 use crate::error::{AtStep, Cause, Error};
-use crate::health::{self, Commands, Seen};
+use crate::health::{self, Commands, Seen, Trouble};
 use crate::metrics;
 use crate::plan;
 use crate::request::{StatsRequest, Volume};
@@ -104,6 +104,18 @@ impl Node {
         Ok(Seen { shut_down: shown.shut_down, made_read_only, ext4_errors, ..self.look_disk(volume, medium)? })
     }
 
+    /// Why `refused` growing: the kernel grows no ext4 with an error on record.
+    pub(super) fn why_not_grown(&self, medium: &Medium, refused: Cause) -> Cause {
+        let Cause::Sys(sys::Error { errno: Errno::PERM, .. }) = refused else { return refused };
+        match self.ext4_errors(medium) {
+            0 => refused,
+            errors => {
+                let sentence = Trouble::Errors(errors).sentence("ext4", &medium.name());
+                Cause::InTrouble(format!("{refused}: the kernel grows no ext4 with an error on record: {sentence}"))
+            }
+        }
+    }
+
     /// By the kernel's count; one that cannot be read is said to be unknown, and is no trouble by itself.
     fn ext4_errors(&self, medium: &Medium) -> u64 {
         block::ext4_errors(&self.sysfs, &medium.kernel_name()).unwrap_or_else(|unknown| {
@@ -126,7 +138,7 @@ impl Node {
         }
         let ext4_errors = self.ext4_errors(medium);
         let seen = Seen { shut_down: shown.shut_down, made_read_only: true, ext4_errors, ..Seen::default() };
-        health::judge(&seen).map_or(Ok(()), |trouble| Err(Cause::MadeReadOnly(trouble.sentence(&shown.fstype, &medium.name()))))
+        health::judge(&seen).map_or(Ok(()), |trouble| Err(Cause::InTrouble(trouble.sentence(&shown.fstype, &medium.name()))))
     }
 
     /// Says a change once.

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::expand::grow;
 use super::look::{Room, is_empty_folder, not_named, usable};
 use super::mapping::{self, Medium};
 use super::publish::{make_folder, take_away};
@@ -233,7 +232,7 @@ impl Node {
                 if memory.grow_tried && want.grow_required {
                     return Err(room.not_grown());
                 }
-                let grown = if memory.grow_tried { Err(room.not_grown()) } else { grow(&want.staging, medium()?.dev(), room) };
+                let grown = if memory.grow_tried { Err(room.not_grown()) } else { self.grow(&want.staging, medium()?, room) };
                 memory.grow_tried = true;
                 match grown {
                     Err(cause) if !want.grow_required => {

@@ -109,9 +109,9 @@ fn published_and_pulled(agent: &mut Agent, volume: &NodeVolume, image: &Image) {
     plug(agent, volume, image);
 }
 
-/// To twice its size.
+/// By 64 MiB.
 fn grow(agent: &Agent, image: &Image) {
-    let size_bytes = 2 * image.size_bytes();
+    let size_bytes = image.size_bytes() + 64 * MIB;
     image.resize(size_bytes);
     agent.guest.machine().resize(LUN, size_bytes).unwrap();
     wait_for_size(&agent.guest, LUN, Some(size_bytes));
@@ -187,12 +187,14 @@ impl Held<'_> {
         assert_eq!(self.content(agent), self.written, "{point}");
         if self.of != Of::Block {
             let seen = agent.guest.stat_filesystem(&format!("/node{}", self.volume.target)).unwrap();
-            assert!(seen.blocks * seen.block_bytes > self.image.size_bytes() / 8 * 5, "{point}: not grown: {seen:?}");
+            assert!(seen.blocks * seen.block_bytes > self.image.size_bytes() - 48 * MIB, "{point}: not grown: {seen:?}");
         }
         agent.put_away(self.volume);
         assert_eq!(mappings(agent), Vec::<String>::new(), "{point}");
         if agent.guest.disk_at(OTHER_LUN).unwrap().is_some() {
-            agent.detach(OTHER_LUN);
+            // Both, so that the volume's own has the first name again.
+            [OTHER_LUN, LUN].into_iter().for_each(|lun| agent.detach(lun));
+            plug(agent, self.volume, self.image);
         }
     }
 
@@ -281,9 +283,9 @@ fn a_disk_that_grows_while_its_filesystem_does(agent: &mut Agent) {
         call.join().unwrap()
     });
     let answer = answer.unwrap_or_else(|status| panic!("{status:?}; {}", agent.guest.quote()));
-    assert_eq!(answer.capacity_bytes.cast_unsigned(), 256 * MIB, "{}", agent.log());
+    assert_eq!(answer.capacity_bytes.cast_unsigned(), 192 * MIB, "{}", agent.log());
     let seen = agent.guest.stat_filesystem(&format!("/node{}", volume.target)).unwrap();
-    assert!(seen.blocks * seen.block_bytes > 220 * MIB, "{seen:?}");
+    assert!(seen.blocks * seen.block_bytes > 150 * MIB, "{seen:?}");
     agent.put_away(&volume);
     agent.detach(LUN);
     assert_clean(&image);

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use proto::csi;
 use testbed::calls::NodeVolume;
 use testbed::guest::{Guest, GuestOptions, ScsiHardware, wait};
+use testbed::machine::PluggedDrive;
 
 use crate::ciphertext::decrypted;
 use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, start_release, wait_for_size};
@@ -81,7 +82,21 @@ fn guest_all_slots_of_a_node_at_once() {
             assert_clean(image);
         }
     }
+    no_slot_is_left(&agent);
     agent.guest.power_off().unwrap();
+}
+
+/// The VM's own disks take them all: 1, as 0 would be no limit, and why it is 1.
+fn no_slot_is_left(agent: &Agent) {
+    let own: Vec<Image> = (1..=VOLUMES).map(|_| Image::new(MIB)).collect();
+    for (lun, image) in (1..=VOLUMES).zip(&own) {
+        wait_for_size(&agent.guest, lun, None);
+        agent.guest.machine().plug(&PluggedDrive { wwn: None, ..image.drive(lun, Some(&format!("own-{lun}"))) }).unwrap();
+    }
+    (1..=VOLUMES).for_each(|lun| wait_for_size(&agent.guest, lun, Some(MIB)));
+    assert_eq!(agent.calls.node_get_info(csi::NodeGetInfoRequest {}).unwrap().max_volumes_per_node, 1);
+    let log = agent.log();
+    assert!(log.contains("all 29 slots of this VM are taken by disks that are not this driver's; Kubernetes is told 1"), "{log}");
 }
 
 /// 1,000 rounds with `scripts/test --long`, else 25.
