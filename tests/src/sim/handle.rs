@@ -67,6 +67,8 @@ pub struct VmState {
     /// Really there.
     pub plugged: BTreeMap<String, Plugged>,
     pub leaked: BTreeSet<String>,
+    /// Those of them that are left over because another VM had the image.
+    pub leaked_to_rivals: BTreeSet<String>,
     pub digest: String,
 }
 
@@ -313,6 +315,7 @@ impl Simulator {
             pending_delete: vm.config.pending_delete.clone(),
             plugged: vm.plugged.clone(),
             leaked: vm.leaked.clone(),
+            leaked_to_rivals: vm.leaked_to_rivals.clone(),
             digest: vm.config.digest(),
         })
     }
@@ -409,6 +412,7 @@ impl Simulator {
         self.change(vmid, |vm| {
             node.clone_into(&mut vm.node);
             vm.leaked.clear();
+            vm.leaked_to_rivals.clear();
         });
     }
 

@@ -129,6 +129,8 @@ pub(crate) struct Vm {
     pub(crate) plugged: BTreeMap<String, Plugged>,
     /// Indexes whose block node is left over: nothing can be plugged there until the VM restarts.
     pub(crate) leaked: BTreeSet<String>,
+    /// Those of them that are left over because another VM had the image.
+    pub(crate) leaked_to_rivals: BTreeSet<String>,
     pub(crate) machine: Option<Arc<dyn Machine>>,
 }
 
