@@ -396,6 +396,12 @@ impl Simulator {
         self.change(vmid, |vm| vm.fresh = fresh);
     }
 
+    /// Whether a deletion of the volume that was answered 596 is yet to be carried out.
+    #[must_use]
+    pub fn deletes_late(&self, volid: &str) -> bool {
+        self.cluster.state().late_deletions.iter().any(|one| one == volid)
+    }
+
     /// QEMU starts with what is configured.
     pub fn start_vm(&self, vmid: u32) -> Result<(), String> {
         let node = self.vm(vmid).map(|vm| vm.node).unwrap_or_default();

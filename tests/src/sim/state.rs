@@ -142,6 +142,8 @@ pub(crate) struct State {
     pub(crate) down_since: BTreeMap<String, Duration>,
     pub(crate) storages: BTreeMap<String, Storage>,
     pub(crate) vms: BTreeMap<u32, Vm>,
+    /// Volumes with a deletion that was answered 596 and is yet to be carried out, once for each.
+    pub(crate) late_deletions: Vec<String>,
     /// Containers: VMID to node and config.
     pub(crate) containers: BTreeMap<u32, (String, BTreeMap<String, String>)>,
     pub(crate) access: Access,
@@ -200,6 +202,7 @@ impl Cluster {
             down_since: BTreeMap::new(),
             storages,
             vms: vms.collect(),
+            late_deletions: Vec::new(),
             containers: BTreeMap::new(),
             access: Access::new(description),
             tasks: Tasks::default(),

@@ -206,3 +206,32 @@ fn a_late_write_beside_another_controllers_costs_one_slot_and_makes_no_second_wr
     })
     .unwrap();
 }
+
+/// 301098: the deletion was answered 596, its repeat said gone, and the first one was carried out after that: on the next volume of the
+/// name. While that may be, none is made or attached; what is there then is there to stay.
+#[test]
+fn a_deletion_whose_answer_was_lost_takes_no_later_volume_of_that_name() {
+    under_paused_time(async {
+        for by_hand in [false, true] {
+            let mut world = world(1).await;
+            let (create, publish) = (Rpc::Create { volume: 1 }, Rpc::Publish { volume: 1, vm: 101 });
+            let volid = volid(&world, 1);
+            world.sim.inject(Fault::next("DELETE", "/nodes/*/storage/*/content/**", Effect::TimeOutButComplete));
+            ok(&mut world, 0, &Rpc::Delete { volume: 1 }).await;
+            assert!(world.sim.deletes_late(&volid) && world.sim.image("pve1", &volid).is_none(), "the repeat did it");
+            if by_hand {
+                world.sim.create_volume("pve1", &volid, 1 << 20).unwrap();
+            }
+            let asked = if by_hand { &publish } else { &create };
+            refused(&mut world, 0, asked, Code::Unavailable, &["deletion", "decided within 120 s"]).await;
+            world.go_on(Duration::from_secs(60), |_| false).await?;
+            assert!(!world.sim.deletes_late(&volid) && world.sim.image("pve1", &volid).is_none(), "also the person's");
+            world.go_on(Duration::from_secs(61), |_| false).await?;
+            ok(&mut world, 0, &create).await;
+            ok(&mut world, 0, &publish).await;
+            assert!(world.sim.image("pve1", &volid).is_some());
+        }
+        Ok(())
+    })
+    .unwrap();
+}
