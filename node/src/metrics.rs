@@ -109,6 +109,9 @@ mod tests {
             "proxmox_csi_node_ready 1\n",
             "proxmox_csi_node_stuck_disks 3\n",
             "proxmox_csi_node_refused_formats_total ",
+            "proxmox_csi_node_identity_mismatches_total ",
+            "proxmox_csi_node_filesystem_errors_total ",
+            "proxmox_csi_node_volumes_in_trouble ",
             "proxmox_csi_node_rotations_outstanding 2\n",
             "process_resident_memory_bytes ",
         ] {

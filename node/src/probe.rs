@@ -51,18 +51,25 @@ impl From<sys::Error> for Error {
     }
 }
 
-/// What is on the disk.
+/// What is on the disk; of something else also where on it, and on which.
 ///
 /// # Errors
 /// Any part that had to be read could not be.
 pub fn probe(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface, Error> {
+    Ok(match look(device, volume, zeroed)? {
+        Surface::Other(what) => Surface::Other(format!("{what} ({})", device.path().display())),
+        surface => surface,
+    })
+}
+
+fn look(device: &Device, volume: &Volume, zeroed: Zeroed) -> Result<Surface, Error> {
     let size_bytes = device.size_bytes()?;
     let mut head = vec![0; HEAD_BYTES.min(usize::try_from(size_bytes).unwrap_or(usize::MAX))];
     device.read_at(0, &mut head)?;
     match mark(volume)?.judge(&head) {
         Marked::Ours => return Ok(Surface::Unfinished),
-        Marked::Others => return Ok(Surface::Other("an unfinished format of another volume".into())),
-        Marked::Damaged => return Ok(Surface::Other("a damaged mark of an unfinished format".into())),
+        Marked::Others => return Ok(Surface::Other("an unfinished format of another volume, at byte 0".into())),
+        Marked::Damaged => return Ok(Surface::Other("a damaged mark of an unfinished format, at byte 0".into())),
         Marked::No => (),
     }
     if disk::first_nonzero(&head).is_none() {
@@ -177,10 +184,10 @@ fn xfs_by_superblock(device: &Device) -> Result<Surface, Error> {
     device.read_at(0, &mut sector)?;
     Ok(match xfs::superblock::parse(&sector) {
         // The kernel refuses it too, with "Structure needs cleaning".
-        Ok(superblock) if superblock.is_in_progress => Surface::Other("an xfs whose mkfs was cut short (not ours)".into()),
+        Ok(superblock) if superblock.is_in_progress => Surface::Other("an xfs whose mkfs was cut short (not ours), at byte 0".into()),
         // Without checksums it is for the kernel to judge.
         Ok(_) | Err(xfs::superblock::NotAsuperblock::Version) => Surface::Xfs,
-        Err(damage) => Surface::Other(format!("{damage}: repair it with xfs_repair, or wipe the disk")),
+        Err(damage) => Surface::Other(format!("{damage}, at byte 0: repair it with xfs_repair, or wipe the disk")),
     })
 }
 

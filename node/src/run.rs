@@ -149,6 +149,7 @@ impl Node {
     /// Waits for the volume's disk, asking the hosts to look where the kernel has not seen it by itself.
     fn await_disk(&self, want: &Want) -> Result<Disk, Cause> {
         let mut asked = Instant::now();
+        kill::inside("wait");
         let found = poll(DISK_DEADLINE, || {
             let disks = scsi::scan(&self.sysfs)?;
             let why = match identity::find(want, &disks, &self.mounted_devices()?)? {

@@ -267,6 +267,8 @@ fn judge_signatures_made_by_hand() {
         let image = Image::with(name, &writes);
         let signature = image.signature();
         assert_eq!((signature.kind.as_str(), signature.usage), (kind, usage));
+        // A refusal says where.
+        assert!(signature.offset_bytes.is_some(), "{signature:?}");
         judge_by_blkid(&image);
     }
 }

@@ -262,7 +262,12 @@ impl Guest {
     /// Starts the node agent in a root that holds its binary, `/dev`, `/proc`, `/sys`, `/csi`, `/var/lib/kubelet`, and no program
     /// else; waits until its socket (`/csi/csi.sock`) answers.
     pub fn start_node(&self, args: &[&str], env: &[(&str, &str)]) -> Result<Job> {
-        let job = self.spawn(&Program { label: "node", root: Some(NODE_ROOT), program: NODE_PROGRAM, args, env })?;
+        self.start_node_of(NODE_PROGRAM, args, env)
+    }
+
+    /// The same with another build of the agent, which is in that root under this name.
+    pub fn start_node_of(&self, program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<Job> {
+        let job = self.spawn(&Program { label: "node", root: Some(NODE_ROOT), program, args, env })?;
         let answers = wait::until(NODE_LIMIT, || {
             if let (Some(exit), output) = self.output(job)? {
                 bail!("guest {}: the node agent ended ({exit:?}): {output}", self.name);

@@ -94,7 +94,7 @@ impl Node {
     }
 
     /// Until the kernel knows the disk to be so large.
-    fn await_size(&self, disk: &Disk, required_bytes: u64) -> Result<(), Cause> {
+    pub(super) fn await_size(&self, disk: &Disk, required_bytes: u64) -> Result<(), Cause> {
         let mut size_bytes = disk.size_bytes;
         let mut asked: Option<Instant> = None;
         let seen = poll(SIZE_DEADLINE, || {

@@ -208,4 +208,23 @@ mod tests {
         node.forget_unasked(Duration::ZERO);
         assert!(node.health.lock().unwrap().is_empty());
     }
+
+    /// As other tests tell of their own nodes in the same process: so many as no other has, and looked at until they are seen.
+    #[test]
+    fn what_is_in_trouble_is_counted() {
+        const VOLUMES: usize = 5;
+        const LOOKS: usize = 1000;
+        let node = Bench::new(&[]).node;
+        let errors = metrics::FILESYSTEM_ERRORS.value();
+        let is_told = |count: usize, sentence: &dyn Fn(usize) -> Option<String>| {
+            (0..LOOKS).any(|look| {
+                (0..VOLUMES).for_each(|number| node.remember(&volume(&format!("r/z/s/vm-9999-pvc-ill-{number}")), sentence(look)));
+                metrics::IN_TROUBLE.load(Ordering::Relaxed) == count
+            })
+        };
+        assert!(is_told(VOLUMES, &|look| Some(format!("the ext4 on sdb is ill in a way {look}"))));
+        assert!(metrics::FILESYSTEM_ERRORS.value() >= errors + VOLUMES as u64, "each that falls ill");
+        node.forget_unasked(Duration::ZERO);
+        assert!(is_told(0, &|look| (look % 2 == 0).then(|| "ill".to_string())), "those that are well again");
+    }
 }

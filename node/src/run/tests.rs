@@ -304,6 +304,27 @@ fn other_targets_are_whole_and_in_kubelets_folders() {
     assert_eq!(others, [bench.path("a/mount")]);
 }
 
+/// W46: the kernel is asked to look at the size, though virtio-scsi mostly tells it before that.
+#[test]
+fn a_size_that_the_kernel_was_not_told_is_asked_for() {
+    let bench = Bench::new(&[]);
+    let device = ours().plug(&bench.node.sysfs);
+    let (asked, size) = (device.join("rescan"), device.join("block/sda/size"));
+    let has_asked = std::thread::scope(|scope| {
+        let kernel = scope.spawn(|| {
+            let has_asked = poll(Duration::from_secs(10), || Ok::<_, ()>(if fs::read(&asked).unwrap() == b"1" { Ok(()) } else { Err(()) }));
+            // Whole at once, as sysfs shows it.
+            let grown = device.join("grown");
+            fs::write(&grown, format!("{}\n", (2_u64 << 30) / 512)).unwrap();
+            fs::rename(&grown, &size).unwrap();
+            has_asked
+        });
+        bench.node.await_size(&ours().0, 2 << 30).unwrap();
+        kernel.join().unwrap()
+    });
+    assert_eq!(has_asked, Ok(Ok(())), "the disk's size is waited for, and nobody asks for it");
+}
+
 #[test]
 fn a_poll_looks_once_more_when_the_time_is_up() {
     let mut looks = 0;

@@ -15,6 +15,7 @@ use libblkid_rs_sys::witness;
 use rustix::io::Errno;
 
 use super::Error;
+use crate::kill;
 
 #[cfg(test)]
 mod tests;
@@ -59,7 +60,7 @@ pub struct Signature {
     pub uuid: Option<String>,
     /// For people: bytes that are no UTF-8 are named as such.
     pub label: Option<String>,
-    /// Where the magic is. libblkid tells it of superblocks only.
+    /// Where the magic is. libblkid tells it of superblocks only; of the tables of partitions it is known where they begin that people use.
     pub offset_bytes: Option<u64>,
     /// The signature is there and its checksum is wrong: damaged, not blank.
     pub is_checksum_bad: bool,
@@ -93,7 +94,9 @@ impl fmt::Display for Signature {
 /// resized, look again); one below [`MIN_SIZE_BYTES`] (EINVAL); a device that libblkid will not look at, which are other
 /// programs' private device-mapper devices (EINVAL).
 pub fn probe(device: BorrowedFd<'_>, path: &Path, size_bytes: u64) -> Result<Found, Error> {
-    look(&mut prepare(device, path, size_bytes)?, path)
+    let mut prober = prepare(device, path, size_bytes)?;
+    kill::inside("look");
+    look(&mut prober, path)
 }
 
 fn prepare(device: BorrowedFd<'_>, path: &Path, size_bytes: u64) -> Result<BlkidProbe, Error> {
@@ -191,11 +194,12 @@ fn current(probe: &BlkidProbe, path: &Path) -> Result<Vec<Signature>, Error> {
     if let Some(kind) = required(probe, "PTTYPE", path)? {
         signatures.push(Signature {
             usage: Usage::PartitionTable,
+            // libblkid believes no GPT without the protective MBR in front of it.
+            offset_bytes: matches!(kind.as_str(), "dos" | "gpt").then_some(0),
             kind,
             version: None,
             uuid: text(probe, "PTUUID"),
             label: None,
-            offset_bytes: None,
             is_checksum_bad: false,
         });
     }

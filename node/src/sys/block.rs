@@ -90,9 +90,9 @@ impl Device {
     /// Fills `buffer` from `offset`.
     ///
     /// # Errors
-    /// Any byte of it could not be read.
+    /// Any byte of it could not be read; the error says which were asked for.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
-        answered(self.file.read_exact_at(buffer, offset)).map_err(Error::io("pread", &self.path))
+        answered(self.file.read_exact_at(buffer, offset)).map_err(|cause| Error::io("pread", &self.place(offset, buffer.len()))(cause))
     }
 
     /// Has the kernel begin to read a range: several ranges are read at the same time, where reading them in turn would wait for
@@ -106,7 +106,12 @@ impl Device {
     /// # Errors
     /// As the kernel says; some of it may have been written.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        answered(self.file.write_all_at(bytes, offset)).map_err(Error::io("pwrite", &self.path))
+        answered(self.file.write_all_at(bytes, offset)).map_err(|cause| Error::io("pwrite", &self.place(offset, bytes.len()))(cause))
+    }
+
+    /// What an error is about: `/dev/sdb (4096 bytes at byte 0)`.
+    fn place(&self, offset: u64, length: usize) -> PathBuf {
+        format!("{} ({length} bytes at byte {offset})", self.path.display()).into()
     }
 
     /// Makes a range read as zeros. FALLOC_FL_ZERO_RANGE on a block device is BLKZEROOUT (block/fops.c, both are

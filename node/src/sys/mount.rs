@@ -307,7 +307,10 @@ pub fn bind(source: &Path, leads: Leads, target: &Path, read_only: bool) -> Resu
         return attach(&tree, target);
     }
     match set_read_only(&tree) {
-        Ok(()) => attach(&tree, target),
+        Ok(()) => {
+            kill::inside("read-only");
+            attach(&tree, target)
+        }
         Err(Errno::NOSYS) => attach_then_set_read_only(&tree, target),
         Err(errno) => Err(Error { call: "mount_setattr(MOUNT_ATTR_RDONLY)", subject: source.into(), errno }),
     }

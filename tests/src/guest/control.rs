@@ -223,9 +223,18 @@ impl Guest {
 
     /// Resident memory of a process in KiB.
     pub fn resident_kib(&self, pid: u32) -> Result<u64> {
+        self.memory_kib(pid, "VmRSS:")
+    }
+
+    /// The most that it ever was.
+    pub fn peak_resident_kib(&self, pid: u32) -> Result<u64> {
+        self.memory_kib(pid, "VmHWM:")
+    }
+
+    fn memory_kib(&self, pid: u32, what: &str) -> Result<u64> {
         let status = self.read(&format!("/proc/{pid}/status"))?;
-        let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok());
-        value.with_context(|| format!("no VmRSS in /proc/{pid}/status"))
+        let value = status.lines().find_map(|line| line.strip_prefix(what)?.trim().strip_suffix(" kB")?.parse().ok());
+        value.with_context(|| format!("no {what} in /proc/{pid}/status"))
     }
 
     /// The disk whose SCSI LUN is `lun`: its name below `/sys/block`. sdX and hostN are reused and unordered.

@@ -111,6 +111,10 @@ pub(crate) struct Agent {
     pub(crate) job: Job,
 }
 
+/// Beside the agent with points; in its root.
+const RELEASE: &str = "/proxmox-csi-node-release";
+/// The end of a hold; in the agent's own root.
+const HOLD_UNTIL: &str = "/csi/go";
 pub(crate) const NODE_ID: &str = "guest-1/101";
 
 impl Agent {
@@ -127,10 +131,20 @@ impl Agent {
         Some(Self { guest, calls, job })
     }
 
-    /// With the agent that the tests can hold, hurry and kill: one SCSI controller for all disks.
+    /// With the agent that the tests can hold, hurry and kill: one SCSI controller for all disks. Beside it the release, for `restart_release`.
     pub(crate) fn start_with_points(name: &str) -> Option<Self> {
-        let files = vec![(format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), tools::kill_points_binary())];
+        let files = vec![
+            (format!("{}/proxmox-csi-node", guest_init::NODE_ROOT), tools::kill_points_binary()),
+            (format!("{}{RELEASE}", guest_init::NODE_ROOT), tools::release_binary("proxmox-csi-node")),
+        ];
         Self::start_on(&GuestOptions { files, scsi_hardware: ScsiHardware::VirtioScsiPci, ..GuestOptions::named(name) })
+    }
+
+    /// From an agent with points to the release binary, as an upgrade does.
+    pub(crate) fn restart_release(&mut self) {
+        self.guest.signal(self.job, 9).unwrap();
+        self.guest.wait(self.job, SEEN_LIMIT).unwrap();
+        self.job = start_release(&self.guest);
     }
 
     /// SIGKILL, and a new one.
@@ -143,6 +157,22 @@ impl Agent {
         self.guest.signal(self.job, 9).unwrap();
         self.guest.wait(self.job, SEEN_LIMIT).unwrap();
         self.job = start_node(&self.guest, env);
+    }
+
+    /// One of those with points, which stays at this one until `let_go`.
+    pub(crate) fn restart_to_hold(&mut self, at: &str) {
+        let _ = self.guest.remove(&format!("/node{HOLD_UNTIL}"));
+        self.restart_with(&[("PROXMOX_CSI_HOLD_AT", at), ("PROXMOX_CSI_HOLD_UNTIL", HOLD_UNTIL)]);
+    }
+
+    pub(crate) fn wait_until_held(&self, at: &str) {
+        let line = format!("held at {at}\n");
+        let held = wait::until(SEEN_LIMIT, || Ok::<_, ()>(self.log().contains(&line).then_some(())));
+        assert_eq!(held, Ok(Some(())), "{}", self.log());
+    }
+
+    pub(crate) fn let_go(&self) {
+        self.guest.write(&format!("/node{HOLD_UNTIL}"), b"").unwrap();
     }
 
     /// What the running agent has written so far.
@@ -200,11 +230,17 @@ impl Agent {
     }
 }
 
+const ARGS: [&str; 6] =
+    ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
+
 /// The node agent, with this environment beside the usual one.
 pub(crate) fn start_node(guest: &Guest, env: &[(&str, &str)]) -> Job {
-    let args =
-        ["--csi-address=unix:///csi/csi.sock", "--node-id", NODE_ID, "--region=region-1", "--zone=pve-1", "--kubelet-dir=/var/lib/kubelet"];
-    guest.start_node(&args, &[&[("LOG_LEVEL", "debug")], env].concat()).unwrap()
+    guest.start_node(&ARGS, &[&[("LOG_LEVEL", "debug")], env].concat()).unwrap()
+}
+
+/// The release where the guest has both builds.
+pub(crate) fn start_release(guest: &Guest) -> Job {
+    guest.start_node_of(RELEASE, &ARGS, &[("LOG_LEVEL", "debug")]).unwrap()
 }
 
 pub(crate) fn handle(name: &str) -> VolumeHandle {

@@ -108,7 +108,7 @@ fn guest_node_is_alone_and_small() {
     agent.guest.power_off().unwrap();
 }
 
-/// W44: published twice is shown once. W46: nobody but the agent makes the kernel look at the new size.
+/// W44: published twice is shown once. W46: the new size is there, whether virtio-scsi tells the kernel of it or the agent asks.
 #[test]
 fn guest_block_volume() {
     let Some(agent) = Agent::start("block") else { return };

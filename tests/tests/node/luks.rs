@@ -8,13 +8,13 @@ use std::time::Duration;
 use disk::luks::{Header, VolumeKey, within};
 use proto::{VolumeHandle, secrets, volume_context};
 use testbed::calls::{NodeVolume, block_capability, mount_capability};
-use testbed::guest::{Program, with_libraries};
+use testbed::guest::{Guest, Program, wait, with_libraries};
 use testbed::machine::PluggedDrive;
 use testbed::tools;
 use tonic::Code;
 
 use crate::ciphertext::decrypted;
-use crate::harness::{Agent, Image, MIB, assert_clean, handle, wait_for_size};
+use crate::harness::{Agent, Image, MIB, SEEN_LIMIT, assert_clean, handle, wait_for_size};
 use crate::life::still_in_use;
 use crate::xfs::assert_clean_xfs;
 
@@ -44,6 +44,15 @@ pub(crate) fn mappings(agent: &Agent) -> Vec<String> {
     let disks = agent.guest.list("/sys/block").unwrap();
     let dm = disks.iter().filter(|disk| disk.starts_with("dm-"));
     dm.map(|disk| agent.guest.read(&format!("/sys/block/{disk}/dm/name")).unwrap().trim().to_owned()).collect()
+}
+
+/// The kernel takes a key away a moment after its last link is gone.
+pub(crate) fn assert_no_key_is_left(guest: &Guest) {
+    let gone = wait::until(SEEN_LIMIT, || {
+        let keys = guest.read("/proc/keys")?;
+        Ok::<_, anyhow::Error>((!keys.contains("proxmox-csi:") && !keys.contains("logon")).then_some(()))
+    });
+    assert!(gone.unwrap().is_some(), "keys are left: {}", guest.read("/proc/keys").unwrap());
 }
 
 /// The volume key, by the header on the image.

@@ -73,21 +73,42 @@ fn guest_stage_while_the_disk_is_just_coming() {
     agent.guest.power_off().unwrap();
 }
 
+/// The same ones each time (xorshift64).
+fn random_bytes(size_bytes: u64) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let word = |_| {
+        for shift in [|x: u64| x ^ (x << 13), |x| x ^ (x >> 7), |x| x ^ (x << 17)] {
+            state = shift(state);
+        }
+        state.to_le_bytes()
+    };
+    (0..size_bytes / 8).flat_map(word).collect()
+}
+
 /// W13: what is there is never overwritten, whatever it is.
 #[test]
 fn guest_disks_that_are_not_blank() {
     let Some(agent) = Agent::start("not-blank") else { return };
-    // (name, offset, bytes): a table of partitions, an XFS, a few stray bytes at the start and at the very end.
+    // (name, offset, bytes): a table of partitions, an XFS, a few stray bytes at the start and at the very end, and nothing but noise.
     let mut table = vec![0; 512];
     table[446..462].copy_from_slice(&[0, 0x20, 0x21, 0, 0x83, 0x28, 0x20, 8, 0, 8, 0, 0, 0, 0, 1, 0]);
     table[510..].copy_from_slice(&[0x55, 0xaa]);
-    let stray: [(&str, u64, &[u8]); 4] =
-        [("table", 0, &table), ("xfs", 0, b"XFSB\0\0\x10\0"), ("start", 100 * 1024, b"stray"), ("end", 32 * MIB - 5, b"stray")];
+    let random = random_bytes(32 * MIB);
+    let stray: [(&str, u64, &[u8]); 5] = [
+        ("table", 0, &table),
+        ("xfs", 0, b"XFSB\0\0\x10\0"),
+        ("start", 100 * 1024, b"stray"),
+        ("end", 32 * MIB - 5, b"stray"),
+        ("random", 0, &random),
+    ];
     for (name, offset, bytes) in stray {
         let (handle, image) = (handle(name), Image::new(32 * MIB));
         image.write_at(offset, bytes);
         let volume = agent.attach(&handle, &image, 5);
-        assert_refused(&agent, &volume, &image);
+        let sentence = assert_refused(&agent, &volume, &image);
+        // What was seen, where, and on which disk.
+        let device = format!("/dev/{}", agent.guest.disk_at(5).unwrap().unwrap());
+        assert!(sentence.contains(&format!("at byte {offset}")) && sentence.contains(&device), "{name}: {sentence}");
         agent.detach(5);
     }
     // A static volume is never formatted, even blank.
