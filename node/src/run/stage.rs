@@ -551,8 +551,14 @@ impl Node {
         match self.open_medium(medium, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
             Err(Cause::OtherDiskNow { .. }) => Ok(()),
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
+            // ENODEV since Linux 5.18 (BLK_STS_OFFLINE): a mapping over a disk that stays offline can be opened, and would be kept for ever.
+            Err(Cause::Sys(error)) if error.errno == Errno::IO && self.is_offline(&medium.disk)? => Ok(()),
             done => done,
         }
+    }
+
+    fn is_offline(&self, disk: &Disk) -> Result<bool, sys::Error> {
+        Ok(scsi::disk(&self.sysfs, disk.address)?.is_some_and(|now| now.is(disk) && now.state == scsi::State::Offline))
     }
 
     /// Whether a LUKS header that this driver made, for the volume or the one it is a copy of, is on its disk.

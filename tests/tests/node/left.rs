@@ -16,6 +16,9 @@ const LUN: u8 = 1;
 const OTHER_LUN: u8 = 9;
 const ELSEWHERE: &str = "/tmp/elsewhere";
 
+/// Where an agent has told the kernel to take up I/O again, and has not looked whether it does.
+const SET_RUNNING: &str = "inside:unstage:SetRunning:written";
+
 /// What the volume of a row is.
 #[derive(Clone, Copy, PartialEq)]
 enum Of {
@@ -34,11 +37,12 @@ struct Left {
     prepare: fn(&mut Agent, &NodeVolume, &Image),
 }
 
-const EVERY: [Left; 10] = [
+const EVERY: [Left; 11] = [
     // First: after a disk that was offline the kernel has an error of its filesystem on record, and grows it no more.
     Left { call: "stage", step: "Grow", inside: &["ioctl"], of: Of::Ext4, prepare: |agent, _, image| grow(agent, image) },
     Left { call: "stage", step: "SetRunning", inside: &["write"], of: Of::Ext4, prepare: |agent, _, _| offline(agent) },
-    Left { call: "unstage", step: "SetRunning", inside: &["write"], of: Of::Ext4, prepare: staged_and_offline },
+    Left { call: "unstage", step: "SetRunning", inside: &["write", "written"], of: Of::Ext4, prepare: staged_and_offline },
+    Left { call: "unstage", step: "Delete", inside: &["delete"], of: Of::Ext4, prepare: staged_and_offline },
     Left { call: "unstage", step: "AwaitRelease", inside: &["wait"], of: Of::Ext4, prepare: staged_and_held },
     Left { call: "stage", step: "CloseLeftover", inside: &["remove", "removed"], of: Of::Luks, prepare: half_opened },
     Left { call: "stage", step: "Unmount", inside: &["umount2"], of: Of::Ext4, prepare: staged_and_pulled },
@@ -58,6 +62,10 @@ fn node_of(agent: &Agent, lun: u8) -> String {
 /// As the reference driver leaves a disk that it has unstaged.
 fn offline(agent: &Agent) {
     agent.guest.write(&format!("/sys/block/{}/device/state", node_of(agent, LUN)), b"offline\n").unwrap();
+}
+
+fn state(agent: &Agent) -> String {
+    agent.guest.read(&format!("/sys/block/{}/device/state", node_of(agent, LUN))).unwrap()
 }
 
 fn staged_and_offline(agent: &mut Agent, volume: &NodeVolume, _: &Image) {
@@ -135,15 +143,31 @@ fn call(agent: &Agent, call: &str, volume: &NodeVolume) -> Result<(), Status> {
     }
 }
 
-/// What the guest holds for somebody else is let go of, where it is, and the disk comes, where it is not: while a call waits for that, or after its death.
-fn let_go(agent: &Agent, volume: &NodeVolume, image: &Image) {
+/// What the kernel wrote while the disk was offline is lost, and said once to whoever asks first (lib/errseq.c): the repeat goes on.
+fn call_to_its_end(agent: &Agent, name: &str, volume: &NodeVolume) {
+    let answer = match call(agent, name, volume) {
+        Err(status) if status.code() == Code::Internal && status.message().contains("fsync on") => {
+            println!("{status:?}");
+            call(agent, name, volume)
+        }
+        done => done,
+    };
+    answer.unwrap_or_else(|status| panic!("{status:?}; {}", agent.guest.quote()));
+}
+
+/// What the guest holds for somebody else is let go of, where it is, and the disk comes that is late: while a call waits for that, or after its death.
+fn let_go(agent: &Agent, point: &str, volume: &NodeVolume, image: &Image) {
     let _ = agent.guest.unmount(ELSEWHERE);
-    if agent.guest.disk_at(LUN).unwrap().is_none() {
+    if point.contains(":FindDisk") && agent.guest.disk_at(LUN).unwrap().is_none() {
         plug(agent, volume, image);
     }
 }
 
 fn assert_dies(agent: &mut Agent, point: &str, name: &str, volume: &NodeVolume, image: &Image) {
+    if point.contains(":Delete") {
+        let _ = unstage_while_it_stays_offline(agent, volume, &[("PROXMOX_CSI_KILL_AT", point)]);
+        return assert_has_died(agent, point);
+    }
     agent.restart_with(&[("PROXMOX_CSI_KILL_AT", point)]);
     let answer = std::thread::scope(|scope| {
         let answer = scope.spawn(|| call(agent, name, volume));
@@ -151,12 +175,30 @@ fn assert_dies(agent: &mut Agent, point: &str, name: &str, volume: &NodeVolume, 
             let line = format!("kill point inside:{step}:wait\n");
             let comes = wait::until(SEEN_LIMIT, || Ok::<_, ()>(agent.log().contains(&line).then_some(())));
             assert_eq!(comes, Ok(Some(())), "{}", agent.log());
-            let_go(agent, volume, image);
+            let_go(agent, point, volume, image);
         }
         answer.join().unwrap()
     });
+    assert!(answer.is_err(), "{name} at {point}");
+    assert_has_died(agent, point);
+}
+
+fn assert_has_died(agent: &Agent, point: &str) {
     let ended = agent.guest.wait(agent.job, SEEN_LIMIT).unwrap();
-    assert!(ended.output.contains(&format!("killed at {point}\n")), "{name} at {point}: {answer:?}; {ended:?}");
+    assert!(ended.output.contains(&format!("killed at {point}\n")), "{point}: {ended:?}");
+}
+
+/// The agent sets the disk running, and it is offline again before the agent looks: as one whose host gives it up again and again.
+fn unstage_while_it_stays_offline(agent: &mut Agent, volume: &NodeVolume, env: &[(&str, &str)]) -> Result<(), Status> {
+    agent.restart_to_hold(SET_RUNNING, env);
+    std::thread::scope(|scope| {
+        let answer = scope.spawn(|| call(agent, "unstage", volume));
+        agent.wait_until_held(SET_RUNNING);
+        assert_eq!(state(agent), "running\n", "the agent has set it so");
+        offline(agent);
+        agent.let_go();
+        answer.join().unwrap()
+    })
 }
 
 /// A volume of its kind, as its pod has it.
@@ -200,9 +242,10 @@ impl Held<'_> {
 
     fn dies_and_is_repeated(&self, agent: &mut Agent, point: &str, name: &str) {
         assert_dies(agent, point, name, self.volume, self.image);
-        let_go(agent, self.volume, self.image);
+        let_go(agent, point, self.volume, self.image);
         agent.restart();
-        call(agent, name, self.volume).unwrap_or_else(|status| panic!("{point}: {status:?}; {}", agent.guest.quote()));
+        println!("{point}");
+        call_to_its_end(agent, name, self.volume);
     }
 
     fn dies_everywhere(&self, agent: &mut Agent) -> usize {
@@ -251,6 +294,9 @@ fn guest_what_is_left_is_cleared_and_killed_at_every_point() {
         held.written = held.content(&agent);
         agent.put_away(&volume);
         println!("{name}: {} deaths", held.dies_everywhere(&mut agent));
+        if of != Of::Block {
+            a_disk_that_stays_offline(&mut agent, &volume, &image);
+        }
         agent.detach(LUN);
         match of {
             Of::Ext4 => assert_clean(&image),
@@ -258,6 +304,7 @@ fn guest_what_is_left_is_cleared_and_killed_at_every_point() {
             Of::Block => (),
         }
     }
+    written_while_offline(&agent);
     a_disk_that_grows_while_its_filesystem_does(&mut agent);
     agent.restart_release();
     a_mount_of_another_disk(&agent);
@@ -266,12 +313,62 @@ fn guest_what_is_left_is_cleared_and_killed_at_every_point() {
     agent.guest.power_off().unwrap();
 }
 
+/// Nothing reaches it any more: once nobody uses it, the kernel forgets it, and finds it anew for the next stage. What was synced is there.
+fn a_disk_that_stays_offline(agent: &mut Agent, volume: &NodeVolume, image: &Image) {
+    let file = format!("/node{}/file", volume.target);
+    agent.restart();
+    agent.stage(volume);
+    agent.publish(volume);
+    let written = agent.guest.sha256(&file).unwrap();
+    agent.calls.node_unpublish_volume(volume.unpublish()).unwrap();
+    offline(agent);
+    let answer = unstage_while_it_stays_offline(agent, volume, &[]);
+    answer.unwrap_or_else(|status| panic!("{status:?}; {}", agent.guest.quote()));
+    let log = agent.log();
+    for words in ["stays offline", "takes no I/O and nothing uses it: the kernel has forgotten it"] {
+        assert!(log.contains(words), "no {words:?} in {log}");
+    }
+    assert_eq!(agent.guest.disk_at(LUN).unwrap(), None, "the kernel still has it");
+    assert_eq!(mappings(agent), Vec::<String>::new());
+    assert_eq!(agent.mounted_at(&volume.staging), Vec::<String>::new());
+    // Again: there is nothing left to do.
+    agent.calls.node_unstage_volume(volume.unstage()).unwrap();
+    agent.stage(volume);
+    agent.publish(volume);
+    assert_eq!(agent.guest.sha256(&file).unwrap(), written);
+    agent.put_away(volume);
+    wait_for_size(&agent.guest, LUN, Some(image.size_bytes()));
+}
+
+/// Somebody writes meanwhile: that write fails, what was there before is kept, and unstage ends.
+fn written_while_offline(agent: &Agent) {
+    for is_encrypted in [false, true] {
+        let image = Image::new(64 * MIB);
+        let volume = agent.attach(&handle(if is_encrypted { "written-luks" } else { "written" }), &image, LUN);
+        let volume = if is_encrypted { encrypted(volume, PASSPHRASE) } else { volume };
+        let file = format!("/node{}/file", volume.target);
+        agent.stage(&volume);
+        agent.publish(&volume);
+        let written = agent.guest.fill(&file, 7, MIB).unwrap();
+        offline(agent);
+        let error = agent.guest.fill(&format!("{file}-2"), 8, MIB).expect_err("it takes no I/O");
+        println!("{error:#}");
+        agent.calls.node_unpublish_volume(volume.unpublish()).unwrap();
+        call_to_its_end(agent, "unstage", &volume);
+        agent.stage(&volume);
+        agent.publish(&volume);
+        assert_eq!(agent.guest.sha256(&file).unwrap(), written);
+        agent.put_away(&volume);
+        agent.detach(LUN);
+    }
+}
+
 /// Expand while the disk grew again: what is there after the filesystem's growth is more than it was grown to, and that is no failure.
 fn a_disk_that_grows_while_its_filesystem_does(agent: &mut Agent) {
     const AT: &str = "after:expand:Grow";
     let image = Image::new(64 * MIB);
     let volume = agent.attach(&handle("grows"), &image, LUN);
-    agent.restart_to_hold(AT);
+    agent.restart_to_hold(AT, &[]);
     agent.stage(&volume);
     agent.publish(&volume);
     grow(agent, &image);

@@ -86,7 +86,8 @@ fn guest_node_is_alone_and_small() {
     assert_eq!(agent.guest.list("/node").unwrap(), ["csi", "dev", "proc", "proxmox-csi-node", "sys", "var"]);
     assert_eq!(agent.guest.list("/node/var").unwrap(), ["lib"]);
     assert_eq!(agent.guest.list("/node/var/lib").unwrap(), ["kubelet"]);
-    assert_eq!(agent.guest.list("/node/csi").unwrap(), ["csi.sock"]);
+    // What the next agent has to know lies beside the socket.
+    assert_eq!(agent.guest.list("/node/csi").unwrap(), ["csi.sock", "rotations-outstanding"]);
     let socket = agent.guest.stat("/node/csi/csi.sock").unwrap().unwrap();
     assert_eq!(socket.mode, 0o600, "the socket is its owner's alone");
 

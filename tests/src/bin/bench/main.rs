@@ -33,7 +33,7 @@ fn arguments() -> Result<Arguments> {
             "--examples" => examples = Some(value()?.into()),
             "--record" => record = Some(value()?.into()),
             "--heading" => heading = value()?,
-            "host" | "guest" | "storm" => parts.push(arg),
+            "host" | "guest" | "storm" | "memory" => parts.push(arg),
             _ => bail!("unknown argument {arg}: see scripts/bench --help"),
         }
     }
@@ -51,6 +51,7 @@ fn run() -> Result<()> {
         match part.as_str() {
             "host" => host::run(&arguments.examples, &mut report).context("host")?,
             "guest" => guest::run(&mut report).context("guest")?,
+            "memory" => report.table(testbed::storm::memory().context("memory")?),
             _ => storm(&mut report).context("storm")?,
         }
     }
