@@ -445,7 +445,7 @@ fn a_filesystem_that_the_kernel_made_read_only_is_not_said_to_be_grown() {
     let lines = fs::read_to_string(&bench.node.mountinfo).unwrap().replace("/dev/sdx rw", "/dev/sdx ro");
     fs::write(&bench.node.mountinfo, &lines).unwrap();
     let error = expand().unwrap_err();
-    assert!(matches!(*error.cause, Cause::MadeReadOnly(_)) && error.to_string().contains("made read-only by the kernel"), "{error}");
+    assert!(matches!(*error.cause, Cause::InTrouble(_)) && error.to_string().contains("made read-only by the kernel"), "{error}");
     // As its user wants it: mounted read-only, or on a disk that refuses writes.
     fs::write(&bench.node.mountinfo, lines.replace("/shown rw", "/shown ro")).unwrap();
     assert_eq!(expand(), Ok(1 << 30));

@@ -33,7 +33,7 @@ fn every_cause_has_its_code() {
         (Cause::Disk(identity::Refusal::InUse { disk: what(), at: "/t".into() }), Code::FailedPrecondition),
         (Cause::StillHeld { waited, disk: what(), by: what() }, Code::FailedPrecondition),
         (Cause::Label { refused: Box::new(sys_error().into()), label: "context=a:b:c" }, Code::Internal),
-        (Cause::MadeReadOnly(what()), Code::FailedPrecondition),
+        (Cause::InTrouble(what()), Code::FailedPrecondition),
         (Cause::Outside { real: "/etc".into() }, Code::InvalidArgument),
         (Cause::Geometry(what()), Code::InvalidArgument),
         (Cause::Crowded { waited, by: what() }, Code::Unavailable),
