@@ -100,6 +100,8 @@ impl Controller {
     async fn make(&self, clusters: &Clusters, request: &Create) -> Result<(Place, u64), Error> {
         for is_last in [false, true] {
             let (places, skipped) = self.places(clusters, request).await?;
+            // Found or made: what is lost of the last one's deletion would take this one.
+            places.iter().try_for_each(|place| place.region.check_no_lost_deletion(&place.handle))?;
             let elsewhere = if skipped.is_empty() { places.get(1..).unwrap_or_default() } else { &places };
             if let Some((place, size_bytes)) = earlier(elsewhere).await? {
                 return Ok((place, fitting(&request.want, size_bytes)?));

@@ -56,8 +56,10 @@ impl Controller {
         region.check_no_doubt(handle, None).await?;
         let mut freed = region.free(&host, &handle.storage, &handle.volid()).await;
         if freed.as_ref().is_err_and(|error| error.meaning().is_outcome_unknown()) {
-            // Asking again is the look: a volume that is gone is OK, or said to be missing.
+            region.note_deletion(handle, &freed);
+            // Asking again is the look: a volume that is gone is OK, or said to be missing. The first one may come after it all the same.
             freed = region.free(&host, &handle.storage, &handle.volid()).await;
+            region.note_deletion(handle, &freed);
         }
         if freed.as_ref().is_err_and(|error| error.meaning() == Meaning::Other) {
             // Not every plugin says plainly that there was nothing (btrfs).

@@ -55,7 +55,40 @@ impl Doubt {
 /// By volid.
 pub(super) type Doubts = HashMap<String, Vec<Doubt>>;
 
+/// Volid → zone and when the answer to its deletion was lost last.
+pub(super) type LostDeletions = HashMap<String, Vec<(String, Instant)>>;
+
 impl Region {
+    /// What is known of its deletion. If the answer was lost, Proxmox may yet carry it out, on whatever has the name by then.
+    pub(crate) fn note_deletion(&self, handle: &VolumeHandle, outcome: &Result<(), pve::Error>) {
+        if !outcome.as_ref().is_err_and(|error| error.meaning() == Meaning::OutcomeUnknown) {
+            return;
+        }
+        let zone = self.zone_of(handle);
+        let mut lost = locked(&self.lost_deletions);
+        lost.retain(|_, of_name| {
+            of_name.retain(|(_, at)| at.elapsed() < DOUBT_AGE);
+            !of_name.is_empty()
+        });
+        lost.entry(handle.volid()).or_default().push((zone, Instant::now()));
+    }
+
+    /// Whether a volume of that name can be made or attached: a deletion whose answer was lost would take it.
+    ///
+    /// # Errors
+    /// One may yet be carried out.
+    pub(crate) fn check_no_lost_deletion(&self, handle: &VolumeHandle) -> Result<(), Error> {
+        let zone = self.zone_of(handle);
+        let may_come = |(of, at): &(String, Instant)| (*of == zone || of.is_empty() || zone.is_empty()) && at.elapsed() < DOUBT_AGE;
+        match locked(&self.lost_deletions).get(&handle.volid()).is_some_and(|of_name| of_name.iter().any(may_come)) {
+            true => Err(Error::unavailable(format!(
+                "the answer to an earlier deletion of {handle} was lost, and Proxmox may still carry it out; repeated, and decided within {} s",
+                DOUBT_AGE.as_secs()
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// Of one name on each node, where the storage is local; else every handle means the same.
     pub(super) fn zone_of(&self, handle: &VolumeHandle) -> String {
         let resources = locked(&self.last_resources).as_ref().map(|(_, resources)| std::sync::Arc::clone(resources));

@@ -68,6 +68,7 @@ impl Region {
             self.check_may_attach(&request.handle)?;
         }
         let _claim = self.claim(&request.handle).await?;
+        self.check_no_lost_deletion(&request.handle)?;
         self.check_reach(&request.handle, &mut vm).await?;
         // What reads as zeros where nothing was written takes no room there either.
         let plugintype = self.plugintype(&request.handle.storage).await?.unwrap_or_default();

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
 use super::claim::Claims;
-use super::doubt::{DOUBT_AGE, Doubts};
+use super::doubt::{DOUBT_AGE, Doubts, LostDeletions};
 use super::list::Listings;
 use super::modify::Modified;
 use super::queue::Queue;
@@ -151,6 +151,7 @@ pub(crate) struct Region {
     pub(super) sees_all_vms: Reading<(), Error>,
     pub(super) quorate: Reading<bool, Error>,
     pub(super) doubts: Arc<Mutex<Doubts>>,
+    pub(super) lost_deletions: Arc<Mutex<LostDeletions>>,
     /// Proxmox node → when no change of an earlier controller was seen to go on there.
     pub(super) quiet: Mutex<HashMap<String, Instant>>,
     /// Proxmox node → when it was first seen offline.
@@ -197,6 +198,7 @@ impl Region {
             sees_all_vms: Reading::default(),
             quorate: Reading::default(),
             doubts: Arc::default(),
+            lost_deletions: Arc::default(),
             quiet: Mutex::default(),
             offline_since: Mutex::default(),
             leftovers: Mutex::default(),
@@ -223,7 +225,8 @@ impl Region {
     /// and its doubts hold.
     #[must_use]
     pub(crate) fn after(self, before: &Self) -> Self {
-        Self { doubts: Arc::clone(&before.doubts), claims: before.claims.shared(), ..self }
+        let (doubts, lost_deletions) = (Arc::clone(&before.doubts), Arc::clone(&before.lost_deletions));
+        Self { doubts, lost_deletions, claims: before.claims.shared(), ..self }
     }
 
     /// Its API.

@@ -162,6 +162,13 @@ impl History {
         claims().into_iter().map(|claim| Claim { image: image(&claim), ..claim }).collect()
     }
 
+    /// Whether anybody but one controller writes in it: another one, one after a kill that does not know the writes of the one before, a
+    /// person.
+    #[must_use]
+    pub fn has_rivals(&self) -> bool {
+        self.controllers > 1 || self.items.iter().any(|item| matches!(item.act, Act::Kill { .. } | Act::ByHand { .. }))
+    }
+
     /// The same without the items at these places.
     #[must_use]
     pub fn without(&self, places: std::ops::Range<usize>) -> History {

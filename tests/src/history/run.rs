@@ -126,7 +126,7 @@ impl<'a> Run<'a> {
         };
         Ok(Run {
             history,
-            judge: Judge::new(world.claims.len()),
+            judge: Judge::new(world.claims.len()).beside_rivals(history.has_rivals()),
             world,
             begun: BTreeSet::new(),
             calls: BTreeMap::new(),
@@ -412,7 +412,7 @@ impl<'a> Run<'a> {
         self.judge.none_lost(&self.world.sim, &self.world.claims).map_err(anyhow::Error::msg)?;
         for (volume, (vm, slot)) in self.judge.by_hand().clone() {
             self.world.sim.detach_by_hand(vm, &slot);
-            self.judge.gave_back(volume);
+            self.judge.gave_back(&self.world.sim, &self.world.claims, volume);
         }
         for vm in plan::VMS {
             let local = self.world.sim.vm(vm).is_some_and(|state| state.config.values().any(|line| line.starts_with("ds:")));

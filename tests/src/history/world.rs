@@ -369,6 +369,13 @@ impl World {
         let (rpc, asked, answered) = (rpc.clone(), rpc.clone(), Arc::clone(&self.answered));
         if let (Rpc::Create { .. }, Some(image)) = (&rpc, claim.image) {
             let volid = format!("{}:{image}", claim.storage);
+            // A person who makes it again while Proxmox still deletes the last one of the name loses it, whatever a controller says.
+            if self.sim.deletes_late(&volid) {
+                let answer = Err(Status::unavailable(format!("{volid} is still being deleted")));
+                answered.lock().unwrap_or_else(PoisonError::into_inner).push((number, answer));
+                self.running.insert(number, (at, tokio::spawn(async {}).abort_handle(), asked));
+                return Ok(number);
+            }
             // There already: so much the better.
             let made = self.sim.create_volume("pve1", &volid, claim.bytes).is_ok();
             self.note(format!("{volid} {}", if made { "is made by hand" } else { "is there" }));

@@ -67,6 +67,8 @@ pub struct VmState {
     /// Really there.
     pub plugged: BTreeMap<String, Plugged>,
     pub leaked: BTreeSet<String>,
+    /// Those of them that are left over because another VM had the image.
+    pub leaked_to_rivals: BTreeSet<String>,
     pub digest: String,
 }
 
@@ -313,6 +315,7 @@ impl Simulator {
             pending_delete: vm.config.pending_delete.clone(),
             plugged: vm.plugged.clone(),
             leaked: vm.leaked.clone(),
+            leaked_to_rivals: vm.leaked_to_rivals.clone(),
             digest: vm.config.digest(),
         })
     }
@@ -393,6 +396,12 @@ impl Simulator {
         self.change(vmid, |vm| vm.fresh = fresh);
     }
 
+    /// Whether a deletion of the volume that was answered 596 is yet to be carried out.
+    #[must_use]
+    pub fn deletes_late(&self, volid: &str) -> bool {
+        self.cluster.state().late_deletions.iter().any(|one| one == volid)
+    }
+
     /// QEMU starts with what is configured.
     pub fn start_vm(&self, vmid: u32) -> Result<(), String> {
         let node = self.vm(vmid).map(|vm| vm.node).unwrap_or_default();
@@ -409,6 +418,7 @@ impl Simulator {
         self.change(vmid, |vm| {
             node.clone_into(&mut vm.node);
             vm.leaked.clear();
+            vm.leaked_to_rivals.clear();
         });
     }
 

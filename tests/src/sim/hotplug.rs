@@ -91,7 +91,7 @@ pub(crate) async fn plug(cluster: &Arc<Cluster>, node: &str, vmid: u32, key: &st
     }
     cluster.clock.sleep(cluster.latency.plug).await;
     let block_nodes = cluster.version.has_block_nodes();
-    let (machine, refusal) = {
+    let (machine, refusal, has_rival) = {
         let mut state = cluster.state();
         if state.vm(node, vmid)?.leaked.contains(key) {
             return Err(ApiError::die(if block_nodes {
@@ -107,8 +107,9 @@ pub(crate) async fn plug(cluster: &Arc<Cluster>, node: &str, vmid: u32, key: &st
         {
             return Err(ApiError::die(text));
         }
-        let phantom = meets(&mut state, &Inner::PhantomAttach { vmid }) || state.is_held(node, plugged.inode, plugged.read_only);
-        (state.vm(node, vmid)?.machine.clone(), phantom.then(|| WRITE_LOCK.to_owned()))
+        let has_rival = state.is_held(node, plugged.inode, plugged.read_only);
+        let phantom = meets(&mut state, &Inner::PhantomAttach { vmid }) || has_rival;
+        (state.vm(node, vmid)?.machine.clone(), phantom.then(|| WRITE_LOCK.to_owned()), has_rival)
     };
     let refusal = match (refusal, machine, told) {
         (None, Some(machine), Some(told)) => ask(move || machine.plug(&told)).await.err(),
@@ -124,6 +125,7 @@ pub(crate) async fn plug(cluster: &Arc<Cluster>, node: &str, vmid: u32, key: &st
         // The block node is there, the device is not, and nobody reads what `device_add` said.
         Some(text) if cluster.version.swallows_device_add() && text.contains(WRITE_LOCK) => {
             vm.leaked.insert(key.to_owned());
+            vm.leaked_to_rivals.extend(has_rival.then(|| key.to_owned()));
             Ok(())
         }
         Some(text) => Err(ApiError::die(format!("VM {vmid} qmp command 'device_add' failed - {}", lines(&text)))),

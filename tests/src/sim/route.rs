@@ -230,6 +230,8 @@ async fn perform(cluster: &Arc<Cluster>, call: Call, route: &'static Route, late
         return finish(cluster, dispatch(Arc::clone(cluster), call).await, proxied);
     }
     let vms = cluster.state().vms.values().filter(|vm| vm.running && vm.node == call.node).count();
+    let deletes = call.get("volume").filter(|_| late && matches!(call.endpoint, Endpoint::ContentDelete)).map(str::to_owned);
+    cluster.state().late_deletions.extend(deletes.clone());
     let gate = Gate::default();
     let result = Arc::new(Mutex::new(None));
     let (busy, opened, slot, worker) = (cluster.clock.busy(), gate.clone(), Arc::clone(&result), Arc::clone(cluster));
@@ -238,6 +240,11 @@ async fn perform(cluster: &Arc<Cluster>, call: Call, route: &'static Route, late
         let delay = if late { PROXY_TIMEOUT + Duration::from_secs(1) } else { worker.latency.of(call.endpoint, vms) };
         worker.clock.sleep(delay).await;
         let done = dispatch(Arc::clone(&worker), call).await;
+        if let Some(volume) = deletes {
+            let mut state = worker.state();
+            let place = state.late_deletions.iter().position(|one| *one == volume);
+            place.into_iter().for_each(|place| drop(state.late_deletions.swap_remove(place)));
+        }
         *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
         drop(place);
         worker.clock.open(&opened);

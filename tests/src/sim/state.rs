@@ -129,6 +129,8 @@ pub(crate) struct Vm {
     pub(crate) plugged: BTreeMap<String, Plugged>,
     /// Indexes whose block node is left over: nothing can be plugged there until the VM restarts.
     pub(crate) leaked: BTreeSet<String>,
+    /// Those of them that are left over because another VM had the image.
+    pub(crate) leaked_to_rivals: BTreeSet<String>,
     pub(crate) machine: Option<Arc<dyn Machine>>,
 }
 
@@ -140,6 +142,8 @@ pub(crate) struct State {
     pub(crate) down_since: BTreeMap<String, Duration>,
     pub(crate) storages: BTreeMap<String, Storage>,
     pub(crate) vms: BTreeMap<u32, Vm>,
+    /// Volumes with a deletion that was answered 596 and is yet to be carried out, once for each.
+    pub(crate) late_deletions: Vec<String>,
     /// Containers: VMID to node and config.
     pub(crate) containers: BTreeMap<u32, (String, BTreeMap<String, String>)>,
     pub(crate) access: Access,
@@ -198,6 +202,7 @@ impl Cluster {
             down_since: BTreeMap::new(),
             storages,
             vms: vms.collect(),
+            late_deletions: Vec::new(),
             containers: BTreeMap::new(),
             access: Access::new(description),
             tasks: Tasks::default(),

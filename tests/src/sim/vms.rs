@@ -229,6 +229,7 @@ impl Vm {
         self.hung = false;
         self.plugged.clear();
         self.leaked.clear();
+        self.leaked_to_rivals.clear();
     }
 }
 

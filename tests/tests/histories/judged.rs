@@ -107,3 +107,62 @@ fn a_history_that_goes_wrong_is_shrunk_to_what_it_needs() {
     assert_eq!(left, [4, 5], "{failure}");
     assert!(failure.what.contains("PermissionDenied"), "{}", failure.what);
 }
+
+/// A slot that QEMU refused is lost where somebody else can come between a look and a write, once for each attachment, and else never.
+#[test]
+fn the_judge_sees_slots_that_nobody_took_and_lets_a_rival_cost_one() {
+    proto::log::set_level("error").unwrap();
+    under_paused_time(async {
+        let mut world = World::new(plan::cluster(), 1, plan::claims()).await?;
+        let publish = Rpc::Publish { volume: 1, vm: 101 };
+        world.answer_to(0, &Rpc::Create { volume: 1 }, CALL_LIMIT).await?.unwrap();
+        let volid = world.claims[1].handle().unwrap().volid();
+        world.sim.before("POST", "/nodes/*/qemu/101/config", 1, move |sim| sim.attach_by_hand(102, "scsi20", &volid).unwrap());
+        assert!(world.answer_to(0, &publish, CALL_LIMIT).await?.is_err());
+        world.sim.detach_by_hand(102, "scsi20");
+        let judged = |judge: &Judge, world: &World| judge.at_the_end(&world.sim, &[]);
+        let (mut alone, mut beside) = (Judge::new(2), Judge::new(2).beside_rivals(true));
+        assert!(judged(&beside, &world).unwrap_err().contains("0 may be"), "none was begun");
+        alone.begins(1, &publish);
+        beside.begins(1, &publish);
+        judged(&beside, &world).unwrap();
+        assert!(judged(&alone, &world).unwrap_err().contains("another VM had the images"));
+        world.sim.set_leaked(101, "scsi7");
+        assert!(judged(&beside, &world).unwrap_err().contains("scsi7"), "no rival, and not planned");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// 300049: a person attaches the volume while its attachment to that VM goes on, which finds it there and answers OK; then the person takes
+/// it out. What else of it is there in that VM stays judged.
+#[test]
+fn what_a_person_takes_out_of_a_vm_is_not_held_there_any_more() {
+    proto::log::set_level("error").unwrap();
+    under_paused_time(async {
+        let mut world = World::new(plan::cluster(), 1, plan::claims()).await?;
+        let publish = Rpc::Publish { volume: 0, vm: 201 };
+        world.answer_to(0, &Rpc::Create { volume: 0 }, CALL_LIMIT).await?.unwrap();
+        let volid = world.claims[0].handle().unwrap().volid();
+        for is_elsewhere_too in [false, true] {
+            let mut judge = Judge::new(1);
+            world.sim.attach_by_hand(201, "scsi20", &volid).unwrap();
+            judge.took_by_hand(0, 201, "scsi20".into());
+            judge.begins(1, &publish);
+            let answer = world.answer_to(0, &publish, CALL_LIMIT).await?;
+            assert_eq!(answer.as_deref().ok(), Some("20"), "{answer:?}");
+            judged(&mut judge, &world, 1, &answer).unwrap();
+            judge.at_rest(&world.sim, &world.claims).unwrap();
+            world.sim.detach_by_hand(201, "scsi20");
+            if is_elsewhere_too {
+                world.sim.set_config(201, "scsi3", Some(&volid));
+            }
+            judge.gave_back(&world.sim, &world.claims, 0);
+            let said = judge.at_rest(&world.sim, &world.claims);
+            assert_eq!(said.is_err(), is_elsewhere_too, "{said:?}");
+            world.sim.set_config(201, "scsi3", None);
+        }
+        Ok(())
+    })
+    .unwrap();
+}
