@@ -552,8 +552,15 @@ impl Node {
         match self.open_medium(medium, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
             Err(Cause::OtherDiskNow { .. }) => Ok(()),
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
+            // A mapping over a disk that stays offline can be opened, its flush fails each time (EIO on Linux 6.1), and it would be kept for ever.
+            // A failed flush leaves nothing in memory for a second one; should the disk run again, `is_held` flushes it before unstage's OK.
+            Err(Cause::Sys(error)) if error.errno == Errno::IO && self.is_offline(&medium.disk)? => Ok(()),
             done => done,
         }
+    }
+
+    fn is_offline(&self, disk: &Disk) -> Result<bool, sys::Error> {
+        Ok(scsi::disk(&self.sysfs, disk.address)?.is_some_and(|now| now.is(disk) && now.state == scsi::State::Offline))
     }
 
     /// Whether a LUKS header that this driver made, for the volume or the one it is a copy of, is on its disk.

@@ -160,9 +160,9 @@ impl Agent {
     }
 
     /// One of those with points, which stays at this one until `let_go`.
-    pub(crate) fn restart_to_hold(&mut self, at: &str) {
+    pub(crate) fn restart_to_hold(&mut self, at: &str, env: &[(&str, &str)]) {
         let _ = self.guest.remove(&format!("/node{HOLD_UNTIL}"));
-        self.restart_with(&[("PROXMOX_CSI_HOLD_AT", at), ("PROXMOX_CSI_HOLD_UNTIL", HOLD_UNTIL)]);
+        self.restart_with(&[&[("PROXMOX_CSI_HOLD_AT", at), ("PROXMOX_CSI_HOLD_UNTIL", HOLD_UNTIL)], env].concat());
     }
 
     pub(crate) fn wait_until_held(&self, at: &str) {

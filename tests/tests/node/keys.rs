@@ -88,13 +88,24 @@ fn rotated(volume: &NodeVolume, is_cheap: bool) -> NodeVolume {
     volume
 }
 
-/// Staged by the previous passphrase, nothing of the header changed, and said in the log.
-fn stays_outstanding(agent: &Agent, volume: &NodeVolume, image: &Image, because: &str) {
+/// What agents remember of it, one after the other.
+const REMEMBERED: &str = "/node/csi/rotations-outstanding";
+
+/// Staged by the previous passphrase, nothing of the header changed, said in the log, and known to the next agent until the volume is unstaged.
+fn stays_outstanding(agent: &mut Agent, volume: &NodeVolume, image: &Image, because: &str) {
     let before = image.read_at(0, 2 << 20);
     agent.stage(volume);
+    let log = agent.log();
+    let serial = volume.publish_context[proto::publish_context::SERIAL].as_str();
+    assert_eq!(agent.guest.read(REMEMBERED).unwrap(), serial);
+    agent.restart();
+    set(agent, "cgroup.procs", &agent.job.pid.to_string());
+    // Its socket is there once it has looked at what is open.
+    agent.calls.node_get_capabilities(proto::csi::NodeGetCapabilitiesRequest {}).unwrap();
+    assert_eq!(agent.guest.read(REMEMBERED).unwrap(), serial, "the volume is open, and known to be one of them");
     agent.calls.node_unstage_volume(volume.unstage()).unwrap();
+    assert_eq!(agent.guest.read(REMEMBERED).unwrap(), "");
     assert!(image.read_at(0, 2 << 20) == before, "the header was changed");
-    let (_, log) = agent.guest.output(agent.job).unwrap();
     let line = log.lines().rfind(|line| line.contains("is outstanding")).unwrap_or_default();
     assert!(line.contains(&volume.id) && line.contains(because), "{line:?} of {log}");
     println!("{line}");
@@ -120,7 +131,7 @@ fn too_much_memory_is_refused(agent: &Agent) {
     assert_alive(agent);
 }
 
-fn rotation_waits_for_memory(agent: &Agent) {
+fn rotation_waits_for_memory(agent: &mut Agent) {
     let (handle, image) = (handle("keys-rotated"), Image::new(48 * MIB));
     let volume = agent.attach(&handle, &image, 1);
     let old = encrypted(volume.clone(), PASSPHRASE);
@@ -183,7 +194,7 @@ fn one_derivation_at_a_time_and_nobody_else_waits(agent: &Agent) {
 }
 
 /// cryptsetup makes headers with room for one keyslot, too.
-fn rotation_waits_for_a_free_keyslot(agent: &Agent) {
+fn rotation_waits_for_a_free_keyslot(agent: &mut Agent) {
     let (handle, image) = (handle("keys-full"), Image::new(48 * MIB));
     let args = ["--type", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--luks2-keyslots-size", "256k"];
     let Some(()) = format(&image, &args) else { return };
@@ -195,12 +206,12 @@ fn rotation_waits_for_a_free_keyslot(agent: &Agent) {
 
 #[test]
 fn guest_keys_within_a_memory_limit() {
-    let Some(agent) = Agent::start_on(&GuestOptions { memory_mib: 384, ..GuestOptions::named("keys").with_node() }) else { return };
+    let Some(mut agent) = Agent::start_on(&GuestOptions { memory_mib: 384, ..GuestOptions::named("keys").with_node() }) else { return };
     confine(&agent);
     too_much_memory_is_refused(&agent);
-    rotation_waits_for_memory(&agent);
+    rotation_waits_for_memory(&mut agent);
     one_derivation_at_a_time_and_nobody_else_waits(&agent);
-    rotation_waits_for_a_free_keyslot(&agent);
+    rotation_waits_for_a_free_keyslot(&mut agent);
     assert_alive(&agent);
     assert_nothing_is_told(&agent, &[PASSPHRASE, NEW], &[]);
     agent.guest.power_off().unwrap();

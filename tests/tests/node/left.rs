@@ -1,6 +1,5 @@
 //! What is found and is not right: a disk offline, a mount of a disk that went or of another disk, a mapping that was cut short, somebody else's
-//! hold. Each step that clears it, killed before it, inside and after it, then repeated until done; and what must not be cleared. Not here: a disk that stays offline (unstage's Delete), which no
-//! test tries against a kernel.
+//! hold. Each step that clears it, killed before it, inside and after it, then repeated until done; and what must not be cleared.
 
 use proto::csi::volume_capability::access_mode::Mode;
 use testbed::calls::{NodeVolume, block_capability};
@@ -14,6 +13,9 @@ use crate::luks::{PASSPHRASE, encrypted, mappings};
 const LUN: u8 = 1;
 const ELSEWHERE: &str = "/tmp/elsewhere";
 
+/// Where an agent has told the kernel to take up I/O again, and has not looked whether it does.
+const SET_RUNNING: &str = "inside:unstage:SetRunning:written";
+
 /// What a step clears, and how it comes to be there.
 struct Left {
     call: &'static str,
@@ -24,9 +26,10 @@ struct Left {
     prepare: fn(&mut Agent, &NodeVolume, &Image),
 }
 
-const EVERY: [Left; 5] = [
+const EVERY: [Left; 6] = [
     Left { call: "stage", step: "SetRunning", inside: &["write"], is_encrypted: false, prepare: |agent, _, _| offline(agent) },
-    Left { call: "unstage", step: "SetRunning", inside: &["write"], is_encrypted: false, prepare: staged_and_offline },
+    Left { call: "unstage", step: "SetRunning", inside: &["write", "written"], is_encrypted: false, prepare: staged_and_offline },
+    Left { call: "unstage", step: "Delete", inside: &["delete"], is_encrypted: false, prepare: staged_and_offline },
     Left { call: "unstage", step: "AwaitRelease", inside: &["wait"], is_encrypted: false, prepare: staged_and_held },
     Left { call: "stage", step: "CloseLeftover", inside: &["remove", "removed"], is_encrypted: true, prepare: half_opened },
     Left { call: "stage", step: "Unmount", inside: &["umount2"], is_encrypted: false, prepare: staged_and_pulled },
@@ -39,6 +42,10 @@ fn node_of(agent: &Agent, lun: u8) -> String {
 /// As the reference driver leaves a disk that it has unstaged.
 fn offline(agent: &Agent) {
     agent.guest.write(&format!("/sys/block/{}/device/state", node_of(agent, LUN)), b"offline\n").unwrap();
+}
+
+fn state(agent: &Agent) -> String {
+    agent.guest.read(&format!("/sys/block/{}/device/state", node_of(agent, LUN))).unwrap()
 }
 
 fn staged_and_offline(agent: &mut Agent, volume: &NodeVolume, _: &Image) {
@@ -74,8 +81,21 @@ fn plug(agent: &Agent, volume: &NodeVolume, image: &Image) {
 fn call(agent: &Agent, call: &str, volume: &NodeVolume) -> Result<(), Status> {
     match call {
         "stage" => agent.calls.node_stage_volume(volume.stage()).map(drop),
+        "unpublish" => agent.calls.node_unpublish_volume(volume.unpublish()).map(drop),
         _ => agent.calls.node_unstage_volume(volume.unstage()).map(drop),
     }
+}
+
+/// What the kernel wrote while the disk was offline is lost, and said once to whoever asks first (lib/errseq.c): the repeat goes on.
+fn call_to_its_end(agent: &Agent, name: &str, volume: &NodeVolume) {
+    let answer = match call(agent, name, volume) {
+        Err(status) if status.code() == Code::Internal && status.message().contains("fsync on") => {
+            println!("{status:?}");
+            call(agent, name, volume)
+        }
+        done => done,
+    };
+    answer.unwrap_or_else(|status| panic!("{status:?}; {}", agent.guest.quote()));
 }
 
 /// What the guest holds for somebody else is let go of, where it is: while a call waits for it, or after its death.
@@ -84,6 +104,10 @@ fn let_go(agent: &Agent) {
 }
 
 fn assert_dies(agent: &mut Agent, point: &str, name: &str, volume: &NodeVolume) {
+    if point.contains(":Delete") {
+        let _ = unstage_while_it_stays_offline(agent, volume, &[("PROXMOX_CSI_KILL_AT", point)]);
+        return assert_has_died(agent, point);
+    }
     agent.restart_with(&[("PROXMOX_CSI_KILL_AT", point)]);
     let answer = std::thread::scope(|scope| {
         let answer = scope.spawn(|| call(agent, name, volume));
@@ -95,8 +119,26 @@ fn assert_dies(agent: &mut Agent, point: &str, name: &str, volume: &NodeVolume) 
         }
         answer.join().unwrap()
     });
+    assert!(answer.is_err(), "{name} at {point}");
+    assert_has_died(agent, point);
+}
+
+fn assert_has_died(agent: &Agent, point: &str) {
     let ended = agent.guest.wait(agent.job, SEEN_LIMIT).unwrap();
-    assert!(ended.output.contains(&format!("killed at {point}\n")), "{name} at {point}: {answer:?}; {ended:?}");
+    assert!(ended.output.contains(&format!("killed at {point}\n")), "{point}: {ended:?}");
+}
+
+/// The agent sets the disk running, and it is offline again before the agent looks: as one whose host gives it up again and again.
+fn unstage_while_it_stays_offline(agent: &mut Agent, volume: &NodeVolume, env: &[(&str, &str)]) -> Result<(), Status> {
+    agent.restart_to_hold(SET_RUNNING, env);
+    std::thread::scope(|scope| {
+        let answer = scope.spawn(|| call(agent, "unstage", volume));
+        agent.wait_until_held(SET_RUNNING);
+        assert_eq!(state(agent), "running\n", "the agent has set it so");
+        offline(agent);
+        agent.let_go();
+        answer.join().unwrap()
+    })
 }
 
 #[test]
@@ -124,7 +166,8 @@ fn guest_what_is_left_is_cleared_and_killed_at_every_point() {
                 deaths += 1;
                 let_go(&agent);
                 agent.restart();
-                call(&agent, left.call, volume).unwrap_or_else(|status| panic!("{point}: {status:?}; {}", agent.guest.quote()));
+                println!("{point}");
+                call_to_its_end(&agent, left.call, volume);
                 agent.stage(volume);
                 agent.publish(volume);
                 assert_eq!(agent.guest.sha256(&file).unwrap(), written, "{point}");
@@ -133,14 +176,84 @@ fn guest_what_is_left_is_cleared_and_killed_at_every_point() {
             }
         }
         println!("{deaths} deaths");
+        a_disk_that_stays_offline(&mut agent, volume, image);
         agent.detach(LUN);
         if number == 0 { assert_clean(image) } else { assert_clean(&decrypted(image, PASSPHRASE)) }
     }
+    written_while_offline(&agent);
     a_disk_that_grows_while_its_filesystem_does(&mut agent);
     a_mount_of_another_disk(&agent);
     a_disk_that_vanished(&agent);
     a_raw_block_device_that_went_and_came(&agent);
     agent.guest.power_off().unwrap();
+}
+
+/// Nothing reaches it any more: once nobody uses it, the kernel forgets it, and finds it anew for the next stage. What was synced is there.
+fn a_disk_that_stays_offline(agent: &mut Agent, volume: &NodeVolume, image: &Image) {
+    let file = format!("/node{}/file", volume.target);
+    agent.restart();
+    agent.stage(volume);
+    agent.publish(volume);
+    let written = agent.guest.sha256(&file).unwrap();
+    agent.calls.node_unpublish_volume(volume.unpublish()).unwrap();
+    offline(agent);
+    let answer = unstage_while_it_stays_offline(agent, volume, &[]);
+    answer.unwrap_or_else(|status| panic!("{status:?}; {}", agent.guest.quote()));
+    let log = agent.log();
+    for words in ["stays offline", "takes no I/O and nothing uses it: the kernel has forgotten it"] {
+        assert!(log.contains(words), "no {words:?} in {log}");
+    }
+    assert_eq!(agent.guest.disk_at(LUN).unwrap(), None, "the kernel still has it");
+    assert_eq!(mappings(agent), Vec::<String>::new());
+    assert_eq!(agent.mounted_at(&volume.staging), Vec::<String>::new());
+    // Again: there is nothing left to do.
+    agent.calls.node_unstage_volume(volume.unstage()).unwrap();
+    agent.stage(volume);
+    agent.publish(volume);
+    assert_eq!(agent.guest.sha256(&file).unwrap(), written);
+    agent.put_away(volume);
+    wait_for_size(&agent.guest, LUN, Some(image.size_bytes()));
+}
+
+/// Somebody writes meanwhile: that write fails, what was there before is kept, and each call ends.
+fn written_while_offline(agent: &Agent) {
+    for is_encrypted in [false, true] {
+        let image = Image::new(64 * MIB);
+        let volume = agent.attach(&handle(if is_encrypted { "written-luks" } else { "written" }), &image, LUN);
+        let volume = if is_encrypted { encrypted(volume, PASSPHRASE) } else { volume };
+        let file = format!("/node{}/file", volume.target);
+        agent.stage(&volume);
+        agent.publish(&volume);
+        let written = agent.guest.fill(&file, 7, MIB).unwrap();
+        offline(agent);
+        let error = agent.guest.fill(&format!("{file}-2"), 8, MIB).expect_err("it takes no I/O");
+        println!("{error:#}");
+        agent.calls.node_unpublish_volume(volume.unpublish()).unwrap();
+        call_to_its_end(agent, "unstage", &volume);
+        agent.stage(&volume);
+        agent.publish(&volume);
+        assert_eq!(agent.guest.sha256(&file).unwrap(), written);
+        agent.put_away(&volume);
+        agent.detach(LUN);
+    }
+    // A mapping over such a disk can still be opened, and flushed it is by unpublish, too.
+    let image = Image::new(64 * MIB);
+    let mut volume = encrypted(agent.attach(&handle("written-raw"), &image, LUN), PASSPHRASE);
+    volume.capability = block_capability();
+    let device = format!("/node{}", volume.target);
+    agent.stage(&volume);
+    agent.publish(&volume);
+    agent.guest.write_at(&device, 0, b"before").unwrap();
+    offline(agent);
+    let error = agent.guest.write_at(&device, MIB, b"meanwhile").expect_err("it takes no I/O");
+    println!("{error:#}");
+    call_to_its_end(agent, "unpublish", &volume);
+    call_to_its_end(agent, "unstage", &volume);
+    agent.stage(&volume);
+    agent.publish(&volume);
+    assert_eq!(agent.guest.read_at(&device, 0, 6).unwrap(), b"before");
+    agent.put_away(&volume);
+    agent.detach(LUN);
 }
 
 /// Expand while the disk grew again: what is there after the filesystem's growth is more than it was grown to, and that is no failure.

@@ -264,7 +264,7 @@ fn guest_a_disk_that_vanishes_or_shrinks_while_it_is_probed_is_no_blank() {
     let Some(mut agent) = Agent::start_with_points("vanish") else { return };
     for (name, lun) in [("vanishes", 1_u8), ("shrinks", 2)] {
         let (handle, image) = (handle(name), Image::new(256 * MIB));
-        agent.restart_to_hold(AT);
+        agent.restart_to_hold(AT, &[]);
         let volume = agent.attach(&handle, &image, lun);
         wait_for_size(&agent.guest, lun, Some(256 * MIB));
         let device = format!("/dev/{}", agent.guest.disk_at(lun).unwrap().unwrap());
