@@ -266,8 +266,12 @@ impl Region {
             return Ok(Vec::new());
         }
         let volid = handle.volid();
-        let resources = self.resources(ago(EVIDENCE_AGE)).await?;
+        let mut resources = self.resources(ago(EVIDENCE_AGE)).await?;
         let is_off = |resources: &Resources, host: &String| resources.hosts.get(host).is_some_and(|status| status == "offline");
+        if resources.hosts.keys().any(|host| is_off(&resources, host)) {
+            // Back since, perhaps, with what was attached there by hand and nobody has read.
+            resources = self.resources(since).await?;
+        }
         let hosts = self.hosts_in_reach(handle, &resources).await?;
         let listed = self.states_of(hosts.into_iter().filter(|host| !is_off(&resources, host)).collect(), since).await?;
         let (mut found, mut reading) = (Vec::new(), JoinSet::new());

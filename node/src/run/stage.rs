@@ -551,7 +551,8 @@ impl Node {
         match self.open_medium(medium, block::Access::Shared).and_then(|device| Ok(device.flush()?)) {
             Err(Cause::OtherDiskNow { .. }) => Ok(()),
             Err(Cause::Sys(error)) if matches!(error.errno, Errno::NXIO | Errno::NODEV | Errno::NOENT | Errno::NOMEDIUM) => Ok(()),
-            // ENODEV since Linux 5.18 (BLK_STS_OFFLINE): a mapping over a disk that stays offline can be opened, and would be kept for ever.
+            // A mapping over a disk that stays offline can be opened, its flush fails each time (EIO on Linux 6.1), and it would be kept for ever.
+            // A failed flush leaves nothing in memory for a second one; should the disk run again, `is_held` flushes it before unstage's OK.
             Err(Cause::Sys(error)) if error.errno == Errno::IO && self.is_offline(&medium.disk)? => Ok(()),
             done => done,
         }

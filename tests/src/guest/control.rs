@@ -252,8 +252,12 @@ impl Guest {
     /// What the guest's kernel takes disk `lun` to be, in bytes.
     pub fn disk_size_bytes(&self, lun: u8) -> Result<Option<u64>> {
         let Some(disk) = self.disk_at(lun)? else { return Ok(None) };
-        let sectors: u64 = self.read(&format!("/sys/block/{disk}/size"))?.trim().parse()?;
-        Ok(Some(sectors * 512))
+        match self.read(&format!("/sys/block/{disk}/size")) {
+            Ok(sectors) => Ok(Some(sectors.trim().parse::<u64>()? * 512)),
+            // It went in between.
+            Err(error) if format!("{error:#}").contains("(os error 2)") => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// What the guest's kernel has written to disk `lun` since it appeared, in bytes, requests for zeros included: the seventh number

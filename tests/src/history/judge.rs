@@ -45,6 +45,8 @@ pub struct Judge {
     pub phantoms: usize,
     /// Somebody else writes, too: another controller, one before a kill, a person.
     has_rivals: bool,
+    /// Proxmox nodes that cannot be reached now.
+    pub away: BTreeSet<&'static str>,
     /// How many attachments to each VM were begun.
     attempts: BTreeMap<u32, usize>,
 }
@@ -273,7 +275,12 @@ impl Judge {
         if !disturbed && !is_plugged(sim, vm, volid) {
             return Err(format!("{volid} was said to be attached to VM {vm}, which has it {:?}", traces(sim, vm, volid)));
         }
-        let still = |(by, slot): &&(u32, String)| *by != vm && sim.vm(*by).is_some_and(|state| state.plugged.contains_key(slot));
+        // Of a VM that was never read and whose host is off, Kubernetes' word is taken (clause 2 of a dead host): it knows nothing of a
+        // person's.
+        let still = |(by, slot): &&(u32, String)| {
+            let is_there = |state: VmState| state.plugged.contains_key(slot) && !self.away.contains(state.node.as_str());
+            *by != vm && sim.vm(*by).is_some_and(is_there)
+        };
         if let Some((by, slot)) = self.by_hand.get(&volume).filter(still).filter(|_| !disturbed) {
             return Err(format!("{volid} was said to be attached to VM {vm}, and somebody else has it as {slot} of VM {by}"));
         }

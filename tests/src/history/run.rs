@@ -220,6 +220,7 @@ impl<'a> Run<'a> {
             Undo::Back(node) => {
                 self.world.note(format!("{node} is back"));
                 self.world.sim.set_node_unreachable(node, None);
+                self.judge.away.remove(node);
             }
         }
         Ok(())
@@ -371,6 +372,7 @@ impl<'a> Run<'a> {
                     return;
                 }
                 sim.set_node_unreachable(node, Some("595 No route to host"));
+                self.judge.away.insert(node);
                 self.undo.push((self.step + steps, Undo::Back(node)));
             }
             Act::Call { .. } | Act::Kill { .. } => {}

@@ -235,3 +235,39 @@ fn a_deletion_whose_answer_was_lost_takes_no_later_volume_of_that_name() {
     })
     .unwrap();
 }
+
+/// 340326: a person's attachment in a VM of a host that goes off before anybody has read it; Kubernetes knows nothing of it. The host is back
+/// when we have written: the look after the write reads it, and takes ours back.
+#[test]
+fn a_host_that_is_back_by_the_look_after_the_write_is_looked_at() {
+    proto::log::set_level("error").unwrap();
+    under_paused_time(async {
+        let mut world = World::with_lease(plan::cluster(), 1, plan::claims()).await?;
+        ok(&mut world, 0, &Rpc::Create { volume: 2 }).await;
+        let volid = volid(&world, 2);
+        world.sim.attach_by_hand(202, "scsi20", &volid).unwrap();
+        world.sim.set_node_unreachable("pve2", Some("595 No route to host"));
+        let call = world.call(0, &Rpc::Publish { volume: 2, vm: 302 })?;
+        let writes =
+            |world: &mut World| world.sim.waiting().iter().any(|one| one.request.starts_with("POST") && one.request.contains("/qemu/302/"));
+        while !writes(&mut world) {
+            world.go_on(Duration::from_millis(1), writes).await?;
+            assert!(world.now() < CALL_LIMIT, "{}", world.log().join("\n"));
+        }
+        world.sim.set_node_unreachable("pve2", None);
+        let mut answers = Vec::new();
+        world
+            .go_on(CALL_LIMIT, |world| {
+                answers.extend(world.answers());
+                !answers.is_empty()
+            })
+            .await?;
+        let (_, answer) = answers.into_iter().find(|(number, _)| *number == call).unwrap();
+        let status = answer.expect_err("a refusal");
+        assert_eq!(status.code(), Code::FailedPrecondition, "{}", status.message());
+        assert!(status.message().contains("VM 202 on pve2"), "{}", status.message());
+        assert!(traces(&world.sim, 302, &volid).is_empty());
+        Ok(())
+    })
+    .unwrap();
+}

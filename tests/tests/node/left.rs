@@ -139,6 +139,7 @@ fn call(agent: &Agent, call: &str, volume: &NodeVolume) -> Result<(), Status> {
             let request = csi::NodePublishVolumeRequest { readonly: true, ..volume.publish() };
             agent.calls.node_publish_volume(request).map(drop)
         }
+        "unpublish" => agent.calls.node_unpublish_volume(volume.unpublish()).map(drop),
         _ => agent.calls.node_unstage_volume(volume.unstage()).map(drop),
     }
 }
@@ -340,7 +341,7 @@ fn a_disk_that_stays_offline(agent: &mut Agent, volume: &NodeVolume, image: &Ima
     wait_for_size(&agent.guest, LUN, Some(image.size_bytes()));
 }
 
-/// Somebody writes meanwhile: that write fails, what was there before is kept, and unstage ends.
+/// Somebody writes meanwhile: that write fails, what was there before is kept, and each call ends.
 fn written_while_offline(agent: &Agent) {
     for is_encrypted in [false, true] {
         let image = Image::new(64 * MIB);
@@ -361,6 +362,24 @@ fn written_while_offline(agent: &Agent) {
         agent.put_away(&volume);
         agent.detach(LUN);
     }
+    // A mapping over such a disk can still be opened, and flushed it is by unpublish, too.
+    let image = Image::new(64 * MIB);
+    let mut volume = encrypted(agent.attach(&handle("written-raw"), &image, LUN), PASSPHRASE);
+    volume.capability = block_capability();
+    let device = format!("/node{}", volume.target);
+    agent.stage(&volume);
+    agent.publish(&volume);
+    agent.guest.write_at(&device, 0, b"before").unwrap();
+    offline(agent);
+    let error = agent.guest.write_at(&device, MIB, b"meanwhile").expect_err("it takes no I/O");
+    println!("{error:#}");
+    call_to_its_end(agent, "unpublish", &volume);
+    call_to_its_end(agent, "unstage", &volume);
+    agent.stage(&volume);
+    agent.publish(&volume);
+    assert_eq!(agent.guest.read_at(&device, 0, 6).unwrap(), b"before");
+    agent.put_away(&volume);
+    agent.detach(LUN);
 }
 
 /// Expand while the disk grew again: what is there after the filesystem's growth is more than it was grown to, and that is no failure.
