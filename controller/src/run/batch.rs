@@ -646,11 +646,16 @@ impl Region {
             }
             return work.fail(self.refused_plug(request, vm, error).await);
         };
-        if is_lost {
+        let is_planned = line.value.is_none();
+        if is_lost || is_planned {
             // Carried out, or half: the next look says what QEMU has, and whether a rival has it, too.
             match self.state_now(&vm.host, vm.vmid).await {
-                Ok(state) if line.value.is_none() && state.plugged.as_ref().is_none_or(|plugged| !plugged.contains(&key)) => (),
-                Ok(_) => return,
+                Ok(state) if is_planned && state.plugged.as_ref().is_none_or(|plugged| !plugged.contains(&key)) => (),
+                Ok(_) => {
+                    // A plan taken back would leave QEMU a drive of which the config says nothing, and only a restart of the VM helps then.
+                    work.last = Some(error.into());
+                    return;
+                }
                 Err(error) => return work.fail(error),
             }
         }

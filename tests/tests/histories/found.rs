@@ -69,6 +69,26 @@ fn a_worker_that_dies_between_qemu_and_the_config_leaves_nothing_behind() {
     .unwrap();
 }
 
+/// 685800824: the same, and Proxmox does not answer the repeat in time. The plan is not taken back: QEMU has the drive.
+#[test]
+fn a_repeat_that_proxmox_refuses_takes_no_plan_back_that_qemu_has() {
+    under_paused_time(async {
+        let mut world = world(1).await;
+        world.sim.inject_inner(Inner::WorkerDies { vmid: 101 }, 1);
+        let late = Effect::Answer { status: 500, reason: "got timeout".into() };
+        world.sim.inject(Fault::next("POST", "/nodes/*/qemu/101/config", late).nth(2));
+        let publish = Rpc::Publish { volume: 1, vm: 101 };
+        let _either = world.answer_to(0, &publish, CALL_LIMIT).await?;
+        let volid = volid(&world, 1);
+        let at = traces(&world.sim, 101, &volid);
+        assert_ne!(at, ["plugged scsi1"], "only QEMU has it\n{}", world.log().join("\n"));
+        ok(&mut world, 0, &Rpc::Unpublish { volume: 1, vm: 101 }).await;
+        assert!(all_traces(&world.sim, &volid).is_empty(), "{:?}", all_traces(&world.sim, &volid));
+        Ok(())
+    })
+    .unwrap();
+}
+
 /// Another VM of the node got the volume between our look and our write: QEMU refuses its image, Proxmox says OK.
 #[test]
 fn a_phantom_because_of_a_rival_names_the_rival_and_costs_one_slot() {
