@@ -306,7 +306,11 @@ impl Node {
         if staged.len() >= MAX_STAGED {
             match self.mounts() {
                 // Where nothing is mounted any more, there is nothing to keep: pods that were taken from the node without an unstage.
-                Ok(mounts) => staged.retain(|at, _| matches!(self.real(at), Ok(Some(real)) if mountinfo::at(&mounts, &real).is_some())),
+                // A path that cannot be looked at is kept.
+                Ok(mounts) => staged.retain(|at, _| match self.real(at) {
+                    Ok(real) => real.is_some_and(|real| mountinfo::at(&mounts, &real).is_some()),
+                    Err(_) => true,
+                }),
                 Err(error) => proto::warn!("{}: {error}", want.volume),
             }
         }
